@@ -1,0 +1,304 @@
+"""The messages that Phalanx's processes and clients exchange over ZeroMQ, and their encoding.
+
+The ground floor: everything in `gateway`, rank 0, the front and the supervisor may import this module;
+it imports nothing of the project. One message is one ZeroMQ frame of msgpack: a map with a `type` key.
+An unknown key is ignored, a wrong type is refused; nothing is ever unpickled. See docs/zeromq.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+PROTOCOL_VERSION = 1
+"""The version that this code speaks. A server serves a client whose range of versions contains it."""
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+"""Bound of one frame; sockets are opened with it as ZMQ_MAXMSGSIZE."""
+
+HEARTBEAT_INTERVAL_S = 2.5
+"""How often an idle client pings; three missed answers mean a dead connection (Majordomo protocol, 7/MDP)."""
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+
+
+class ProtocolError(Exception):
+    """A frame that is not a valid message. Its text says what was wrong and may be sent to the peer."""
+
+
+class SamplingParams(Struct, frozen=True, omit_defaults=True):
+    """How the tokens of one request are chosen.
+
+    `seed` and `choice` key the noise together with the token's absolute position in the sequence, so that a
+    token depends on its request alone: never on batch mates, on the world, or on a replay.
+    """
+
+    max_tokens: Annotated[int, Meta(ge=1)] = 16
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
+    """0 is greedy."""
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    """0 keeps every token."""
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = 0
+    choice: Annotated[int, Meta(ge=0, lt=2**16)] = 0
+    """Which of the request's `n` choices this is."""
+    ignore_eos: bool = False
+    """The end token is sampled and fed back like any other, and ends nothing."""
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = field(default_factory=list)
+
+
+# --------------------------------------------------------------------------- client -> server
+
+
+class Hello(Struct, frozen=True, tag="hello", tag_field="type"):
+    """The first message of a connection, and again after every reconnect."""
+
+    min_version: int = PROTOCOL_VERSION
+    max_version: int = PROTOCOL_VERSION
+    client: str = ""
+
+
+class Submit(Struct, frozen=True, tag="submit", tag_field="type", omit_defaults=True):
+    """One request for one sequence of tokens.
+
+    `output_token_ids` are tokens that were emitted for this request before (in an earlier world): they are
+    part of the context, count against `max_tokens`, and are not sent again. Prompt and output are separate
+    fields because penalties, minimum lengths and grammars need the border between them.
+    """
+
+    request_id: Annotated[str, Meta(min_length=1, max_length=256)]
+    epoch: int = 0
+    """Epoch of the world that it is meant for, from `Welcome`; 0 is any. A world drops other epochs."""
+    prompt_token_ids: list[TokenId] = field(default_factory=list)
+    prompt: str | None = None
+    """Text instead of token ids; only the front takes it, rank 0 refuses it."""
+    output_token_ids: list[TokenId] = field(default_factory=list)
+    params: SamplingParams = field(default_factory=SamplingParams)
+    stop: Annotated[list[str], Meta(max_length=16)] = field(default_factory=list)
+    """Stop strings; only the front takes them."""
+
+
+class Cancel(Struct, frozen=True, tag="cancel", tag_field="type"):
+    """Ends a request; the answer is an output with finish_reason "cancelled", if it was still running."""
+
+    request_id: str
+    epoch: int = 0
+
+
+class Ping(Struct, frozen=True, tag="ping", tag_field="type"):
+    sent_at: float = 0.0
+    """Any number; it comes back in the answer."""
+
+
+ClientMessage = Hello | Submit | Cancel | Ping
+
+
+# --------------------------------------------------------------------------- server -> client
+
+
+class Limits(Struct, frozen=True):
+    """What a request may ask of this world at most."""
+
+    max_model_len: int
+    """Tokens of prompt and output together."""
+    kv_cache_tokens: int
+    """Tokens that the KV cache of the world holds, over all sequences."""
+    max_num_seqs: int
+    vocab_size: int
+
+
+class Welcome(Struct, frozen=True, tag="welcome", tag_field="type"):
+    """The answer to `Hello`."""
+
+    version: int
+    epoch: int
+    model: str
+    tp: int
+    pp: int
+    limits: Limits
+    eos_token_ids: list[int]
+
+
+class Output(Struct, frozen=True, array_like=True):
+    """New tokens of one request. Encoded as an array; later versions may add elements at its end."""
+
+    request_id: str
+    position: int
+    """Index of `token_ids[0]` among the output tokens of the request, counted from 0 over all worlds."""
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop token id or the stop string that ended it; None for an end token and for other ends."""
+    text: str | None = None
+    """New text, from the front only; characters that are not complete yet are held back."""
+
+
+class Tokens(Struct, frozen=True, tag="tokens", tag_field="type"):
+    """All that one step brought for one client: the tokens of a step travel in one message."""
+
+    epoch: int
+    step: int
+    outputs: list[Output]
+
+
+ErrorCode = Literal[
+    "bad_message",  # not a valid message, or a version that is not spoken
+    "invalid_request",  # the request asks for something that is not allowed; retrying is useless
+    "overloaded",  # too many requests are waiting; retry later
+    "unavailable",  # no world is there to serve it, and the wait limit has passed
+    "internal",  # the server's fault
+]
+
+
+class Failed(Struct, frozen=True, tag="failed", tag_field="type"):
+    """A request that ends without having finished, or (with no request id) a message that was refused."""
+
+    epoch: int
+    request_id: str | None
+    code: ErrorCode
+    message: str
+
+
+class Pong(Struct, frozen=True, tag="pong", tag_field="type"):
+    sent_at: float
+    epoch: int
+
+
+class Stats(Struct, frozen=True, tag="stats", tag_field="type"):
+    """State of the engine; rank 0 sends it to each client that said hello, at most every 0.5 s and when it
+    has changed since the last one."""
+
+    epoch: int
+    step: int
+    num_running: int
+    num_waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    num_preemptions: int
+    prompt_tokens: int
+    """Prompt tokens computed since the world started."""
+    generation_tokens: int
+    """Tokens sampled since the world started."""
+
+
+ServerMessage = Welcome | Tokens | Failed | Pong | Stats
+
+
+# --------------------------------------------------------------------------- supervisor <-> front
+
+
+class RankEntry(Struct, frozen=True):
+    """One rank as `/cluster` shows it."""
+
+    rank: int
+    tp: int
+    pp: int
+    host: str
+    pid: int
+    guard_pid: int
+    state: str
+    """Phase from the rank's progress page: starting, importing, joining, loading, idle, stepping, ..."""
+    step: int
+    heartbeat_age_s: float
+
+
+class WorldEntry(Struct, frozen=True):
+    """One living world. `state` is starting, active, spare or dying; dead worlds are not listed."""
+
+    epoch: int
+    state: str
+    model: str
+    version: str
+    replica: int
+    tp: int
+    pp: int
+    gateway: str | None
+    """ZeroMQ endpoint of rank 0, once it listens."""
+    ranks: list[RankEntry]
+
+
+class Fault(Struct, frozen=True):
+    """What is known of one fault: the post-mortem record that `/cluster`, log and metrics show."""
+
+    epoch: int
+    at: float
+    """Unix time in seconds."""
+    kind: str
+    """exit, killed, frozen, lost, mpirun, start."""
+    rank: int | None
+    host: str | None
+    detail: str
+    """One sentence for a person: signal or exit code, and what the rank was doing."""
+    detect_s: float | None = None
+    """Seconds from the last sign of life to detection."""
+    recover_s: float | None = None
+    """Seconds from detection until a world served again; None while none does."""
+
+
+class WorldTable(Struct, frozen=True, tag="world_table", tag_field="type"):
+    """The supervisor's view, sent to the front on every change and at least every 250 ms."""
+
+    epoch: int
+    """The highest epoch handed out; messages of lower ones are dropped unless their world is listed."""
+    worlds: list[WorldEntry]
+    """Active worlds first, then starting ones, then spares."""
+    faults: list[Fault]
+    """The last faults, newest first."""
+
+
+class FrontState(Struct, frozen=True, tag="front_state", tag_field="type"):
+    """The front's word to the supervisor, once when it listens and whenever `serving_epoch` changes."""
+
+    pid: int
+    zmq: str
+    """The ZeroMQ endpoint that clients use, with the port that was really bound."""
+    serving_epoch: int | None
+    """Epoch of the world whose gateway has welcomed the front; None while there is none."""
+    resumed_at: float | None = None
+    """Unix time at which the first replayed request of that epoch got a token again."""
+
+
+ControlMessage = WorldTable | FrontState
+
+
+# --------------------------------------------------------------------------- encoding
+
+_T = TypeVar("_T")
+
+_encoder = msgspec.msgpack.Encoder()
+_client_decoder = msgspec.msgpack.Decoder(ClientMessage)
+_server_decoder = msgspec.msgpack.Decoder(ServerMessage)
+_control_decoder = msgspec.msgpack.Decoder(ControlMessage)
+
+
+def encode(message: ClientMessage | ServerMessage | ControlMessage) -> bytes:
+    """The frame of a message."""
+    return _encoder.encode(message)
+
+
+def decode_client_message(frame: bytes) -> ClientMessage:
+    """What a client sent. Raises ProtocolError."""
+    return _decode(_client_decoder, frame)
+
+
+def decode_server_message(frame: bytes) -> ServerMessage:
+    """What a server sent. Raises ProtocolError."""
+    return _decode(_server_decoder, frame)
+
+
+def decode_control_message(frame: bytes) -> ControlMessage:
+    """What supervisor or front sent each other. Raises ProtocolError."""
+    return _decode(_control_decoder, frame)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes) -> _T:
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"message of {len(frame)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
+    try:
+        return decoder.decode(frame)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not a valid message: {error}") from None
