@@ -147,6 +147,7 @@ class Tokens(Struct, frozen=True, tag="tokens", tag_field="type"):
 
 ErrorCode = Literal[
     "bad_message",  # not a valid message, or a version that is not spoken
+    "not_connected",  # the server does not know this connection (any more): hello first, then submit again
     "invalid_request",  # the request asks for something that is not allowed; retrying is useless
     "overloaded",  # too many requests are waiting; retry later
     "unavailable",  # no world is there to serve it, and the wait limit has passed

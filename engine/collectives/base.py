@@ -1,0 +1,71 @@
+"""Interfaces of the traffic inside a world. Models and the step loop see these, never MPI or NCCL.
+
+Waiting: every method waits as long as it takes, since a peer that dies takes the whole world with it: the
+guards see a death within milliseconds and kill every rank, so no wait here outlives the world.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class TensorGroup(Protocol):
+    """The tensor-parallel ranks of one stage."""
+
+    size: int
+
+    def add_reduced(self, total: torch.Tensor, partial: torch.Tensor) -> None:
+        """`total += sum of partial over the ranks`. `total` is float32 and the same on every rank before and
+        after; `partial` has its shape, in any float type, and may be overwritten."""
+        ...
+
+    def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
+        """Columns of all ranks side by side, float32, at the group's first rank; None at the others.
+
+        `local` is `[num_rows, widths[tp_rank]]` float32; the result `[num_rows, sum(widths)]`."""
+        ...
+
+
+class Link(Protocol):
+    """One direction of the pipeline, between two ranks of the same tp_rank."""
+
+    def send(self, hidden: torch.Tensor) -> None:
+        """Hands on `[num_tokens, hidden_size]` float32; returns before it has arrived."""
+        ...
+
+    def receive(self, hidden: torch.Tensor) -> None:
+        """Fills `hidden` `[num_tokens, hidden_size]` float32."""
+        ...
+
+
+class Control(Protocol):
+    """Small integer messages between rank 0 and the others, on communicators of their own."""
+
+    def broadcast_plan(self, plan: np.ndarray) -> None:
+        """Rank 0: sends a plan (int32) to every rank, without waiting for them."""
+        ...
+
+    def receive_plan(self) -> np.ndarray:
+        """Other ranks: the next plan. Busy at first, then asleep for up to 1 ms at a time."""
+        ...
+
+    def send_tokens(self, slot: int, tokens: list[int]) -> None:
+        """Sampler: the sampled ids of this slot's plan, to rank 0. Sent even when there are none."""
+        ...
+
+    def receive_tokens(self, slot: int, count: int) -> np.ndarray:
+        """Rank 0: `count` sampled ids of this slot's plan."""
+        ...
+
+    def agree_min(self, value: int) -> int:
+        """The smallest value that any rank gave. Every rank calls it."""
+        ...
+
+    def barrier(self) -> None: ...
+
+    def close(self) -> None:
+        """Ends the world's traffic in order (MPI_Finalize). Every rank calls it."""
+        ...

@@ -1,0 +1,191 @@
+"""The world's traffic over MPI: plans and tokens always, tensors on CPU worlds.
+
+Called by `engine.rank` through `join_world`. Nothing here is pickled: every message is a buffer.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from engine.world import Coordinates, World
+
+PLAN_HEAD_INTS = 256
+"""A broadcast carries this many int32 (1 KiB, 3.3 us between two ranks); a longer plan continues in a second
+one of exactly the rest. A steady step of 64 sequences fits into the head."""
+
+_SPIN_S = 0.002
+_SLEEP_MIN_S, _SLEEP_MAX_S = 20e-6, 1e-3
+
+
+class WorldShapeError(Exception):
+    """mpirun started another number of ranks than tp * pp."""
+
+
+def join_world(tp: int, pp: int, cuda: bool = False) -> World:
+    """Joins the MPI job that this process was started in. Every rank calls it once.
+
+    Raises WorldShapeError, on every rank, if the job does not have `tp * pp` ranks.
+    """
+    everyone = MPI.COMM_WORLD
+    if everyone.Get_size() != tp * pp:
+        raise WorldShapeError(
+            f"--tp {tp} --pp {pp} needs {tp * pp} ranks, but MPI started {everyone.Get_size()}; "
+            f"start it with `mpirun -np {tp * pp}`"
+        )
+    at = Coordinates(everyone.Get_rank(), tp, pp)
+    host = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    group = everyone.Split(color=at.pp_rank, key=at.tp_rank)
+    pipeline = everyone.Split(color=at.tp_rank, key=at.pp_rank)
+    control = MpiControl(everyone)
+    if cuda:
+        from engine.collectives.nccl import join_nccl
+
+        tensor_group, previous_stage, next_stage = join_nccl(at, everyone, host.Get_rank())
+    else:
+        tensor_group = MpiTensorGroup(group) if tp > 1 else SingleRankGroup()
+        previous_stage = None if at.is_first_stage else MpiLink(pipeline, at.pp_rank - 1)
+        next_stage = None if at.is_last_stage else MpiLink(pipeline, at.pp_rank + 1)
+    return World(
+        at=at,
+        local_rank=host.Get_rank(),
+        local_size=host.Get_size(),
+        control=control,
+        tensor_group=tensor_group,
+        previous_stage=previous_stage,
+        next_stage=next_stage,
+    )
+
+
+class SingleRankGroup:
+    """Tensor parallelism of one: nothing to reduce, nothing to gather."""
+
+    size = 1
+
+    def add_reduced(self, total: torch.Tensor, partial: torch.Tensor) -> None:
+        total.add_(partial)
+
+    def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
+        return local
+
+
+class MpiTensorGroup:
+    """Sums in float32 whatever the model's type: MPI has no bfloat16, and partial sums deserve the bits."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm = comm
+        self.size = comm.Get_size()
+        self._rank = comm.Get_rank()
+
+    def add_reduced(self, total: torch.Tensor, partial: torch.Tensor) -> None:
+        partial = partial.float()
+        self._comm.Allreduce(MPI.IN_PLACE, partial.numpy(), MPI.SUM)
+        total.add_(partial)
+
+    def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
+        num_rows = local.shape[0]
+        sent = local.contiguous().numpy()
+        if self._rank != 0:
+            self._comm.Gatherv(sent, None, root=0)
+            return None
+        counts = [num_rows * width for width in widths]
+        received = np.empty(sum(counts), dtype=np.float32)
+        self._comm.Gatherv(sent, (received, counts), root=0)
+        parts = torch.from_numpy(received).split(counts)
+        return torch.cat([part.view(num_rows, -1) for part in parts], dim=1)
+
+
+class MpiLink:
+    """Activations between neighbouring stages. A message in flight keeps its buffer alive here."""
+
+    def __init__(self, comm: MPI.Intracomm, peer: int) -> None:
+        self._comm = comm
+        self._peer = peer
+        self._in_flight: deque[tuple[MPI.Request, torch.Tensor]] = deque()
+
+    def send(self, hidden: torch.Tensor) -> None:
+        while self._in_flight and self._in_flight[0][0].Test():
+            self._in_flight.popleft()
+        request = self._comm.Isend(hidden.numpy(), dest=self._peer)
+        self._in_flight.append((request, hidden))
+
+    def receive(self, hidden: torch.Tensor) -> None:
+        self._comm.Recv(hidden.numpy(), source=self._peer)
+
+
+class MpiControl:
+    """Plans from rank 0 to all, tokens from the sampler to rank 0, each on a communicator of its own."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._plans = comm.Dup()
+        self._tokens = comm.Dup()
+        self._sampled: deque[tuple[MPI.Request, np.ndarray]] = deque()
+        self._outstanding: deque[tuple[MPI.Request, np.ndarray]] = deque()
+        # More ranks than cores: a rank that waits gives its core to one that works.
+        self._crowded = comm.Get_size() > len(os.sched_getaffinity(0))
+
+    def broadcast_plan(self, plan: np.ndarray) -> None:
+        if self._plans.Get_size() == 1:
+            return
+        while self._outstanding and self._outstanding[0][0].Test():
+            self._outstanding.popleft()
+        # The plan's first int is its length, so that receivers know whether there is a continuation.
+        head = np.zeros(PLAN_HEAD_INTS, dtype=np.int32)
+        head[: min(len(plan), PLAN_HEAD_INTS)] = plan[:PLAN_HEAD_INTS]
+        self._outstanding.append((self._plans.Ibcast(head, root=0), head))
+        if len(plan) > PLAN_HEAD_INTS:
+            rest = plan[PLAN_HEAD_INTS:]
+            self._outstanding.append((self._plans.Ibcast(rest, root=0), rest))
+
+    def receive_plan(self) -> np.ndarray:
+        head = np.empty(PLAN_HEAD_INTS, dtype=np.int32)
+        self._wait(self._plans.Ibcast(head, root=0))
+        length = int(head[0])
+        if length <= PLAN_HEAD_INTS:
+            return head[:length]
+        plan = np.empty(length, dtype=np.int32)
+        plan[:PLAN_HEAD_INTS] = head
+        self._wait(self._plans.Ibcast(plan[PLAN_HEAD_INTS:], root=0))
+        return plan
+
+    def send_tokens(self, slot: int, tokens: list[int]) -> None:
+        while self._sampled and self._sampled[0][0].Test():
+            self._sampled.popleft()
+        buffer = np.array(tokens, dtype=np.int32)
+        self._sampled.append((self._tokens.Isend(buffer, dest=0, tag=slot), buffer))
+
+    def receive_tokens(self, slot: int, count: int) -> np.ndarray:
+        tokens = np.empty(count, dtype=np.int32)
+        # The sampler is the only rank that sends on this communicator.
+        self._wait(self._tokens.Irecv(tokens, source=MPI.ANY_SOURCE, tag=slot))
+        return tokens
+
+    def agree_min(self, value: int) -> int:
+        smallest = np.array([value], dtype=np.int64)
+        self._plans.Allreduce(MPI.IN_PLACE, smallest, MPI.MIN)
+        return int(smallest[0])
+
+    def barrier(self) -> None:
+        self._plans.Barrier()
+
+    def close(self) -> None:
+        self._plans.Barrier()
+        MPI.Finalize()
+
+    def _wait(self, request: MPI.Request) -> None:
+        """Tests without pause for the length of a short gap between steps, then with growing naps: a world at
+        rest costs next to nothing, and wakes within a millisecond."""
+        asleep_from = time.perf_counter() + _SPIN_S
+        nap_s = _SLEEP_MIN_S
+        while not request.Test():
+            if time.perf_counter() < asleep_from:
+                if self._crowded:
+                    os.sched_yield()
+            else:
+                time.sleep(nap_s)
+                nap_s = min(nap_s * 1.5, _SLEEP_MAX_S)

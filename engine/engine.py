@@ -1,0 +1,130 @@
+"""Builds what a rank runs: its stage with weights and cache, and at rank 0 the scheduler.
+
+Called by `engine.rank`, and by world tests that drive a world without processes around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.execution.batch import SequenceTable
+from engine.execution.kv_cache import BLOCK_SIZE, DEFAULT_MEMORY_SHARE, KVCache, block_bytes, free_memory_bytes
+from engine.execution.stage import StageRunner
+from engine.models.config import ModelConfig
+from engine.models.decoder import DecoderStage
+from engine.models.sharding import shard_world
+from engine.models.weights import load_stage_weights
+from engine.scheduling.kv_blocks import BlockPool
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.world import World
+
+_CUDA_MEMORY_SHARE = 0.9
+
+
+class ConfigurationError(Exception):
+    """The world cannot run as it was asked to; no relaunch would help. The text names the flag and the fix."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the user asked of the engine. Zero means the default."""
+
+    model_dir: Path
+    shard_cache: Path
+    dtype: str = "auto"
+    max_model_len: int = 0
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    kv_cache_bytes: int = 0
+    """Memory of the KV cache on each rank."""
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1:
+            raise ConfigurationError(f"--max-num-seqs {self.max_num_seqs} is too small; it must be 1 or more")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigurationError(
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs "
+                f"{self.max_num_seqs}; a step must have room for one token of every sequence"
+            )
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One rank's part of the engine."""
+
+    config: ModelConfig
+    runner: StageRunner
+    limits: SchedulerLimits
+    num_blocks: int
+    """KV blocks of the world: what the rank with the least room has."""
+
+    def new_scheduler(self, num_slots: int) -> Scheduler:
+        """Rank 0's scheduler over the world's blocks."""
+        return Scheduler(BlockPool(self.num_blocks, BLOCK_SIZE), self.limits, num_slots)
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        return self.num_blocks * BLOCK_SIZE
+
+
+def build_engine(
+    world: World, settings: EngineSettings, device: torch.device, on_load: Callable[[int, int], None]
+) -> Engine:
+    """Loads this rank's shard and reserves its cache. Every rank calls it; raises ConfigurationError or
+    ModelError. `on_load(done_bytes, total_bytes)` is called as weights come in."""
+    config = ModelConfig.from_folder(settings.model_dir)
+    at = world.at
+    shapes = shard_world(config, at.tp, at.pp)
+    shape = shapes[at.pp_rank][at.tp_rank]
+    dtype = getattr(torch, config.dtype if settings.dtype == "auto" else settings.dtype)
+    max_model_len = settings.max_model_len or config.max_model_len
+    if max_model_len > config.max_model_len:
+        raise ConfigurationError(
+            f"--max-model-len {max_model_len} is beyond the model's own length of {config.max_model_len}"
+        )
+    limits = SchedulerLimits(max_model_len, settings.max_num_seqs, settings.max_num_batched_tokens)
+    # Before the weights are there, so that every rank of a host sees the same amount.
+    num_blocks = world.control.agree_min(
+        _num_blocks(
+            settings,
+            limits,
+            block_bytes(len(shape.layers), len(shape.kv_heads), config.head_dim, dtype),
+            device,
+            world.local_size,
+        )
+    )
+    weights = load_stage_weights(
+        settings.model_dir, config, shape, at.tp_rank, at.tp, at.pp_rank, at.pp, dtype, settings.shard_cache, on_load
+    )
+    if device.type != "cpu":
+        weights = {name: tensor.to(device) for name, tensor in weights.items()}
+    stage = DecoderStage(config, shape, weights, world.tensor_group, max_model_len)
+    cache = KVCache(shape.layers, num_blocks, len(shape.kv_heads), config.head_dim, dtype, device)
+    table = SequenceTable(limits.max_num_seqs, max_model_len, BLOCK_SIZE, device)
+    widths = [len(other.vocab) for other in shapes[at.pp_rank]]
+    return Engine(
+        config, StageRunner(world, stage, cache, table, config.hidden_size, widths), limits, num_blocks
+    )
+
+
+def _num_blocks(
+    settings: EngineSettings, limits: SchedulerLimits, bytes_per_block: int, device: torch.device, local_size: int
+) -> int:
+    if settings.kv_cache_bytes:
+        budget = settings.kv_cache_bytes
+    elif device.type == "cuda":
+        budget = int(free_memory_bytes(device) * _CUDA_MEMORY_SHARE)
+    else:
+        budget = int(free_memory_bytes(device) * DEFAULT_MEMORY_SHARE / local_size)
+    affordable = budget // bytes_per_block
+    if affordable < 1:
+        raise ConfigurationError(
+            f"--kv-cache-memory {budget} bytes holds no block of {BLOCK_SIZE} tokens, which takes {bytes_per_block}"
+        )
+    # More than every sequence at full length is never used.
+    useful = limits.max_num_seqs * -(-limits.max_model_len // BLOCK_SIZE)
+    return min(affordable, useful)

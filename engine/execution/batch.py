@@ -1,0 +1,164 @@
+"""From a plan to the tensors of one step. Every rank keeps the same table of sequences and builds the same batch.
+
+The stage runner calls `SequenceTable.apply` once a plan. Layers read the result; nothing here is rank-specific.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.plan import SequenceParams, StepPlan
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Decode rows of similar context length, attended to together."""
+
+    rows: slice | torch.Tensor
+    """Which rows of the batch: int64 `[num_rows]`, or a slice when that is all of them in order."""
+    slots: torch.Tensor
+    """`[num_rows * max_context]` int64: where each context token lies in the cache; padding points at slot 0."""
+    mask: torch.Tensor
+    """`[num_rows, 1, 1, max_context]` bool: true where a context token is."""
+
+
+@dataclass(frozen=True)
+class ChunkContext:
+    """One chunk of a prompt: rows `begin:end` of the batch attend to `start` earlier tokens and causally to
+    themselves."""
+
+    begin: int
+    end: int
+    start: int
+    slots: torch.Tensor | None
+    """`[start + end - begin]` int64 cache slots of the whole context; None when there is nothing before."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one step, decode rows first, then the chunks one after another."""
+
+    token_ids: torch.Tensor
+    """`[num_tokens]` int64."""
+    positions: torch.Tensor
+    """`[num_tokens]` int64."""
+    slots: torch.Tensor
+    """`[num_tokens]` int64: where each token's keys and values are written."""
+    decode_groups: list[DecodeGroup]
+    chunks: list[ChunkContext]
+    sampling_rows: torch.Tensor
+    """`[num_sampled]` int64: rows whose logits are needed."""
+    sampling_params: list[SequenceParams]
+    sampling_positions: list[int]
+    """Absolute position of each token that will be drawn."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+
+class SequenceTable:
+    """Block tables, lengths and parameters of the running sequences, by handle."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._blocks = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
+        self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
+        self._num_computed = np.zeros(max_num_seqs, dtype=np.int64)
+        self._params: dict[int, SequenceParams] = {}
+        self._offsets = np.arange(block_size, dtype=np.int64)
+
+    def apply(self, plan: StepPlan) -> Batch:
+        """Brings the table up to the plan and builds its batch."""
+        for handle in plan.released:
+            self._num_blocks[handle] = 0
+            self._num_computed[handle] = 0
+            self._params.pop(handle, None)
+        for handle, params in plan.admitted:
+            self._params[handle] = params
+        for row, block in plan.decode_blocks:
+            self._append_blocks(plan.decode_handles[row], [block])
+
+        token_ids = list(plan.decode_tokens)
+        handles = np.array(plan.decode_handles, dtype=np.int64)
+        decode_positions = self._num_computed[handles]
+        positions = [decode_positions]
+        blocks = self._blocks[handles, decode_positions // self._block_size]
+        slots = [blocks * self._block_size + decode_positions % self._block_size]
+        groups = self._decode_groups(handles, decode_positions + 1)
+        self._num_computed[handles] = decode_positions + 1
+
+        chunks = []
+        sampling_rows = list(range(len(handles)))
+        sampling_positions = (decode_positions + 1).tolist()
+        for chunk in plan.chunks:
+            self._append_blocks(chunk.handle, chunk.new_blocks)
+            begin = len(token_ids)
+            token_ids += chunk.token_ids
+            end, stop = len(token_ids), chunk.start + len(chunk.token_ids)
+            context = self._context_slots(chunk.handle, stop)
+            positions.append(np.arange(chunk.start, stop))
+            slots.append(context[chunk.start :])
+            earlier = self._tensor(context) if chunk.start else None
+            chunks.append(ChunkContext(begin, end, chunk.start, earlier))
+            self._num_computed[chunk.handle] = stop
+            if chunk.samples:
+                sampling_rows.append(end - 1)
+                sampling_positions.append(stop)
+        return Batch(
+            token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
+            positions=self._tensor(np.concatenate(positions)),
+            slots=self._tensor(np.concatenate(slots)),
+            decode_groups=groups,
+            chunks=chunks,
+            sampling_rows=self._tensor(np.array(sampling_rows, dtype=np.int64)),
+            sampling_params=[self._params[handle] for handle in plan.sampling_handles],
+            sampling_positions=sampling_positions,
+        )
+
+    def _decode_groups(self, handles: np.ndarray, lengths: np.ndarray) -> list[DecodeGroup]:
+        """Rows sorted by length, cut wherever padding to the longest would more than double the work."""
+        if not len(handles):
+            return []
+        order = np.argsort(lengths, kind="stable")
+        cuts = [0]
+        for index in range(1, len(order)):
+            if lengths[order[index]] > 2 * lengths[order[cuts[-1]]] + 64:
+                cuts.append(index)
+        cuts.append(len(order))
+        groups = []
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            rows = np.sort(order[first:last])
+            group_lengths = lengths[rows]
+            longest = int(group_lengths.max())
+            num_blocks = -(-longest // self._block_size)
+            blocks = self._blocks[handles[rows], :num_blocks]
+            slots = (blocks[:, :, None] * self._block_size + self._offsets).reshape(len(rows), -1)[:, :longest]
+            mask = np.arange(longest) < group_lengths[:, None]
+            # Padding reads slot 0, which exists and is masked out.
+            slots = np.where(mask, slots, 0)
+            groups.append(
+                DecodeGroup(
+                    rows=slice(0, len(rows)) if len(rows) == len(handles) else self._tensor(rows),
+                    slots=self._tensor(slots.reshape(-1)),
+                    mask=self._tensor(mask).view(len(rows), 1, 1, longest),
+                )
+            )
+        return groups
+
+    def _context_slots(self, handle: int, length: int) -> np.ndarray:
+        num_blocks = -(-length // self._block_size)
+        blocks = self._blocks[handle, :num_blocks]
+        return (blocks[:, None] * self._block_size + self._offsets).reshape(-1)[:length]
+
+    def _append_blocks(self, handle: int, blocks: list[int]) -> None:
+        held = self._num_blocks[handle]
+        self._blocks[handle, held : held + len(blocks)] = blocks
+        self._num_blocks[handle] = held + len(blocks)
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)

@@ -1,0 +1,346 @@
+"""How a model is cut: which rank of a world holds which layers, heads, columns and rows of every weight.
+
+The one place that says so. The loader, the shard cache, uneven splits and (later) quantized formats read the
+table below; nothing else slices a weight. Imports no torch and reads no file.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate, pairwise
+
+from engine.models.config import ModelConfig
+from engine.models.errors import ShardingError
+
+_ALIGNMENT = 16
+"""Columns and rows are handed out in multiples of this: a tile of AMX, or two registers of AVX-512."""
+
+
+# --------------------------------------------------------------------------- what one rank holds
+
+
+@dataclass(frozen=True)
+class RankShape:
+    """What one rank holds. All ranges are positions in the whole model."""
+
+    layers: range
+    q_heads: range
+    kv_heads: range
+    """The KV heads that `q_heads` touches; neighbours hold the same one where its group spans both."""
+    q_to_kv: tuple[int, ...]
+    """For each local query head the local index of its KV head."""
+    mlp_columns: range
+    vocab: range
+    has_embedding: bool
+    has_head: bool
+
+    @property
+    def num_q_heads(self) -> int:
+        return len(self.q_heads)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return len(self.kv_heads)
+
+
+def shard_world(config: ModelConfig, tp: int, pp: int) -> list[list[RankShape]]:
+    """The shape of every rank, as [pp_rank][tp_rank].
+
+    Raises ShardingError that names --tp or --pp and the largest value that is allowed.
+    """
+    if not 1 <= tp <= config.num_heads:
+        raise ShardingError(
+            f"--tp {tp} is not possible: the model has {config.num_heads} query heads, "
+            f"so --tp may be 1 to {config.num_heads}"
+        )
+    if not 1 <= pp <= config.num_layers:
+        raise ShardingError(
+            f"--pp {pp} is not possible: the model has {config.num_layers} layers, "
+            f"so --pp may be 1 to {config.num_layers}"
+        )
+    heads = _cut_evenly(config.num_heads, tp, 1)
+    columns = _cut_columns(config, heads)
+    vocab = _cut_evenly(config.vocab_size, tp, _alignment(config.vocab_size, tp))
+    return [
+        [
+            RankShape(
+                layers=layers,
+                q_heads=heads[tp_rank],
+                kv_heads=_touched_kv_heads(config, heads[tp_rank]),
+                q_to_kv=_q_to_kv(config, heads[tp_rank]),
+                mlp_columns=columns[tp_rank],
+                vocab=vocab[tp_rank],
+                has_embedding=pp_rank == 0,
+                has_head=pp_rank == pp - 1,
+            )
+            for tp_rank in range(tp)
+        ]
+        for pp_rank, layers in enumerate(_cut_layers(config, pp))
+    ]
+
+
+def _alignment(size: int, parts: int) -> int:
+    """The largest power of two up to 16 that still leaves every part something."""
+    unit = _ALIGNMENT
+    while unit > 1 and -(-size // unit) < parts:
+        unit //= 2
+    return unit
+
+
+def _cut_evenly(size: int, parts: int, unit: int) -> list[range]:
+    """Contiguous ranges in multiples of `unit`, longer ones first; the last one takes what is left."""
+    units, extra = divmod(-(-size // unit), parts)
+    ends = accumulate(units + (part < extra) for part in range(parts))
+    return _ranges([min(end * unit, size) for end in ends])
+
+
+def _ranges(ends: list[int]) -> list[range]:
+    return [range(start, end) for start, end in pairwise([0, *ends])]
+
+
+def _touched_kv_heads(config: ModelConfig, heads: range) -> range:
+    group = config.num_heads // config.num_kv_heads
+    return range(heads[0] // group, heads[-1] // group + 1)
+
+
+def _q_to_kv(config: ModelConfig, heads: range) -> tuple[int, ...]:
+    group = config.num_heads // config.num_kv_heads
+    first = heads[0] // group
+    return tuple(head // group - first for head in heads)
+
+
+def _cut_columns(config: ModelConfig, heads: list[range]) -> list[range]:
+    """Deals out the MLP's columns so that attention and MLP together are even over the ranks.
+
+    Work is counted in weight elements of a layer: that is what a rank reads, and twice that is what it
+    computes, for every token.
+    """
+    unit = _ALIGNMENT
+    while unit > 1 and (config.intermediate_size % unit or config.intermediate_size // unit < len(heads)):
+        unit //= 2
+    unit_work = 3 * unit * config.hidden_size
+    units = [0] * len(heads)
+    queue = [(attention_work(config, part), rank) for rank, part in enumerate(heads)]
+    heapq.heapify(queue)
+    for _ in range(config.intermediate_size // unit):
+        work, rank = queue[0]
+        units[rank] += 1
+        heapq.heapreplace(queue, (work + unit_work, rank))
+    return _ranges([end * unit for end in accumulate(units)])
+
+
+def attention_work(config: ModelConfig, heads: range) -> int:
+    """Weight elements of one layer's attention for a range of query heads, repeated KV heads included."""
+    kv_heads = len(_touched_kv_heads(config, heads))
+    return (2 * len(heads) + 2 * kv_heads) * config.head_dim * config.hidden_size
+
+
+def layer_work(config: ModelConfig) -> int:
+    """Weight elements of one whole layer."""
+    attention = attention_work(config, range(config.num_heads))
+    return attention + 3 * config.intermediate_size * config.hidden_size
+
+
+def _cut_layers(config: ModelConfig, pp: int) -> list[range]:
+    """Cuts the layers into stages so that the most expensive stage is as cheap as it can be.
+
+    The embedding is a lookup of one row a token; the head is read whole for each step, and weighs with the
+    last stage. Among equally good cuts the one with the most even stages is taken.
+    """
+    layer = layer_work(config)
+    head = config.vocab_size * config.hidden_size
+    embedding = config.hidden_size
+    if pp == 1:
+        return [range(config.num_layers)]
+    best: tuple[int, int, list[int]] | None = None
+    for last in range(1, config.num_layers - pp + 2):
+        units, extra = divmod(config.num_layers - last, pp - 1)
+        # All layers cost the same, so the stages before the last differ by one layer at most; the first
+        # one carries the embedding and is not among the longer ones.
+        counts = [units + (stage >= pp - 1 - extra) for stage in range(pp - 1)] + [last]
+        costs = [count * layer for count in counts]
+        costs[0] += embedding
+        costs[-1] += head
+        candidate = (max(costs), sum(cost * cost for cost in costs), counts)
+        if best is None or candidate < best:
+            best = candidate
+    assert best is not None  # pp <= num_layers, so that the loop runs at least once
+    return _ranges(list(accumulate(best[2])))
+
+
+# --------------------------------------------------------------------------- the table of weights
+
+
+class Cut(Enum):
+    """By which of a rank's ranges a source tensor is cut along the rule's axis."""
+
+    WHOLE = "whole"
+    VOCAB = "vocab"
+    Q_HEADS = "q_heads"
+    KV_HEADS = "kv_heads"
+    MLP_COLUMNS = "mlp_columns"
+
+
+class Place(Enum):
+    """Where a tensor lives in the pipeline."""
+
+    EMBEDDING = "embedding"
+    LAYER = "layer"
+    HEAD = "head"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of the model's files, under its Hugging Face name; `{layer}` is the layer's number."""
+
+    name: str
+    cut: Cut
+    shape: tuple[str, ...]
+    """Its whole shape, in names that `_size` knows."""
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """How one local tensor is made: the slices of its sources, one after the other along axis 0."""
+
+    local_name: str
+    place: Place
+    axis: int
+    """The axis that `Cut` cuts. With several sources it is 0, the axis along which they are fused."""
+    sources: tuple[Source, ...]
+    on_first_rank_only: bool = False
+    """Only tp_rank 0 holds it: what is added after the ranks' partial sums may be added once only."""
+
+
+@dataclass(frozen=True)
+class SourceSlice:
+    """A piece of a source tensor: [start, stop) along `axis`."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole source tensor."""
+    axis: int
+    start: int
+    stop: int
+
+    @property
+    def sliced_shape(self) -> tuple[int, ...]:
+        return (*self.shape[: self.axis], self.stop - self.start, *self.shape[self.axis + 1 :])
+
+
+@dataclass(frozen=True)
+class LocalTensor:
+    """A tensor of one rank, and the slices it is made of in their order along axis 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    slices: tuple[SourceSlice, ...]
+
+
+def tensor_rules(config: ModelConfig) -> tuple[TensorRule, ...]:
+    """The table for the Llama family: every weight that the decoder reads, whatever the world's shape."""
+    attention, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
+
+    def qkv(kind: str, *tail: str) -> tuple[Source, ...]:
+        return (
+            Source(f"{attention}q_proj.{kind}", Cut.Q_HEADS, ("q", *tail)),
+            Source(f"{attention}k_proj.{kind}", Cut.KV_HEADS, ("kv", *tail)),
+            Source(f"{attention}v_proj.{kind}", Cut.KV_HEADS, ("kv", *tail)),
+        )
+
+    def gate_up(kind: str, *tail: str) -> tuple[Source, ...]:
+        return (
+            Source(f"{mlp}gate_proj.{kind}", Cut.MLP_COLUMNS, ("columns", *tail)),
+            Source(f"{mlp}up_proj.{kind}", Cut.MLP_COLUMNS, ("columns", *tail)),
+        )
+
+    def whole(name: str) -> tuple[Source, ...]:
+        return (Source(name, Cut.WHOLE, ("hidden",)),)
+
+    table = ("vocab", "hidden")
+    embedding = Source("model.embed_tokens.weight", Cut.VOCAB, table)
+    head = embedding if config.tie_word_embeddings else Source("lm_head.weight", Cut.VOCAB, table)
+    output = Source(f"{attention}o_proj.weight", Cut.Q_HEADS, ("hidden", "q"))
+    down = Source(f"{mlp}down_proj.weight", Cut.MLP_COLUMNS, ("hidden", "columns"))
+    layer = "layers.{layer}."
+    rules = [
+        TensorRule("embed.weight", Place.EMBEDDING, 0, (embedding,)),
+        TensorRule(
+            f"{layer}attention_norm.weight",
+            Place.LAYER,
+            0,
+            whole("model.layers.{layer}.input_layernorm.weight"),
+        ),
+        TensorRule(f"{layer}qkv.weight", Place.LAYER, 0, qkv("weight", "hidden")),
+        TensorRule(f"{layer}output.weight", Place.LAYER, 1, (output,)),
+        TensorRule(
+            f"{layer}mlp_norm.weight",
+            Place.LAYER,
+            0,
+            whole("model.layers.{layer}.post_attention_layernorm.weight"),
+        ),
+        TensorRule(f"{layer}gate_up.weight", Place.LAYER, 0, gate_up("weight", "hidden")),
+        TensorRule(f"{layer}down.weight", Place.LAYER, 1, (down,)),
+        TensorRule("norm.weight", Place.HEAD, 0, whole("model.norm.weight")),
+        TensorRule("head.weight", Place.HEAD, 0, (head,)),
+    ]
+    if config.attention_bias:
+        rules.append(TensorRule(f"{layer}qkv.bias", Place.LAYER, 0, qkv("bias")))
+    if config.attention_output_bias:
+        rules.append(
+            TensorRule(f"{layer}output.bias", Place.LAYER, 0, whole(f"{attention}o_proj.bias"), True),
+        )
+    if config.mlp_bias:
+        rules.append(TensorRule(f"{layer}gate_up.bias", Place.LAYER, 0, gate_up("bias")))
+        rules.append(TensorRule(f"{layer}down.bias", Place.LAYER, 0, whole(f"{mlp}down_proj.bias"), True))
+    return tuple(rules)
+
+
+def local_tensors(config: ModelConfig, shape: RankShape, tp_rank: int) -> list[LocalTensor]:
+    """Every tensor that a rank holds, in the order in which the decoder reads them.
+
+    A tied head is listed as "head.weight", with the very slices of the embedding, also where the rank holds
+    the embedding: who stores tensors may store one of the two.
+    """
+    rules = [rule for rule in tensor_rules(config) if tp_rank == 0 or not rule.on_first_rank_only]
+    tensors: list[LocalTensor] = []
+    if shape.has_embedding:
+        tensors += [_local(config, shape, rule, None) for rule in rules if rule.place is Place.EMBEDDING]
+    for layer in shape.layers:
+        tensors += [_local(config, shape, rule, layer) for rule in rules if rule.place is Place.LAYER]
+    if shape.has_head:
+        tensors += [_local(config, shape, rule, None) for rule in rules if rule.place is Place.HEAD]
+    return tensors
+
+
+def _local(config: ModelConfig, shape: RankShape, rule: TensorRule, layer: int | None) -> LocalTensor:
+    slices = tuple(_slice(config, shape, source, rule.axis, layer) for source in rule.sources)
+    first = slices[0].sliced_shape
+    rows = sum(piece.sliced_shape[0] for piece in slices)
+    return LocalTensor(rule.local_name.format(layer=layer), (rows, *first[1:]), slices)
+
+
+def _slice(
+    config: ModelConfig, shape: RankShape, source: Source, axis: int, layer: int | None
+) -> SourceSlice:
+    whole = tuple(_size(config, name) for name in source.shape)
+    kept, width = {
+        Cut.WHOLE: (range(whole[axis]), 1),
+        Cut.VOCAB: (shape.vocab, 1),
+        Cut.Q_HEADS: (shape.q_heads, config.head_dim),
+        Cut.KV_HEADS: (shape.kv_heads, config.head_dim),
+        Cut.MLP_COLUMNS: (shape.mlp_columns, 1),
+    }[source.cut]
+    return SourceSlice(source.name.format(layer=layer), whole, axis, kept.start * width, kept.stop * width)
+
+
+def _size(config: ModelConfig, name: str) -> int:
+    return {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "q": config.num_heads * config.head_dim,
+        "kv": config.num_kv_heads * config.head_dim,
+        "columns": config.intermediate_size,
+    }[name]

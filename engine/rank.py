@@ -1,0 +1,245 @@
+"""Entry point of a rank: join the world, load the stage, run the step loop.
+
+Started by a guard (`launcher.guard`) or by `mpirun -np N python -m engine.rank ...` itself. The only module of
+the engine that knows the gateway and the progress page. Exit code 78 means that no relaunch can help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from launcher.watch import Phase, ProgressPage, die_with_parent
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+    from engine.scheduling.scheduler import NewToken
+    from engine.scheduling.sequence import Sequence
+    from engine.step_loop import Key, Status
+    from engine.world import World
+    from gateway.rank0 import Rank0Gateway
+
+EX_CONFIG = 78
+"""sysexits.h: the configuration is wrong, trying again is useless."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = _parse(argv)
+    page_path = os.environ.get("PHALANX_PROGRESS_PAGE")
+    if page_path:
+        die_with_parent()
+    page = ProgressPage.open(Path(page_path) if page_path else None)
+    try:
+        _run(arguments, page)
+    except BaseException as error:
+        _die(error)
+
+
+def _run(arguments: argparse.Namespace, page: ProgressPage) -> None:
+    page.enter(Phase.IMPORTING)
+    import torch
+
+    from engine.collectives.mpi import join_world
+    from engine.engine import EngineSettings, build_engine
+    from engine.step_loop import Leader, follow
+
+    cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+    page.enter(Phase.JOINING)
+    world = join_world(arguments.tp, arguments.pp, cuda)
+    torch.set_num_threads(arguments.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    page.enter(Phase.LOADING)
+    settings = EngineSettings(
+        model_dir=arguments.model,
+        shard_cache=arguments.shard_cache,
+        dtype=arguments.dtype,
+        max_model_len=arguments.max_model_len,
+        max_num_seqs=arguments.max_num_seqs,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+        kv_cache_bytes=arguments.kv_cache_memory,
+    )
+    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+    engine = build_engine(world, settings, device, page.load)
+    world.control.barrier()
+    sign = _PageSign(page)
+    if world.at.rank != 0:
+        # The stop plan ends this rank; until it comes, rank 0 may still need it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        follow(world, engine.runner, sign)
+    else:
+        gateway = _open_gateway(arguments, world, engine)
+        leader = Leader(world, engine.new_scheduler(world.at.pp), engine.runner, _GatewayPort(gateway, engine), sign)
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            leader.stop()
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        page.serve_at(gateway.endpoint)
+        if not os.environ.get("PHALANX_PROGRESS_PAGE"):
+            print(f"ready  zmq {gateway.endpoint}  world {arguments.epoch} (tp {world.at.tp}, pp {world.at.pp})", flush=True)
+        leader.run()
+        gateway.close()
+    page.enter(Phase.STOPPING)
+    world.control.close()
+
+
+def _open_gateway(arguments: argparse.Namespace, world: World, engine: Engine) -> Rank0Gateway:
+    from gateway.protocol import Limits
+    from gateway.rank0 import Rank0Gateway
+
+    return Rank0Gateway(
+        arguments.gateway,
+        arguments.epoch,
+        arguments.served_model_name or arguments.model.name,
+        world.at.tp,
+        world.at.pp,
+        Limits(
+            max_model_len=engine.limits.max_model_len,
+            kv_cache_tokens=engine.kv_cache_tokens,
+            max_num_seqs=engine.limits.max_num_seqs,
+            vocab_size=engine.config.vocab_size,
+        ),
+        list(engine.config.eos_token_ids),
+    )
+
+
+class _PageSign:
+    """Shows the step loop's progress on the page that the guard reads."""
+
+    def __init__(self, page: ProgressPage) -> None:
+        self._page = page
+
+    def idle(self) -> None:
+        self._page.enter(Phase.IDLE)
+
+    def stepping(self, step: int) -> None:
+        self._page.step(step)
+
+
+class _GatewayPort:
+    """The step loop's requests, from and to the gateway."""
+
+    def __init__(self, gateway: Rank0Gateway, engine: Engine) -> None:
+        self._gateway = gateway
+        self._end_token_ids = frozenset(engine.config.eos_token_ids)
+        self._of_client: dict[bytes, set[str]] = {}
+
+    def receive(self, timeout_s: float) -> tuple[list[Sequence], list[Key]]:
+        from engine.plan import SequenceParams
+        from engine.scheduling.sequence import Sequence
+        from gateway.protocol import Submit
+
+        arrivals: list[Sequence] = []
+        cancelled: list[Key] = []
+        for client in self._gateway.lost_clients():
+            cancelled += [(client, request_id) for request_id in self._of_client.pop(client, ())]
+        for client, message in self._gateway.receive(timeout_s):
+            key = (client, message.request_id)
+            if not isinstance(message, Submit):
+                cancelled.append(key)
+                continue
+            params = message.params
+            self._of_client.setdefault(client, set()).add(message.request_id)
+            arrivals.append(
+                Sequence(
+                    key=key,
+                    tokens=[*message.prompt_token_ids, *message.output_token_ids],
+                    num_prompt_tokens=len(message.prompt_token_ids),
+                    max_tokens=params.max_tokens,
+                    end_token_ids=frozenset() if params.ignore_eos else self._end_token_ids,
+                    stop_token_ids=frozenset(params.stop_token_ids),
+                    params=SequenceParams(params.temperature, params.top_p, params.top_k, params.seed, params.choice),
+                )
+            )
+        return arrivals, cancelled
+
+    def send(self, step: int, tokens: list[NewToken]) -> None:
+        from gateway.protocol import Output
+
+        outputs = []
+        for token in tokens:
+            client, request_id = token.key
+            if token.finish_reason is not None:
+                self._of_client.get(client, set()).discard(request_id)
+            token_ids = [] if token.token_id is None else [token.token_id]
+            outputs.append(
+                (client, Output(request_id, token.position, token_ids, token.finish_reason, token.stop_token_id))
+            )
+        self._gateway.send_tokens(step, outputs)
+
+    def refuse(self, key: Key, message: str) -> None:
+        self._of_client.get(key[0], set()).discard(key[1])
+        self._gateway.send_failed(key[0], key[1], "invalid_request", message)
+
+    def report(self, status: Status) -> None:
+        self._gateway.send_stats(
+            step=status.step,
+            num_running=status.num_running,
+            num_waiting=status.num_waiting,
+            kv_blocks_used=status.kv_blocks_used,
+            kv_blocks_total=status.kv_blocks_total,
+            num_preemptions=status.num_preemptions,
+            prompt_tokens=status.prompt_tokens,
+            generation_tokens=status.generation_tokens,
+        )
+
+
+def _die(error: BaseException) -> None:
+    """Ends this rank at once and without MPI_Finalize, which would wait for ranks that never come."""
+    code = 1
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+    elif _is_configuration(error):
+        print(f"phalanx: error: {error}", file=sys.stderr)
+        code = EX_CONFIG
+    else:
+        traceback.print_exception(error)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _is_configuration(error: BaseException) -> bool:
+    from engine.collectives.mpi import WorldShapeError
+    from engine.engine import ConfigurationError
+    from engine.models.errors import ModelError, ShardingError
+    from gateway.errors import EndpointError
+
+    return isinstance(error, WorldShapeError | ConfigurationError | ModelError | ShardingError | EndpointError)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    cache = Path(os.environ.get("PHALANX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phalanx")
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.rank",
+        description="One rank of a world. Start tp * pp of them with mpirun; rank 0 then serves ZeroMQ clients.",
+    )
+    parser.add_argument("--model", type=Path, required=True, help="model folder in Hugging Face format")
+    parser.add_argument("--served-model-name", default="", help="name that clients see (default: the folder's)")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of each stage")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="type of weights and activations")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where ranks compute")
+    parser.add_argument("--threads", type=int, default=0, help="compute threads of this rank (default: cores / ranks of the host)")
+    parser.add_argument("--max-model-len", type=int, default=0, help="tokens of prompt and output (default: the model's)")
+    parser.add_argument("--max-num-seqs", type=int, default=0, help="sequences that run at the same time (default: 64)")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=0, help="tokens of one step (default: 1024)")
+    parser.add_argument("--kv-cache-memory", type=int, default=0, help="bytes of KV cache on each rank (default: 40 %% of the free memory of the host, divided by its ranks)")
+    parser.add_argument("--shard-cache", type=Path, default=cache / "shards", help="where cut weights are kept")
+    parser.add_argument("--gateway", default="tcp://127.0.0.1:5555", help="ZeroMQ endpoint of rank 0")
+    parser.add_argument("--epoch", type=int, default=1, help="number of this world")
+    arguments = parser.parse_args(argv)
+    arguments.max_num_seqs = arguments.max_num_seqs or 64
+    arguments.max_num_batched_tokens = arguments.max_num_batched_tokens or 1024
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""Continuous batching with chunked prefill, over `pp` pipeline slots.
+
+The step loop of rank 0 calls `schedule` and `complete` in turn for each slot. A sequence lives in one slot; what
+the slot's last plan computed is complete before its next one is made.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+from engine.plan import Chunk, StepPlan
+from engine.scheduling.kv_blocks import BlockPool
+from engine.scheduling.sequence import Sequence
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    max_model_len: int
+    max_num_seqs: int
+    """Sequences that run at the same time, over all slots."""
+    max_num_batched_tokens: int
+    """Tokens that one step computes at most."""
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """What a step brought for one sequence."""
+
+    key: tuple[bytes, str]
+    position: int
+    """Index of the token among the sequence's output tokens."""
+    token_id: int | None
+    """None when the sequence was cancelled."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+class Refused(Exception):
+    """A request that this world can never serve. The text is for its sender."""
+
+
+class Scheduler:
+    """Owns all sequences of the world and the block pool."""
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits, num_slots: int) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[list[Sequence]] = [[] for _ in range(num_slots)]
+        self.num_preemptions = 0
+        self._by_key: dict[tuple[bytes, str], Sequence] = {}
+        self._free_handles = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._released: list[int] = []
+        """Handles to release in the next plan; they may be given out again in that same plan."""
+        self._in_flight: list[list[Sequence]] = [[] for _ in range(num_slots)]
+        """Sequences of the slot's outstanding plan that sample, in the order of their tokens."""
+        self._busy: list[bool] = [False] * num_slots
+        self._steps = count(1)
+        self._arrivals = count()
+
+    # ------------------------------------------------------------------ requests
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence in line. Raises Refused if it cannot ever be served."""
+        if sequence.key in self._by_key:
+            raise Refused(f"request id {sequence.key[1]!r} is already running on this connection")
+        total = sequence.num_prompt_tokens + sequence.max_tokens
+        if sequence.num_prompt_tokens == 0:
+            raise Refused("the prompt is empty; at least one token is needed")
+        if total > self.limits.max_model_len:
+            raise Refused(
+                f"prompt of {sequence.num_prompt_tokens} tokens plus max_tokens {sequence.max_tokens} is {total}, "
+                f"but the model's length is {self.limits.max_model_len}"
+            )
+        capacity = self.pool.num_blocks * self.pool.block_size
+        if total > capacity:
+            raise Refused(
+                f"prompt of {sequence.num_prompt_tokens} tokens plus max_tokens {sequence.max_tokens} is {total}, "
+                f"but the KV cache holds {capacity} tokens; raise --kv-cache-memory or ask for less"
+            )
+        sequence.arrival = next(self._arrivals)
+        self._by_key[sequence.key] = sequence
+        self.waiting.append(sequence)
+
+    def cancel(self, key: tuple[bytes, str]) -> NewToken | None:
+        """Ends a sequence now, or when its step is complete. The answer is None if that comes later with
+        `complete`, or if there is no such sequence (it may have finished a moment ago)."""
+        sequence = self._by_key.get(key)
+        if sequence is None or sequence.cancelled:
+            return None
+        sequence.cancelled = True
+        if sequence.handle is not None and self._busy[sequence.slot]:
+            return None
+        return self._end_cancelled(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_key)
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(sequences) for sequences in self.running)
+
+    def keys_of(self, client: bytes) -> list[tuple[bytes, str]]:
+        """Every request of one client."""
+        return [key for key in self._by_key if key[0] == client]
+
+    # ------------------------------------------------------------------ steps
+
+    def schedule(self, slot: int) -> StepPlan | None:
+        """The slot's next plan: every decoding sequence, then chunks of prompts, within the token budget.
+
+        None when the slot has nothing to compute. The slot must not be in flight.
+        """
+        assert not self._busy[slot]
+        self._balance(slot)
+        running = self.running[slot]
+        budget = self.limits.max_num_batched_tokens
+
+        planned: list[Sequence] = []
+        decode_blocks: list[tuple[int, int]] = []
+        for sequence in list(running):
+            if sequence.handle is None or not sequence.is_decoding or budget == 0:
+                continue
+            if not self._make_room(sequence, 1, planned):
+                continue
+            if len(sequence.blocks) < self.pool.blocks_for(len(sequence.tokens)):
+                block = self.pool.take(1)[0]
+                sequence.blocks.append(block)
+                decode_blocks.append((len(planned), block))
+            planned.append(sequence)
+            budget -= 1
+        num_decoding = len(planned)
+
+        chunks: list[Chunk] = []
+        for sequence in list(running):
+            if budget == 0:
+                break
+            if sequence.handle is None or sequence.is_decoding:
+                continue
+            length = min(sequence.num_uncomputed, budget)
+            if self._make_room(sequence, length, planned):
+                chunks.append(self._chunk(sequence, length))
+                planned.append(sequence)
+                budget -= length
+
+        admitted = []
+        while budget > 0 and self._may_admit(slot):
+            sequence = self.waiting.popleft()
+            handle = self._free_handles.pop()
+            sequence.handle, sequence.slot = handle, slot
+            running.append(sequence)
+            running.sort(key=lambda s: s.arrival)
+            admitted.append((handle, sequence.params))
+            length = min(sequence.num_uncomputed, budget)
+            chunks.append(self._chunk(sequence, length))
+            planned.append(sequence)
+            budget -= length
+
+        if not planned:
+            return None
+        plan = StepPlan(
+            step=next(self._steps),
+            slot=slot,
+            released=self._released,
+            admitted=admitted,
+            decode_handles=[_handle(sequence) for sequence in planned[:num_decoding]],
+            decode_tokens=[sequence.tokens[-1] for sequence in planned[:num_decoding]],
+            decode_blocks=decode_blocks,
+            chunks=chunks,
+        )
+        self._released = []
+        self._in_flight[slot] = planned[:num_decoding]
+        for sequence in planned[:num_decoding]:
+            sequence.num_computed += 1
+        for sequence, chunk in zip(planned[num_decoding:], chunks, strict=True):
+            sequence.num_computed += len(chunk.token_ids)
+            if chunk.samples:
+                self._in_flight[slot].append(sequence)
+        self._busy[slot] = True
+        return plan
+
+    def complete(self, slot: int, sampled: list[int]) -> Iterator[NewToken]:
+        """Takes the ids that the slot's plan sampled, in the order of `StepPlan.sampling_handles`."""
+        self._busy[slot] = False
+        in_flight, self._in_flight[slot] = self._in_flight[slot], []
+        for sequence, token_id in zip(in_flight, sampled, strict=True):
+            if not sequence.cancelled:
+                yield self._append(sequence, token_id)
+        for sequence in [s for s in self.running[slot] if s.cancelled]:
+            yield self._end_cancelled(sequence)
+
+    def check_idle(self) -> None:
+        """Raises RuntimeError if a world without requests holds blocks or handles."""
+        if self.has_work:
+            return
+        handles = len(self._free_handles)
+        if self.pool.num_used or handles != self.limits.max_num_seqs:
+            raise RuntimeError(
+                f"leak: no request is left, but {self.pool.num_used} KV blocks are held "
+                f"and {handles} of {self.limits.max_num_seqs} handles are free"
+            )
+
+    # ------------------------------------------------------------------ inside
+
+    def _chunk(self, sequence: Sequence, length: int) -> Chunk:
+        start = sequence.num_computed
+        missing = self.pool.blocks_for(start + length) - len(sequence.blocks)
+        new_blocks = self.pool.take(missing)
+        sequence.blocks += new_blocks
+        return Chunk(
+            handle=_handle(sequence),
+            start=start,
+            token_ids=sequence.tokens[start : start + length],
+            new_blocks=new_blocks,
+            samples=start + length == len(sequence.tokens),
+        )
+
+    def _may_admit(self, slot: int) -> bool:
+        if not self.waiting or not self._free_handles:
+            return False
+        # Slots fill evenly: a full one beside an empty one would leave pipeline stages without work.
+        num_slots = len(self.running)
+        share = -(-(self.num_running + len(self.waiting)) // num_slots)
+        if len(self.running[slot]) >= share:
+            return False
+        # The whole of it must fit now, and one block more for each that runs: to admit a sequence only to
+        # preempt it a step later would compute its prompt twice.
+        needed = self.pool.blocks_for(len(self.waiting[0].tokens) + 1)
+        return needed <= self.pool.num_free - self._unallocated() - self.num_running
+
+    def _unallocated(self) -> int:
+        """Blocks that running sequences still need for tokens they already have."""
+        return sum(
+            max(0, self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks))
+            for sequences in self.running
+            for sequence in sequences
+        )
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, planned: list[Sequence]) -> bool:
+        """Frees blocks for the next `num_tokens` of a sequence by preempting younger ones that are not in flight.
+
+        False if that was not enough: the sequence then waits for those in flight to give blocks back, or, if
+        there are none, is preempted itself. The oldest is never preempted, so there is always progress.
+        """
+        needed = self.pool.blocks_for(sequence.num_computed + num_tokens) - len(sequence.blocks)
+        while needed > self.pool.num_free:
+            victims = [
+                other
+                for slot, sequences in enumerate(self.running)
+                if not self._busy[slot]
+                for other in sequences
+                if other.arrival > sequence.arrival and other.blocks and other not in planned
+            ]
+            if victims:
+                self._preempt(max(victims, key=lambda other: other.arrival))
+                continue
+            if not planned and not any(self._busy):
+                self._preempt(sequence)
+            return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes a sequence's blocks; it is computed again from its tokens when there is room."""
+        self._leave(sequence)
+        self.num_preemptions += 1
+        sequence.num_computed = 0
+        index = 0
+        while index < len(self.waiting) and self.waiting[index].arrival < sequence.arrival:
+            index += 1
+        self.waiting.insert(index, sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running[sequence.slot].remove(sequence)
+        self.pool.give_back(sequence.blocks)
+        sequence.blocks = []
+        handle = _handle(sequence)
+        self._released.append(handle)
+        self._free_handles.append(handle)
+        sequence.handle = None
+
+    def _balance(self, slot: int) -> None:
+        """Moves sequences of this slot to one that has at least two fewer."""
+        while True:
+            least = min(range(len(self.running)), key=lambda other: len(self.running[other]))
+            if len(self.running[slot]) - len(self.running[least]) < 2:
+                return
+            sequence = self.running[slot].pop()
+            sequence.slot = least
+            self.running[least].append(sequence)
+            self.running[least].sort(key=lambda s: s.arrival)
+
+    def _append(self, sequence: Sequence, token_id: int) -> NewToken:
+        position = sequence.num_output_tokens
+        sequence.tokens.append(token_id)
+        reason: FinishReason | None = None
+        stop_token_id = None
+        if token_id in sequence.end_token_ids:
+            reason = "stop"
+        elif token_id in sequence.stop_token_ids:
+            reason, stop_token_id = "stop", token_id
+        elif (
+            sequence.num_output_tokens >= sequence.max_tokens or len(sequence.tokens) >= self.limits.max_model_len
+        ):
+            reason = "length"
+        if reason is not None:
+            self._leave(sequence)
+            del self._by_key[sequence.key]
+        return NewToken(sequence.key, position, token_id, reason, stop_token_id)
+
+    def _end_cancelled(self, sequence: Sequence) -> NewToken:
+        if sequence.handle is None:
+            self.waiting.remove(sequence)
+        else:
+            self._leave(sequence)
+        del self._by_key[sequence.key]
+        return NewToken(sequence.key, sequence.num_output_tokens, None, "cancelled")
+
+
+def _handle(sequence: Sequence) -> int:
+    assert sequence.handle is not None
+    return sequence.handle

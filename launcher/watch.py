@@ -1,0 +1,327 @@
+"""What guard, supervisor and rank share: the page of memory in which a rank shows its progress, and the
+messages between guard and supervisor. Called by all three, so it uses the standard library only; it must
+never block, and writing to the page must never enter the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import signal
+import time
+import types
+import typing
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+PROGRESS_PAGE_VARIABLE = "PHALANX_PROGRESS_PAGE"
+"""Environment variable that tells a rank the path of its progress page."""
+
+PARENT_VARIABLE = "PHALANX_PARENT_PID"
+"""Environment variable in which a guard tells its rank the guard's own process id."""
+
+EXIT_CONFIG = 78
+"""EX_CONFIG of sysexits.h: a rank or front that ends with it can be helped by no relaunch."""
+
+MAX_MESSAGE_BYTES = 64 * 1024
+"""Bound of one message between guard and supervisor."""
+
+
+class Phase(IntEnum):
+    """What a rank is doing. The order is the order of a life, except that IDLE and STEPPING alternate."""
+
+    STARTING = 0
+    IMPORTING = 1
+    JOINING = 2
+    LOADING = 3
+    IDLE = 4
+    STEPPING = 5
+    STOPPING = 6
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A reading of a progress page."""
+
+    phase: Phase
+    step: int
+    """Number of the last step begun."""
+    collective: int
+    """Collectives begun in that step."""
+    age_s: float
+    """Seconds since the rank last wrote anything."""
+    load_done: int
+    load_total: int
+    """Bytes of weights in place, and of all; 0 of 0 before loading."""
+    endpoint: str | None
+    """Rank 0: the gateway's endpoint, once it listens."""
+
+
+class ProgressPage:
+    """One page of shared memory with one writer, the rank, and one reader, its guard.
+
+    Eight aligned 64-bit words and the endpoint's text. A word is written by one store, so that the reader
+    never sees half of one; the endpoint's length is written after its bytes.
+    """
+
+    _SIZE = mmap.PAGESIZE
+    _STAMP, _PHASE, _STEP, _COLLECTIVE, _LOAD_DONE, _LOAD_TOTAL, _ENDPOINT_BYTES = range(7)
+    _ENDPOINT_OFFSET = 64
+    _MAX_ENDPOINT_BYTES = 1024
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self._words = memoryview(memory)[: self._ENDPOINT_OFFSET].cast("q")
+
+    @classmethod
+    def create(cls, path: Path) -> ProgressPage:
+        """Makes the file, zeroed, for this user only; on a memory-backed file system the writer never waits
+        for a disk. Raises OSError."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(descriptor, cls._SIZE)
+            page = cls(mmap.mmap(descriptor, cls._SIZE))
+        finally:
+            os.close(descriptor)
+        page._stamp()
+        return page
+
+    @classmethod
+    def open(cls, path: Path | None) -> ProgressPage:
+        """The page that a guard made; with None one of the process's own, which nobody reads. Raises
+        OSError."""
+        if path is None:
+            return cls(mmap.mmap(-1, cls._SIZE))
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return cls(mmap.mmap(descriptor, cls._SIZE))
+        finally:
+            os.close(descriptor)
+
+    def enter(self, phase: Phase) -> None:
+        """Begins a phase."""
+        self._words[self._PHASE] = phase
+        self._stamp()
+
+    def step(self, number: int) -> None:
+        """Begins step `number`."""
+        words = self._words
+        words[self._STEP] = number
+        words[self._COLLECTIVE] = 0
+        words[self._PHASE] = Phase.STEPPING
+        self._stamp()
+
+    def collective(self) -> None:
+        """Counts a collective begun in this step."""
+        self._words[self._COLLECTIVE] += 1
+        self._stamp()
+
+    def load(self, done_bytes: int, total_bytes: int) -> None:
+        """Weights in place so far, in bytes."""
+        self._words[self._LOAD_TOTAL] = total_bytes
+        self._words[self._LOAD_DONE] = done_bytes
+        self._stamp()
+
+    def serve_at(self, endpoint: str) -> None:
+        """Rank 0: the gateway listens at this ZeroMQ endpoint. Raises ValueError beyond 1024 bytes."""
+        text = endpoint.encode()
+        if len(text) > self._MAX_ENDPOINT_BYTES:
+            raise ValueError(f"endpoint of {len(text)} bytes; at most {self._MAX_ENDPOINT_BYTES} fit")
+        self._memory[self._ENDPOINT_OFFSET : self._ENDPOINT_OFFSET + len(text)] = text
+        self._words[self._ENDPOINT_BYTES] = len(text)
+        self._stamp()
+
+    def read(self) -> Progress:
+        """The guard's view; values of different fields may be from neighbouring writes."""
+        words = self._words
+        length = words[self._ENDPOINT_BYTES]
+        text = self._memory[self._ENDPOINT_OFFSET : self._ENDPOINT_OFFSET + length]
+        stamp = words[self._STAMP]
+        return Progress(
+            phase=Phase(words[self._PHASE]),
+            step=words[self._STEP],
+            collective=words[self._COLLECTIVE],
+            age_s=max(0.0, (time.monotonic_ns() - stamp) / 1e9),
+            load_done=words[self._LOAD_DONE],
+            load_total=words[self._LOAD_TOTAL],
+            endpoint=text.decode() if length else None,
+        )
+
+    def close(self) -> None:
+        """Unmaps the page; the file stays."""
+        self._words.release()
+        self._memory.close()
+
+    def _stamp(self) -> None:
+        self._words[self._STAMP] = time.monotonic_ns()  # CLOCK_MONOTONIC through the vDSO: no system call
+
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def die_with_parent() -> None:
+    """Has the kernel SIGKILL this process when its parent ends; ends it now if the parent is gone already.
+
+    The kernel watches the *thread* that forked, so a parent must fork from a thread that lives as long as it
+    does. Raises OSError where the kernel has no such thing.
+    """
+    expected = int(os.environ.get(PARENT_VARIABLE) or os.getppid())
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != expected:  # it ended before the kernel was told to watch it
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """Orphaned descendants become children of this process, so that it can see and reap them all."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+# --------------------------------------------------------------------------- guard <-> supervisor
+
+
+class MessageError(Exception):
+    """A frame that is not a valid message of a guard or supervisor."""
+
+
+_M = TypeVar("_M", bound="Message")
+
+
+@dataclass(frozen=True)
+class Message:
+    """Base of all messages: JSON objects with a `type` key. Every one carries the epoch of its world."""
+
+    type_name: ClassVar[str]
+
+    epoch: int
+
+    def to_bytes(self) -> bytes:
+        """The frame of this message."""
+        return json.dumps({"type": self.type_name, **asdict(self)}, separators=(",", ":")).encode()
+
+
+@dataclass(frozen=True)
+class GuardHello(Message):
+    """A guard's first message: who it is, and the process of its rank."""
+
+    type_name: ClassVar[str] = "hello"
+
+    rank: int
+    host: str
+    """Name of the machine, for people."""
+    host_id: str
+    """Equal exactly where process ids mean the same processes."""
+    guard_pid: int
+    guard_start: int
+    """Start time in clock ticks since boot; with the pid it names a process for good."""
+    pid: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Beat(Message):
+    """A guard's sign of life, every 50 ms and at once when the phase or the endpoint changes."""
+
+    type_name: ClassVar[str] = "beat"
+
+    rank: int
+    state: str
+    """State letter of the rank's process from /proc: R, S, D, T, t, Z."""
+    phase: int
+    step: int
+    collective: int
+    age_s: float
+    """Seconds since the rank last wrote to its progress page."""
+    load_done: int
+    load_total: int
+    endpoint: str | None
+
+
+@dataclass(frozen=True)
+class FaultReport(Message):
+    """A guard saw its rank end, or stop for too long. Sent once."""
+
+    type_name: ClassVar[str] = "fault"
+
+    rank: int
+    kind: str
+    """exit, killed or frozen."""
+    exit_code: int | None
+    """Of a rank that ended; -N for signal N."""
+    detail: str
+    """One sentence: what happened, and what the rank was doing."""
+    detect_s: float
+    """Seconds from the last sign of life to detection."""
+    last_lines: str
+    """End of the rank's output."""
+
+
+@dataclass(frozen=True)
+class Killed(Message):
+    """A guard's answer to Kill: the rank is dead and reaped. The guard ends after it."""
+
+    type_name: ClassVar[str] = "killed"
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class Kill(Message):
+    """The supervisor's order to SIGKILL the rank and end. A guard obeys when `epoch` is its own or later."""
+
+    type_name: ClassVar[str] = "kill"
+
+
+_MESSAGES: dict[str, type[Message]] = {
+    message.type_name: message for message in (GuardHello, Beat, FaultReport, Killed, Kill)
+}
+
+
+def _accepted_types(annotation: Any) -> tuple[type, ...]:
+    accepted = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    # A whole number is a valid float in JSON; bool must never pass as int.
+    return (*accepted, int) if float in accepted else tuple(accepted)
+
+
+_FIELDS: dict[type[Message], dict[str, tuple[type, ...]]] = {
+    message: {
+        field.name: _accepted_types(typing.get_type_hints(message)[field.name]) for field in fields(message)
+    }
+    for message in _MESSAGES.values()
+}
+
+
+def from_bytes(frame: bytes) -> Message:
+    """The message in a frame. An unknown key is ignored; anything missing or of a wrong type raises
+    MessageError."""
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise MessageError(f"message of {len(frame)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
+    try:
+        values = json.loads(frame)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise MessageError("not a JSON object")
+    type_name = values.get("type")
+    message = _MESSAGES.get(type_name) if isinstance(type_name, str) else None
+    if message is None:
+        raise MessageError(f"unknown message type {type_name!r}")
+    arguments = {}
+    for name, accepted in _FIELDS[message].items():
+        if name not in values:
+            raise MessageError(f"{type_name}: {name} is missing")
+        value = values[name]
+        if type(value) not in accepted:
+            raise MessageError(f"{type_name}: {name} is a {type(value).__name__}")
+        arguments[name] = value
+    return message(**arguments)
