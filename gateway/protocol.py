@@ -301,5 +301,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes) -> _T:
         raise ProtocolError(f"message of {len(frame)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
     try:
         return decoder.decode(frame)
-    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a valid message: {error}") from None

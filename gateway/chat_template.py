@@ -1,0 +1,95 @@
+"""Renders a model's chat template the way transformers does (`apply_chat_template`).
+
+A template comes with a model and is code of a stranger: it runs in jinja2's immutable sandbox and sees plain
+data only. Called by text.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gateway.errors import GatewayError, ModelFilesError
+
+Message = dict[str, Any]
+"""Role, content and whatever else the template reads; plain JSON types only."""
+
+
+class ChatTemplateError(GatewayError):
+    """The template refused these messages; its text is the template's own."""
+
+
+class ChatTemplate:
+    """A compiled template with the model's special tokens (`bos_token` and so on)."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        """Raises ModelFilesError for a template that does not compile."""
+        self.source = source
+        self._special_tokens = special_tokens
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ModelFilesError(f"the chat template does not compile: {error}") from None
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation. Raises ChatTemplateError."""
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise ChatTemplateError(f"the chat template refused these messages: {error}") from None
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's part for training; here it is only passed through."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def filter_stream(self, stream: Any) -> Iterator[Any]:
+        yield from stream
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Not jinja2's own filter, which escapes characters for HTML.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

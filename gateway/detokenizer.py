@@ -1,0 +1,184 @@
+"""From token ids back to text, one token at a time: incremental detokenizing and stop strings.
+
+Used by the front for each running request. What is emitted is final: it never ends inside a character and never
+contains (the beginning of) a stop string.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from tokenizers import Tokenizer
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MAX_HELD_TOKENS = 8
+"""A character has at most four bytes; more tokens without a complete one are not going to make one."""
+
+
+class Detokenizer(Protocol):
+    """The text of one sequence. The pieces together are what decoding all its ids at once gives."""
+
+    def push(self, token_id: int) -> str:
+        """The text that is complete with this token; often empty for a part of a character."""
+        ...
+
+    def finish(self) -> str:
+        """What was held back; an incomplete character becomes U+FFFD."""
+        ...
+
+
+class ByteTable:
+    """The bytes of each token of a byte-level BPE vocabulary (GPT-2's mapping of bytes to printable
+    characters), looked up once a token id. Special tokens have none. Shared by all sequences."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = special_token_ids(tokenizer)
+        self._bytes: dict[int, bytes] = {}
+        self._byte_of = {character: byte for byte, character in enumerate(_byte_level_alphabet())}
+
+    def __getitem__(self, token_id: int) -> bytes:
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._look_up(token_id)
+        return found
+
+    def _look_up(self, token_id: int) -> bytes:
+        token = None if token_id in self._special else self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        try:
+            return bytes([self._byte_of[character] for character in token])
+        except KeyError:  # an added token, which is plain text
+            return token.encode()
+
+
+class ByteLevelDetokenizer:
+    """For byte-level BPE (SmolLM2, Llama 3, Qwen, GPT-2): one table look-up a token."""
+
+    def __init__(self, table: ByteTable) -> None:
+        self._table = table
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(self._table[token_id])
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowDetokenizer:
+    """For every other kind of tokenizer: decodes a short window of tokens with and without the new one and
+    takes the difference, since the text of a token may depend on its neighbours (spaces, byte fallback)."""
+
+    def __init__(self, tokenizer: Tokenizer, special: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._special = special
+        self._window: list[int] = []
+        self._emitted = 0  # tokens of the window whose text is out
+        self._text = ""  # text of those
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._special or self._tokenizer.id_to_token(token_id) is None:
+            return ""
+        self._window.append(token_id)
+        text: str = self._tokenizer.decode(self._window)
+        if text.endswith(REPLACEMENT) and len(self._window) - self._emitted < MAX_HELD_TOKENS:
+            return ""
+        return self._emit(text)
+
+    def finish(self) -> str:
+        return self._emit(self._tokenizer.decode(self._window)) if self._window else ""
+
+    def _emit(self, text: str) -> str:
+        new = text[len(self._text) :]
+        # The tokens just emitted stay as context of the next ones; those before them have done their work.
+        self._window = self._window[self._emitted :]
+        self._emitted = len(self._window)
+        self._text = self._tokenizer.decode(self._window)
+        return new
+
+
+class StopStrings:
+    """Finds stop strings in a stream of text, wherever the stream is cut into pieces.
+
+    The match that is complete first wins (of those that end together, the longest), so that the outcome does
+    not depend on how the text arrives. The text from the beginning of the match on is never given out.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if not all(stops):
+            raise ValueError("a stop string is empty")
+        self._stops = stops
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that is certainly no part of a stop string. Nothing after a match."""
+        if not self._stops:
+            return text
+        if self.matched is not None:
+            return ""
+        text = self._held + text
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            _, start, self.matched = min(ends)
+            self._held = ""
+            return text[:start]
+        keep = next(
+            (
+                length
+                for length in range(min(self._longest - 1, len(text)), 0, -1)
+                if any(stop.startswith(text[-length:]) for stop in self._stops)
+            ),
+            0,
+        )
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back in the hope of a match."""
+        held, self._held = self._held, ""
+        return held
+
+
+class TextStream:
+    """The text of one request as it grows: detokenizer, then stop strings."""
+
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = ()) -> None:
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(stops)
+
+    @property
+    def matched_stop(self) -> str | None:
+        return self._stops.matched
+
+    def push(self, token_id: int) -> str:
+        """The text that this token settles."""
+        return self._stops.push(self._detokenizer.push(token_id))
+
+    def finish(self) -> str:
+        """The text held back, at the end of the request. A stop string may still be found in it."""
+        return self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+
+
+def special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that never appear in text."""
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(token_id for token_id, token in added.items() if token.special)
+
+
+def _byte_level_alphabet() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2, encoder.py)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    alphabet, shifted = [], 256
+    for byte in range(256):
+        if byte in printable:
+            alphabet.append(chr(byte))
+        else:
+            alphabet.append(chr(shifted))
+            shifted += 1
+    return alphabet

@@ -1,0 +1,131 @@
+"""A model's text side: its tokenizer, its chat template, and the text of running requests.
+
+Loaded once by the front from the model folder. Only the `tokenizers` library: transformers takes seconds to
+import and nothing of it is needed here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from gateway.chat_template import ChatTemplate, Message
+from gateway.detokenizer import (
+    ByteLevelDetokenizer,
+    ByteTable,
+    Detokenizer,
+    TextStream,
+    WindowDetokenizer,
+    special_token_ids,
+)
+from gateway.errors import ModelFilesError
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TextModel:
+    """Encodes prompts and conversations, and makes the text streams of requests."""
+
+    chat_template: ChatTemplate | None
+    """None for a model that has none (a base model)."""
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> None:
+        self._tokenizer = tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.chat_template = chat_template
+        self._special = special_token_ids(tokenizer)
+        self._byte_table = ByteTable(tokenizer) if _is_byte_level(tokenizer) else None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> TextModel:
+        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja. Raises ModelFilesError."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelFilesError(f"{path} is missing; a model folder needs a tokenizer in that format")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ModelFilesError(f"{path} cannot be read: {error}") from None
+        config = _read_json(folder / "tokenizer_config.json")
+        special_tokens = {
+            name: token for name in SPECIAL_TOKENS if (token := _token_text(config.get(name))) is not None
+        }
+        source = _template_source(folder, config)
+        template = None if source is None else ChatTemplate(source, special_tokens)
+        return cls(tokenizer, template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Raises ValueError for text that is no valid Unicode (lone surrogates)."""
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError):
+            raise ValueError("the text is not valid Unicode: it has a lone surrogate") from None
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a whole sequence, without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids)))
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer. Raises ChatTemplateError.
+
+        The template writes its special tokens itself, so that none are added."""
+        if self.chat_template is None:
+            raise ModelFilesError("this model has no chat template; use /v1/completions")
+        return self.encode(self.chat_template.render(messages), add_special_tokens=False)
+
+    def stream(self, stops: Sequence[str] = ()) -> TextStream:
+        """The text of a new request. Raises ValueError for an empty stop string."""
+        return TextStream(self._detokenizer(), stops)
+
+    def _detokenizer(self) -> Detokenizer:
+        if self._byte_table is not None:
+            return ByteLevelDetokenizer(self._byte_table)
+        return WindowDetokenizer(self._tokenizer, self._special)
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    decoder = json.loads(tokenizer.to_str()).get("decoder") if tokenizer.decoder is not None else None
+    if decoder is None:
+        return False
+    if decoder["type"] == "Sequence":
+        return [part["type"] for part in decoder["decoders"]] == ["ByteLevel"]
+    return bool(decoder["type"] == "ByteLevel")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelFilesError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelFilesError(f"{path} is not a JSON object")
+    return content
+
+
+def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
+    """The file wins over the entry in the config, as in transformers."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    entry = config.get("chat_template")
+    if isinstance(entry, list):  # several named templates
+        named = {part.get("name"): part.get("template") for part in entry if isinstance(part, dict)}
+        entry = named.get("default")
+    if entry is not None and not isinstance(entry, str):
+        raise ModelFilesError(f"{folder / 'tokenizer_config.json'}: chat_template is not a string")
+    return entry
+
+
+def _token_text(entry: Any) -> str | None:
+    """A special token is written as its text, or as an object with its content."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) else None

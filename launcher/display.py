@@ -1,0 +1,119 @@
+"""Shows a person what a start is doing, on standard error: bars on a terminal, plain lines elsewhere. Called
+by `serve` and `pull`; must never print more than a few lines a second."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Protocol, TextIO
+
+_LINE_INTERVAL_S = 0.5
+
+
+class Display(Protocol):
+    """`update` shows how far a task is (again and again, as often as it likes); `say` shows one line."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def update(self, task: str, done: int, total: int | None, unit: str) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class PlainDisplay:
+    """For logs, pipes, and terminals that know no cursor."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._shown_at: dict[str, float] = {}
+        self._finished: set[str] = set()
+
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def update(self, task: str, done: int, total: int | None, unit: str) -> None:
+        now = time.monotonic()
+        finished = total is not None and done >= total
+        due = now - self._shown_at.get(task, 0.0) >= _LINE_INTERVAL_S
+        if task in self._finished or not (due or finished):
+            return
+        self._shown_at[task] = now
+        if finished:
+            self._finished.add(task)
+        amount = _amount(done, unit) if total is None else f"{_amount(done, unit)} of {_amount(total, unit)}"
+        share = f" ({100 * done // total} %)" if total else ""
+        self.say(f"{task}: {amount}{share}")
+
+    def say(self, text: str) -> None:
+        try:
+            print(text, file=self._stream, flush=True)
+        except OSError:
+            pass  # nobody reads it any more
+
+
+class BarDisplay:
+    """For terminals; without colour where the terminal or NO_COLOR says so."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            DownloadColumn(binary_units=False),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            transient=False,
+            refresh_per_second=8,
+        )
+        self._tasks: dict[str, int] = {}
+
+    def __enter__(self) -> BarDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, task: str, done: int, total: int | None, unit: str) -> None:
+        if task not in self._tasks:
+            self._tasks[task] = self._progress.add_task(task, total=total)
+        self._progress.update(self._tasks[task], completed=done, total=total)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, markup=False)
+
+
+def choose_display() -> Display:
+    """Bars where standard error is a terminal that can move its cursor."""
+    if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        return BarDisplay()
+    return PlainDisplay(sys.stderr)
+
+
+def _amount(number: int, unit: str) -> str:
+    if unit == "B":
+        return f"{number / 1e6:.1f} MB"
+    return f"{number} {unit}".rstrip()

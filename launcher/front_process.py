@@ -1,0 +1,157 @@
+"""The front as a process: started with the listening socket, restarted when it ends, told of the worlds. Owned
+by the supervisor; must never block, and never close the listening socket while the deployment lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import zmq
+
+from gateway.protocol import FrontState, ProtocolError, WorldTable, decode_control_message, encode
+from launcher.errors import LauncherError
+from launcher.processes import ProcessId
+
+_RESTARTS_IN_A_ROW = 3
+_STABLE_AFTER_S = 10.0
+
+
+class FrontProcess:
+    """Raises LauncherError from `check` when no restart can help any more."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        command: Sequence[str],
+        environment: dict[str, str],
+        listener: socket.socket,
+        control_socket: Path,
+        log_path: Path,
+    ) -> None:
+        self._command = list(command)
+        self._environment = environment
+        self._listener = listener
+        self.log_path = log_path
+        self.state: FrontState | None = None
+        """The last word of the front that runs now."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._identity: bytes | None = None
+        self._started_at = 0.0
+        self._short_lives = 0
+        self.router = context.socket(zmq.ROUTER)
+        self.router.linger = 0
+        self.router.maxmsgsize = 1 << 20
+        self.router.router_mandatory = True
+        self.router.bind(f"ipc://{control_socket}")
+
+    def start(self) -> None:
+        """Starts it in a session of its own, output to the run folder. Raises OSError."""
+        self.state = None
+        self._identity = None
+        self._started_at = time.monotonic()
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[self._listener.fileno()],
+                start_new_session=True,
+            )
+
+    @property
+    def process(self) -> ProcessId | None:
+        """The running front; None if there is none."""
+        if self._process is None or self._process.returncode is not None:
+            return None
+        return ProcessId.of(self._process.pid)
+
+    def receive(self) -> list[FrontState]:
+        """What the front said since the last call."""
+        states = []
+        while True:
+            try:
+                identity, *frames = self.router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return states
+            try:
+                message = decode_control_message(frames[0] if len(frames) == 1 else b"")
+            except ProtocolError:
+                continue
+            # The front that was here before may have left a word in the queue.
+            if isinstance(message, FrontState) and self._process and message.pid == self._process.pid:
+                self._identity = identity
+                self.state = message
+                states.append(message)
+
+    def send(self, table: WorldTable) -> None:
+        """Tells the front of the worlds, if it is there."""
+        if self._identity is not None:
+            try:
+                self.router.send_multipart([self._identity, encode(table)], zmq.NOBLOCK)
+            except zmq.ZMQError:  # gone, or too busy to read; the next table says it all again
+                pass
+
+    def check(self, now: float) -> int | None:
+        """Its exit code if it has just ended, after which the caller starts it again. Raises LauncherError if
+        it said that no restart helps, or ended too often in a row."""
+        if self._process is None or (code := self._process.poll()) is None:
+            return None
+        self._process = None
+        self.state = None
+        self._identity = None
+        if code == 78:
+            raise LauncherError(
+                last_error_line(self.log_path) or f"the front cannot start; see {self.log_path}"
+            )
+        self._short_lives = self._short_lives + 1 if now - self._started_at < _STABLE_AFTER_S else 0
+        if self._short_lives >= _RESTARTS_IN_A_ROW:
+            raise LauncherError(f"the front ended {self._short_lives} times in a row; see {self.log_path}")
+        return code
+
+    def kill(self) -> None:
+        """SIGKILLs it; `check` sees its end."""
+        if self._process is not None:
+            self._process.kill()
+
+    def terminate(self) -> None:
+        """Asks it to finish: it stops accepting and ends within seconds."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def has_ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
+    def end(self) -> None:
+        """Kills whatever is left of its session, and reaps it."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self._process.wait(timeout=10)
+        self._process = None
+
+    def close(self) -> None:
+        self.router.close()
+
+
+def last_error_line(path: Path) -> str:
+    """The last line that a process left for its user, without the program's name before it."""
+    prefix = "phalanx: error: "
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        if line.startswith(prefix):
+            return line.removeprefix(prefix)
+    return ""

@@ -1,0 +1,354 @@
+"""One world, from its mpirun to the proof that none of its processes is left. Owned by the supervisor; every
+method returns at once, and a world that is dying never comes back."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from gateway.protocol import RankEntry, WorldEntry
+from launcher.guard import GuardEnvironment, last_lines
+from launcher.guard_link import GuardLink
+from launcher.launchers import mpirun
+from launcher.processes import ProcessId, all_processes, host_id, is_alive, kill, reap_orphan
+from launcher.run_dir import RunDir
+from launcher.watch import Beat, FaultReport, GuardHello, Kill, Killed, Message, Phase
+
+BEATS_LOST_AFTER_S = 1.0
+JOIN_TIMEOUT_S = 60.0
+"""How long the guards of a world may take to report after mpirun was started."""
+STARTUP_STALL_S = 180.0
+"""How long no rank of a starting world may write to its progress page. Joining MPI and importing write
+nothing while they run, so this is long."""
+ACKNOWLEDGE_S = 0.15
+"""How long guards get to acknowledge a kill order before they are killed too."""
+DEATH_TIMEOUT_S = 30.0
+"""How long killed processes may take to vanish; only a fault of the kernel or a device takes so long."""
+
+
+class WorldState(Enum):
+    """STARTING: processes come up; LOADING: weights; ACTIVE: its gateway listens and every rank is ready;
+    DYING: being killed; DEAD: no process of it is left."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    ACTIVE = "active"
+    DYING = "dying"
+    DEAD = "dead"
+
+
+@dataclass
+class RankWatch:
+    """What the supervisor knows of one rank."""
+
+    hello: GuardHello
+    identity: bytes
+    last_beat_at: float
+    beat: Beat | None = None
+    acknowledged: bool = False
+
+    @property
+    def phase(self) -> Phase:
+        """From the last beat; a phase of a later version of the rank counts as its neighbour."""
+        return Phase(min(max(self.beat.phase, 0), max(Phase))) if self.beat is not None else Phase.STARTING
+
+    @property
+    def guard(self) -> ProcessId:
+        return ProcessId(self.hello.guard_pid, self.hello.guard_start)
+
+    @property
+    def process(self) -> ProcessId:
+        return ProcessId(self.hello.pid, self.hello.start)
+
+
+@dataclass(frozen=True)
+class WorldFault:
+    """Why a world has to die."""
+
+    kind: str
+    """exit, killed, frozen, lost, mpirun or start."""
+    rank: int | None
+    host: str | None
+    detail: str
+    detect_s: float | None = None
+    exit_code: int | None = None
+    last_lines: str = ""
+
+
+@dataclass
+class WorldTimes:
+    """Moments of a world's life on the monotonic clock, in seconds."""
+
+    started: float = field(default_factory=time.monotonic)
+    active: float | None = None
+    served: float | None = None
+    """When the front was first welcomed."""
+    aborted: float | None = None
+    dead: float | None = None
+
+
+@dataclass(frozen=True)
+class WorldPlan:
+    """What a world is started from; the same for each world of a deployment."""
+
+    mpirun: mpirun.Mpirun
+    tp: int
+    pp: int
+    cores: int
+    rank_command: Sequence[str]
+    """Without `--epoch N`, which the world adds."""
+    guard_command: Sequence[str]
+    served_model_name: str
+
+
+class World:
+    """See the module's first lines. Messages, checks and time come from the supervisor's loop."""
+
+    def __init__(self, epoch: int, plan: WorldPlan, run_dir: RunDir, link: GuardLink) -> None:
+        self.epoch = epoch
+        self.plan = plan
+        self.state = WorldState.STARTING
+        self.ranks: dict[int, RankWatch] = {}
+        self.faults: list[WorldFault] = []
+        """What guards and checks reported, first one first: the cause, and then its consequences."""
+        self.times = WorldTimes()
+        self._run_dir = run_dir
+        self._link = link
+        self._mpirun_log = run_dir.world_dir(epoch) / "mpirun.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._last_sweep = 0.0
+
+    @property
+    def size(self) -> int:
+        return self.plan.tp * self.plan.pp
+
+    @property
+    def mpirun_pid(self) -> int | None:
+        """None before the start, and once it is reaped."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    @property
+    def gateway(self) -> str | None:
+        """Endpoint of rank 0's gateway, once it listens."""
+        rank0 = self.ranks.get(0)
+        return rank0.beat.endpoint if rank0 is not None and rank0.beat is not None else None
+
+    @property
+    def load_progress(self) -> tuple[int, int]:
+        """Bytes of weights in place and in all, over the ranks that have begun to load."""
+        beats = [watch.beat for watch in self.ranks.values() if watch.beat is not None]
+        return sum(beat.load_done for beat in beats), sum(beat.load_total for beat in beats)
+
+    def start(self, guard: GuardEnvironment, base: dict[str, str]) -> None:
+        """Starts mpirun in a session of its own, output to the run folder. Raises OSError."""
+        plan = self.plan
+        self._run_dir.make_world_dirs(self.epoch)
+        environment = mpirun.environment(
+            plan.mpirun,
+            self.size,
+            plan.cores,
+            guard.shm_dir,
+            self._run_dir.world_dir(self.epoch) / "tmp",
+            base,
+        )
+        command = [*plan.guard_command, "--epoch", str(self.epoch), "--"]
+        command += [*plan.rank_command, "--epoch", str(self.epoch)]
+        with self._mpirun_log.open("ab") as log:
+            self._process = subprocess.Popen(
+                mpirun.argv(plan.mpirun, self.size, command),
+                env={**environment, **guard.to_environment()},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    # ----------------------------------------------------------------- what comes in
+
+    def on_message(self, identity: bytes, message: Message, now: float) -> None:
+        """A message of a guard of this epoch. Whose rank is none of this world's is ignored."""
+        rank = getattr(message, "rank", -1)
+        if not 0 <= rank < self.size:
+            return
+        if isinstance(message, GuardHello):
+            self.ranks[rank] = RankWatch(message, identity, now)
+            if self.state is WorldState.DYING:  # it came up while its world was going down
+                self._link.send(identity, Kill(epoch=self.epoch))
+            return
+        watch = self.ranks.get(rank)
+        if watch is None:
+            return
+        watch.last_beat_at = now
+        if isinstance(message, Beat):
+            watch.beat = message
+        elif isinstance(message, FaultReport):
+            self.faults.append(
+                WorldFault(
+                    kind=message.kind,
+                    rank=rank,
+                    host=watch.hello.host,
+                    detail=message.detail,
+                    detect_s=message.detect_s,
+                    exit_code=message.exit_code,
+                    last_lines=message.last_lines,
+                )
+            )
+        elif isinstance(message, Killed):
+            watch.acknowledged = True
+
+    def extend_deadlines(self, late_s: float) -> None:
+        """The supervisor itself was late: silence of the guards in that time says nothing."""
+        for watch in self.ranks.values():
+            watch.last_beat_at += late_s
+        self.times.started += late_s
+
+    def check(self, now: float) -> WorldFault | None:
+        """Moves the state on, and returns why the world has to die, if it has to. Call it after all messages
+        that had come in were handed over."""
+        if self.state in (WorldState.DYING, WorldState.DEAD):
+            return None
+        if fault := self._find_fault(now):
+            if fault not in self.faults:
+                self.faults.append(fault)
+            return fault
+        phases = [watch.phase for watch in self.ranks.values()]
+        ready = len(phases) == self.size and all(phase in (Phase.IDLE, Phase.STEPPING) for phase in phases)
+        if ready and self.gateway is not None and self.state is not WorldState.ACTIVE:
+            self.state = WorldState.ACTIVE
+            self.times.active = now
+        elif self.state is WorldState.STARTING and Phase.LOADING in phases:
+            self.state = WorldState.LOADING
+        return None
+
+    def _find_fault(self, now: float) -> WorldFault | None:
+        if self.faults:
+            return self.faults[0]
+        for rank, watch in self.ranks.items():
+            silent_s = now - watch.last_beat_at
+            if silent_s > BEATS_LOST_AFTER_S:
+                detail = f"the guard of rank {rank} has been silent for {silent_s:.2f} s"
+                return WorldFault("lost", rank, watch.hello.host, detail, silent_s)
+        if self._process is not None and (code := self._process.poll()) is not None:
+            lines = last_lines(self._mpirun_log)
+            detail = f"mpirun {_describe_exit(code)}"
+            if not self.ranks:
+                return WorldFault("start", None, None, f"{detail} before a rank reported", last_lines=lines)
+            return WorldFault("mpirun", None, None, detail, 0.0, last_lines=lines)
+        if self.state is not WorldState.ACTIVE:
+            return self._find_stall(now)
+        return None
+
+    def _find_stall(self, now: float) -> WorldFault | None:
+        waited_s = now - self.times.started
+        if len(self.ranks) < self.size and waited_s > JOIN_TIMEOUT_S:
+            missing = [str(rank) for rank in range(self.size) if rank not in self.ranks]
+            detail = f"rank {', '.join(missing)} did not report within {JOIN_TIMEOUT_S:.0f} s"
+            return WorldFault("start", None, None, detail, last_lines=last_lines(self._mpirun_log))
+        ages = [watch.beat.age_s for watch in self.ranks.values() if watch.beat is not None]
+        if waited_s > STARTUP_STALL_S and ages and min(ages) > STARTUP_STALL_S:
+            phases = ", ".join(f"{rank} {watch.phase.name.lower()}" for rank, watch in self.ranks.items())
+            detail = f"no rank made progress for {min(ages):.0f} s (rank {phases})"
+            return WorldFault("start", None, None, detail, min(ages))
+        return None
+
+    # ----------------------------------------------------------------- its end
+
+    def abort(self, now: float) -> None:
+        """Orders every guard to kill its rank, and kills the ranks of this host directly as well."""
+        if self.state in (WorldState.DYING, WorldState.DEAD):
+            return
+        self.state = WorldState.DYING
+        self.times.aborted = now
+        here = host_id()
+        for watch in self.ranks.values():
+            if watch.hello.host_id == here:
+                kill(watch.process)
+        for watch in self.ranks.values():
+            self._link.send(watch.identity, Kill(epoch=self.epoch))
+
+    def check_death(self, now: float) -> bool:
+        """Call it while DYING: ends what is left, first when the guards have had their time. True once no
+        process of the world is there, zombies included, and its files are removed."""
+        assert self.times.aborted is not None
+        waiting = [w for w in self.ranks.values() if not w.acknowledged and is_alive(w.guard)]
+        if waiting and now - self.times.aborted < ACKNOWLEDGE_S:
+            return False
+        if now - self._last_sweep < 0.01:  # a look at all of /proc costs a millisecond or more
+            return False
+        self._last_sweep = now
+        if self._process is not None:
+            self._process.poll()
+        left = self.processes_left()
+        if left:
+            for process in left:
+                kill(process)
+            return False
+        self._run_dir.remove_world_files(self.epoch)
+        self.state = WorldState.DEAD
+        self.times.dead = now
+        return True
+
+    def processes_left(self) -> list[ProcessId]:
+        """Processes of this world on this host: all of mpirun's session, and what its guards named. Reaps
+        those that the supervisor has adopted."""
+        if self._process is None:
+            return []
+        here = host_id()
+        known = {
+            process
+            for watch in self.ranks.values()
+            if watch.hello.host_id == here
+            for process in (watch.guard, watch.process)
+        }
+        left = []
+        for stat in all_processes():
+            process = ProcessId(stat.pid, stat.start)
+            if stat.session != self._process.pid and process not in known:
+                continue
+            if stat.state in "ZX" and stat.pid != self._process.pid:
+                reap_orphan(stat.pid)
+            left.append(process)
+        return left
+
+    # ----------------------------------------------------------------- what others are told
+
+    def entry(self, now: float) -> WorldEntry:
+        """This world as the front and `/cluster` see it."""
+        # Loading is a part of starting to those who wait for it.
+        state = WorldState.STARTING if self.state is WorldState.LOADING else self.state
+        return WorldEntry(
+            epoch=self.epoch,
+            state=state.value,
+            model=self.plan.served_model_name,
+            version="1",
+            replica=0,
+            tp=self.plan.tp,
+            pp=self.plan.pp,
+            gateway=self.gateway if self.state is WorldState.ACTIVE else None,
+            ranks=[self._rank_entry(rank, watch, now) for rank, watch in sorted(self.ranks.items())],
+        )
+
+    def _rank_entry(self, rank: int, watch: RankWatch, now: float) -> RankEntry:
+        return RankEntry(
+            rank=rank,
+            tp=rank % self.plan.tp,
+            pp=rank // self.plan.tp,
+            host=watch.hello.host,
+            pid=watch.hello.pid,
+            guard_pid=watch.hello.guard_pid,
+            state=watch.phase.name.lower(),
+            step=watch.beat.step if watch.beat is not None else 0,
+            heartbeat_age_s=max(0.0, now - watch.last_beat_at),
+        )
+
+
+def final_fault(faults: Iterable[WorldFault], config_exit_code: int) -> WorldFault | None:
+    """The report of a rank that says no relaunch can help, if there is one among the faults of a world."""
+    return next((fault for fault in faults if fault.exit_code == config_exit_code), None)
+
+
+def _describe_exit(code: int) -> str:
+    return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
