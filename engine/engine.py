@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 
 from engine.execution.batch import SequenceTable
-from engine.execution.kv_cache import BLOCK_SIZE, DEFAULT_MEMORY_SHARE, KVCache, block_bytes, free_memory_bytes
+from engine.execution.kv_cache import (
+    BLOCK_SIZE,
+    DEFAULT_MEMORY_SHARE,
+    KVCache,
+    block_bytes,
+    free_memory_bytes,
+)
 from engine.execution.stage import StageRunner
 from engine.models.config import ModelConfig
 from engine.models.decoder import DecoderStage
@@ -98,7 +104,16 @@ def build_engine(
         )
     )
     weights = load_stage_weights(
-        settings.model_dir, config, shape, at.tp_rank, at.tp, at.pp_rank, at.pp, dtype, settings.shard_cache, on_load
+        settings.model_dir,
+        config,
+        shape,
+        at.tp_rank,
+        at.tp,
+        at.pp_rank,
+        at.pp,
+        dtype,
+        settings.shard_cache,
+        on_load,
     )
     if device.type != "cpu":
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
@@ -112,7 +127,11 @@ def build_engine(
 
 
 def _num_blocks(
-    settings: EngineSettings, limits: SchedulerLimits, bytes_per_block: int, device: torch.device, local_size: int
+    settings: EngineSettings,
+    limits: SchedulerLimits,
+    bytes_per_block: int,
+    device: torch.device,
+    local_size: int,
 ) -> int:
     if settings.kv_cache_bytes:
         budget = settings.kv_cache_bytes

@@ -97,7 +97,13 @@ class PlanCodec:
             words = np.frombuffer(packed + bytes(-len(packed) % 4), dtype=np.int32)
             body += (handle, len(packed), *words.tolist())
         for chunk in plan.chunks:
-            body += (chunk.handle, chunk.start, len(chunk.token_ids), len(chunk.new_blocks), int(chunk.samples))
+            body += (
+                chunk.handle,
+                chunk.start,
+                len(chunk.token_ids),
+                len(chunk.new_blocks),
+                int(chunk.samples),
+            )
             body += chunk.new_blocks
             body += chunk.token_ids
         self._rows[plan.slot] = plan.sampling_handles
@@ -118,9 +124,9 @@ class PlanCodec:
     def decode(self, encoded: np.ndarray) -> StepPlan:
         """The plan that `encode` was given."""
         ints = encoded.tolist()
-        _, flags, step, slot, num_released, num_dropped, num_joined, num_blocks, num_admitted, num_chunks = ints[
-            :_HEADER_INTS
-        ]
+        _, flags, step, slot, num_released, num_dropped, num_joined, num_blocks, num_admitted, num_chunks = (
+            ints[:_HEADER_INTS]
+        )
         reader = _Reader(ints, _HEADER_INTS)
         released = reader.take(num_released)
         dropped = reader.take(num_dropped)

@@ -74,7 +74,9 @@ def _run(arguments: argparse.Namespace, page: ProgressPage) -> None:
         follow(world, engine.runner, sign)
     else:
         gateway = _open_gateway(arguments, world, engine)
-        leader = Leader(world, engine.new_scheduler(world.at.pp), engine.runner, _GatewayPort(gateway, engine), sign)
+        leader = Leader(
+            world, engine.new_scheduler(world.at.pp), engine.runner, _GatewayPort(gateway, engine), sign
+        )
 
         def stop(_number: int, _frame: FrameType | None) -> None:
             leader.stop()
@@ -83,7 +85,10 @@ def _run(arguments: argparse.Namespace, page: ProgressPage) -> None:
         signal.signal(signal.SIGINT, stop)
         page.serve_at(gateway.endpoint)
         if not os.environ.get("PHALANX_PROGRESS_PAGE"):
-            print(f"ready  zmq {gateway.endpoint}  world {arguments.epoch} (tp {world.at.tp}, pp {world.at.pp})", flush=True)
+            print(
+                f"ready  zmq {gateway.endpoint}  world {arguments.epoch} (tp {world.at.tp}, pp {world.at.pp})",
+                flush=True,
+            )
         leader.run()
         gateway.close()
     page.enter(Phase.STOPPING)
@@ -155,7 +160,9 @@ class _GatewayPort:
                     max_tokens=params.max_tokens,
                     end_token_ids=frozenset() if params.ignore_eos else self._end_token_ids,
                     stop_token_ids=frozenset(params.stop_token_ids),
-                    params=SequenceParams(params.temperature, params.top_p, params.top_k, params.seed, params.choice),
+                    params=SequenceParams(
+                        params.temperature, params.top_p, params.top_k, params.seed, params.choice
+                    ),
                 )
             )
         return arrivals, cancelled
@@ -170,7 +177,10 @@ class _GatewayPort:
                 self._of_client.get(client, set()).discard(request_id)
             token_ids = [] if token.token_id is None else [token.token_id]
             outputs.append(
-                (client, Output(request_id, token.position, token_ids, token.finish_reason, token.stop_token_id))
+                (
+                    client,
+                    Output(request_id, token.position, token_ids, token.finish_reason, token.stop_token_id),
+                )
             )
         self._gateway.send_tokens(step, outputs)
 
@@ -212,27 +222,59 @@ def _is_configuration(error: BaseException) -> bool:
     from engine.models.errors import ModelError, ShardingError
     from gateway.errors import EndpointError
 
-    return isinstance(error, WorldShapeError | ConfigurationError | ModelError | ShardingError | EndpointError)
+    return isinstance(
+        error, WorldShapeError | ConfigurationError | ModelError | ShardingError | EndpointError
+    )
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    cache = Path(os.environ.get("PHALANX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phalanx")
+    cache = Path(
+        os.environ.get("PHALANX_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phalanx"
+    )
     parser = argparse.ArgumentParser(
         prog="python -m engine.rank",
         description="One rank of a world. Start tp * pp of them with mpirun; rank 0 then serves ZeroMQ clients.",
     )
     parser.add_argument("--model", type=Path, required=True, help="model folder in Hugging Face format")
-    parser.add_argument("--served-model-name", default="", help="name that clients see (default: the folder's)")
+    parser.add_argument(
+        "--served-model-name", default="", help="name that clients see (default: the folder's)"
+    )
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of each stage")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="type of weights and activations")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where ranks compute")
-    parser.add_argument("--threads", type=int, default=0, help="compute threads of this rank (default: cores / ranks of the host)")
-    parser.add_argument("--max-model-len", type=int, default=0, help="tokens of prompt and output (default: the model's)")
-    parser.add_argument("--max-num-seqs", type=int, default=0, help="sequences that run at the same time (default: 64)")
-    parser.add_argument("--max-num-batched-tokens", type=int, default=0, help="tokens of one step (default: 1024)")
-    parser.add_argument("--kv-cache-memory", type=int, default=0, help="bytes of KV cache on each rank (default: 40 %% of the free memory of the host, divided by its ranks)")
-    parser.add_argument("--shard-cache", type=Path, default=cache / "shards", help="where cut weights are kept")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="type of weights and activations",
+    )
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where ranks compute"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="compute threads of this rank (default: cores / ranks of the host)",
+    )
+    parser.add_argument(
+        "--max-model-len", type=int, default=0, help="tokens of prompt and output (default: the model's)"
+    )
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=0, help="sequences that run at the same time (default: 64)"
+    )
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, default=0, help="tokens of one step (default: 1024)"
+    )
+    parser.add_argument(
+        "--kv-cache-memory",
+        type=int,
+        default=0,
+        help="bytes of KV cache on each rank (default: 40 %% of the free memory of the host, divided by its ranks)",
+    )
+    parser.add_argument(
+        "--shard-cache", type=Path, default=cache / "shards", help="where cut weights are kept"
+    )
     parser.add_argument("--gateway", default="tcp://127.0.0.1:5555", help="ZeroMQ endpoint of rank 0")
     parser.add_argument("--epoch", type=int, default=1, help="number of this world")
     arguments = parser.parse_args(argv)

@@ -7,7 +7,6 @@ data only. Called by text.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -69,9 +68,6 @@ class _GenerationTag(jinja2.ext.Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def filter_stream(self, stream: Any) -> Iterator[Any]:
-        yield from stream
 
 
 def _to_json(

@@ -90,9 +90,9 @@ class TextModel:
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:
-    decoder = json.loads(tokenizer.to_str()).get("decoder") if tokenizer.decoder is not None else None
-    if decoder is None:
+    if tokenizer.decoder is None:
         return False
+    decoder = json.loads(tokenizer.decoder.__getstate__())
     if decoder["type"] == "Sequence":
         return [part["type"] for part in decoder["decoders"]] == ["ByteLevel"]
     return bool(decoder["type"] == "ByteLevel")

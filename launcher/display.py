@@ -3,6 +3,7 @@ by `serve` and `pull`; must never print more than a few lines a second."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -51,15 +52,12 @@ class PlainDisplay:
         self._shown_at[task] = now
         if finished:
             self._finished.add(task)
-        amount = _amount(done, unit) if total is None else f"{_amount(done, unit)} of {_amount(total, unit)}"
-        share = f" ({100 * done // total} %)" if total else ""
-        self.say(f"{task}: {amount}{share}")
+        percent = f" ({100 * done // total} %)" if total else ""
+        self.say(f"{task}: {_share(done, total, unit)}{percent}")
 
     def say(self, text: str) -> None:
-        try:
+        with contextlib.suppress(OSError):  # nobody reads it any more
             print(text, file=self._stream, flush=True)
-        except OSError:
-            pass  # nobody reads it any more
 
 
 class BarDisplay:
@@ -69,8 +67,8 @@ class BarDisplay:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
-            DownloadColumn,
             Progress,
+            TaskID,
             TaskProgressColumn,
             TextColumn,
             TimeRemainingColumn,
@@ -80,13 +78,13 @@ class BarDisplay:
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
-            DownloadColumn(binary_units=False),
+            TextColumn("{task.fields[amount]}"),
             TimeRemainingColumn(compact=True),
             console=Console(stderr=True),
             transient=False,
             refresh_per_second=8,
         )
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> BarDisplay:
         self._progress.start()
@@ -98,9 +96,10 @@ class BarDisplay:
         self._progress.stop()
 
     def update(self, task: str, done: int, total: int | None, unit: str) -> None:
+        amount = _share(done, total, unit)
         if task not in self._tasks:
-            self._tasks[task] = self._progress.add_task(task, total=total)
-        self._progress.update(self._tasks[task], completed=done, total=total)
+            self._tasks[task] = self._progress.add_task(task, total=total, amount=amount)
+        self._progress.update(self._tasks[task], completed=done, total=total, amount=amount)
 
     def say(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, markup=False)
@@ -111,6 +110,10 @@ def choose_display() -> Display:
     if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         return BarDisplay()
     return PlainDisplay(sys.stderr)
+
+
+def _share(done: int, total: int | None, unit: str) -> str:
+    return _amount(done, unit) if total is None else f"{_amount(done, unit)} of {_amount(total, unit)}"
 
 
 def _amount(number: int, unit: str) -> str:

@@ -1,8 +1,9 @@
-"""The front as a process: started with the listening socket, restarted when it ends, told of the worlds. Owned
-by the supervisor; must never block, and never close the listening socket while the deployment lives."""
+"""The front as a process: started with the listening socket, restarted when it ends, told of the worlds.
+Owned by the supervisor; must never block, nor close the listening socket while the deployment lives."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import zmq
 from gateway.protocol import FrontState, ProtocolError, WorldTable, decode_control_message, encode
 from launcher.errors import LauncherError
 from launcher.processes import ProcessId
+from launcher.watch import EXIT_CONFIG
 
 _RESTARTS_IN_A_ROW = 3
 _STABLE_AFTER_S = 10.0
@@ -66,6 +68,11 @@ class FrontProcess:
             )
 
     @property
+    def started_at(self) -> float:
+        """Start of the front that runs now, on the monotonic clock."""
+        return self._started_at
+
+    @property
     def process(self) -> ProcessId | None:
         """The running front; None if there is none."""
         if self._process is None or self._process.returncode is not None:
@@ -74,7 +81,7 @@ class FrontProcess:
 
     def receive(self) -> list[FrontState]:
         """What the front said since the last call."""
-        states = []
+        states: list[FrontState] = []
         while True:
             try:
                 identity, *frames = self.router.recv_multipart(zmq.NOBLOCK)
@@ -93,10 +100,9 @@ class FrontProcess:
     def send(self, table: WorldTable) -> None:
         """Tells the front of the worlds, if it is there."""
         if self._identity is not None:
-            try:
+            # Gone, or too busy to read; the next table says it all again.
+            with contextlib.suppress(zmq.ZMQError):
                 self.router.send_multipart([self._identity, encode(table)], zmq.NOBLOCK)
-            except zmq.ZMQError:  # gone, or too busy to read; the next table says it all again
-                pass
 
     def check(self, now: float) -> int | None:
         """Its exit code if it has just ended, after which the caller starts it again. Raises LauncherError if
@@ -106,7 +112,7 @@ class FrontProcess:
         self._process = None
         self.state = None
         self._identity = None
-        if code == 78:
+        if code == EXIT_CONFIG:
             raise LauncherError(
                 last_error_line(self.log_path) or f"the front cannot start; see {self.log_path}"
             )
@@ -133,10 +139,8 @@ class FrontProcess:
         if self._process is None:
             return
         if self._process.poll() is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self._process.wait(timeout=10)
         self._process = None
 

@@ -6,13 +6,12 @@ from __future__ import annotations
 import json
 import select
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.children import child_environment, python_module
 from launcher.errors import LauncherError
 
 
@@ -57,10 +56,11 @@ def prepare(
 ) -> PreparedModel:
     """Downloads and imports as far as needed. Waits as long as that takes, and looks at `stop_requested` ten
     times a second. Raises PreparationError, or Stopped."""
-    command = [sys.executable, "-m", "engine.models.prepare", model]
+    command = [*python_module("engine.models.prepare"), model]
     command += ["--tp", str(tp), "--pp", str(pp), "--dtype", dtype, "--cache", str(cache_dir)]
     with subprocess.Popen(
         command,
+        env=child_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

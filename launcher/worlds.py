@@ -15,7 +15,7 @@ from launcher.guard_link import GuardLink
 from launcher.launchers import mpirun
 from launcher.processes import ProcessId, all_processes, host_id, is_alive, kill, reap_orphan
 from launcher.run_dir import RunDir
-from launcher.watch import Beat, FaultReport, GuardHello, Kill, Killed, Message, Phase
+from launcher.watch import EXIT_CONFIG, Beat, FaultReport, GuardHello, Kill, Killed, Message, Phase
 
 BEATS_LOST_AFTER_S = 1.0
 JOIN_TIMEOUT_S = 60.0
@@ -345,9 +345,9 @@ class World:
         )
 
 
-def final_fault(faults: Iterable[WorldFault], config_exit_code: int) -> WorldFault | None:
+def final_fault(faults: Iterable[WorldFault]) -> WorldFault | None:
     """The report of a rank that says no relaunch can help, if there is one among the faults of a world."""
-    return next((fault for fault in faults if fault.exit_code == config_exit_code), None)
+    return next((fault for fault in faults if fault.exit_code == EXIT_CONFIG), None)
 
 
 def _describe_exit(code: int) -> str:

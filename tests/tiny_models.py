@@ -43,8 +43,8 @@ def make_tiny_llama(
 
     The tokenizer is byte-level: the special tokens 0 `<|endoftext|>`, 1 `<|im_start|>` (bos) and 2
     `<|im_end|>` (eos), then one token for each byte; what `vocab` has beyond that are tokens that no text
-    encodes to. The
-    weights are larger than an initialisation's, so that greedy tokens differ clearly. Returns the folder.
+    encodes to. The weights are larger than an initialisation makes them, so that greedy tokens differ
+    clearly. Returns the folder.
     """
     import torch
     import transformers

@@ -137,7 +137,9 @@ class SequenceTable:
             longest = int(group_lengths.max())
             num_blocks = -(-longest // self._block_size)
             blocks = self._blocks[handles[rows], :num_blocks]
-            slots = (blocks[:, :, None] * self._block_size + self._offsets).reshape(len(rows), -1)[:, :longest]
+            slots = (blocks[:, :, None] * self._block_size + self._offsets).reshape(len(rows), -1)[
+                :, :longest
+            ]
             mask = np.arange(longest) < group_lengths[:, None]
             # Padding reads slot 0, which exists and is masked out.
             slots = np.where(mask, slots, 0)

@@ -20,7 +20,13 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: range, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: range,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shape = (num_blocks * BLOCK_SIZE, num_kv_heads, head_dim)
         self.keys = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in layers}

@@ -1,8 +1,8 @@
 """The folder in which ranks keep their cut weights: who uses it, who builds, and what is thrown away.
 
-Called by the loader. Knows files and locks, nothing of tensors. All locks are `flock`: the kernel gives them
-back when their holder dies, however it dies. Layout: `<root>/<world key>/<rank file>`; a world's folder holds
-a marker file, on which every process that has the folder's files mapped keeps a shared lock.
+Called by the loader. Knows files and locks, nothing of tensors. Layout: `<root>/<world key>/<rank file>`; a
+world's folder holds a marker file, on which every process that has the folder's files mapped keeps a shared
+lock.
 """
 
 from __future__ import annotations
@@ -11,21 +11,17 @@ import contextlib
 import fcntl
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine.models.errors import ModelError
+from engine.models.locks import HeldLock, locked
 
 DEFAULT_MAX_BYTES = 50 * 2**30
 DEFAULT_MAX_DISK_SHARE = 0.25
 
-STALL_LIMIT_S = 120.0
-"""A lock whose holder has shown no progress for so long is given up."""
-
 _MARKER = ".phalanx-shards"
 _EVICTED = ".evicted-"
-_POLL_S = 0.05
 
 
 class FolderUse:
@@ -42,46 +38,6 @@ class FolderUse:
 
     def __del__(self) -> None:
         self.release()
-
-
-class HeldLock:
-    """An exclusive lock; its holder beats while it works, so that those who wait know that it lives."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def beat(self) -> None:
-        os.utime(self._fd)
-
-
-@contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[], None]) -> Iterator[HeldLock]:
-    """Holds an exclusive lock on `path`, which is made if need be and never removed while it may be held.
-
-    `waiting` is called every 50 ms of the wait. Raises ModelError when the holder has not beaten for
-    STALL_LIMIT_S: it is frozen, or its disk is.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        began = time.time()
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                pass
-            if time.time() - max(began, os.fstat(fd).st_mtime) > STALL_LIMIT_S:
-                raise ModelError(
-                    f"{path} has been locked for {STALL_LIMIT_S:.0f} s by a process that makes no progress; "
-                    "end that process (`fuser` shows it) and start again"
-                )
-            waiting()
-            time.sleep(_POLL_S)
-        lock = HeldLock(fd)
-        lock.beat()
-        yield lock
-    finally:
-        os.close(fd)
 
 
 class ShardCache:

@@ -1,24 +1,21 @@
 """The weight files of a model folder: which they are, where each tensor lies, and what their content is.
 
-Called by the loader. Imports no torch and writes nothing into the model folder, which may be read-only.
+Called by the loader and by `prepare`. Imports no torch and writes nothing into the model folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from engine.models.config import ModelConfig
+from engine.models.content_hash import Advance, ContentHashes
 from engine.models.errors import ModelError
+from engine.models.safetensors_header import ELEMENT_BYTES, TensorEntry, read_header
+from engine.models.sharding import SourceSlice, local_tensors, shard_world
 
 _INDEX = "model.safetensors.index.json"
-_HASH_CHUNK_BYTES = 32 * 2**20
-
-Advance = Callable[[int], None]
-"""Is told the bytes that were done since the last call; 0 says "still waiting, still alive"."""
 
 
 class SourceFiles:
@@ -31,9 +28,6 @@ class SourceFiles:
         if index.is_file():
             self._file_of = _read_index(index)
             self.paths = [folder / name for name in sorted(set(self._file_of.values()))]
-            for path in self.paths:
-                if not path.is_file():
-                    raise ModelError(f"{path} is missing, and {index.name} names it; fetch the model again")
             self._hashed = [*self.paths, index]
         else:
             single = folder / "model.safetensors"
@@ -49,6 +43,9 @@ class SourceFiles:
                     f"{_INDEX}, which says what belongs to the model; fetch the model again"
                 )
             self._hashed = self.paths
+        for path in self.paths:
+            if not path.is_file():
+                raise ModelError(f"{path} is missing, and {_INDEX} names it; fetch the model again")
 
     def file_of(self, tensor: str) -> Path:
         """The file that holds a tensor, or should hold it. Raises ModelError for one that the index lacks."""
@@ -59,60 +56,58 @@ class SourceFiles:
             raise ModelError(f"{self.folder / _INDEX}: tensor {tensor} is missing; the model is not complete")
         return self.folder / name
 
-    def recorded_identity(self, record: Path) -> str | None:
-        """The content hash that `identity` left in `record`, if every file still has the size, modification
-        time and inode that it had then; None otherwise."""
-        return self._combine(_read_record(record))
+    def check(self, config: ModelConfig) -> None:
+        """Reads the headers and raises ModelError if a tensor that the model needs is missing, has another
+        shape than the config gives it, or is of a type that is not supported."""
+        headers = {path: read_header(path) for path in self.paths}
+        whole = shard_world(config, tp=1, pp=1)[0][0]
+        for tensor in local_tensors(config, whole, tp_rank=0):
+            for piece in tensor.slices:
+                path = self.file_of(piece.name)
+                check_tensor(path, headers[path].get(piece.name), piece)
 
-    def bytes_to_hash(self, record: Path) -> int:
+    def known_identity(self, hashes: ContentHashes) -> str | None:
+        """The identity, if none of the files has changed since it was computed; None otherwise."""
+        contents = [hashes.known(path) for path in self._hashed]
+        return self._combine([content for content in contents if content is not None])
+
+    def bytes_to_hash(self, hashes: ContentHashes) -> int:
         """Bytes that `identity` will read."""
-        known = _read_record(record)
-        return sum(path.stat().st_size for path in self._hashed if self._known(known, path) is None)
+        return sum(path.stat().st_size for path in self._hashed if hashes.known(path) is None)
 
-    def identity(self, record: Path, advance: Advance) -> str:
-        """SHA-256 over names and contents of all files. What was computed is kept in `record` (a JSON file),
-        so that a file is read for it once only."""
-        known = _read_record(record)
-        for path in self._hashed:
-            if self._known(known, path) is None:
-                known[str(path)] = [*_stamp(path), _hash_file(path, advance)]
-        record.parent.mkdir(parents=True, exist_ok=True)
-        aside = record.with_name(f"{record.name}.{os.getpid()}.partial")
-        aside.write_text(json.dumps({"version": 1, "files": known}))
-        os.replace(aside, record)
-        combined = self._combine(known)
-        if combined is None:
-            raise ModelError(
-                f"{self.folder}: the weight files are being changed; start again when that is done"
-            )
+    def identity(self, hashes: ContentHashes, advance: Advance) -> str:
+        """SHA-256 over the names and contents of all files, which are read unless their hashes are known."""
+        contents = [hashes.compute(path, advance) for path in self._hashed]
+        hashes.save()
+        combined = self._combine(contents)
+        assert combined is not None
         return combined
 
-    def _known(self, known: dict[str, list[Any]], path: Path) -> str | None:
-        entry = known.get(str(path))
-        if entry is None or len(entry) != 4 or entry[:3] != _stamp(path):
+    def _combine(self, contents: list[str]) -> str | None:
+        if len(contents) != len(self._hashed):
             return None
-        return str(entry[3])
-
-    def _combine(self, known: dict[str, list[Any]]) -> str | None:
-        combined = hashlib.sha256()
-        for path in self._hashed:
-            content = self._known(known, path)
-            if content is None:
-                return None
-            combined.update(f"{path.name}\0{content}\0".encode())
-        return combined.hexdigest()
+        lines = [f"{path.name}\0{content}\0" for path, content in zip(self._hashed, contents, strict=True)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def record_path(shard_cache: Path, folder: Path) -> Path:
-    """Where the content hashes of a model folder are kept."""
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    return shard_cache / "sources" / f"{name}.json"
+def check_tensor(path: Path, entry: TensorEntry | None, piece: SourceSlice) -> None:
+    """Raises ModelError unless the tensor that `path` holds is the one that the piece is cut from."""
+    if entry is None:
+        raise ModelError(f"{path}: tensor {piece.name} is missing; the model is not complete")
+    if entry.shape != piece.shape:
+        raise ModelError(
+            f"{path}: tensor {piece.name} has shape {list(entry.shape)}, and config.json makes it "
+            f"{list(piece.shape)}; the two don't belong together"
+        )
+    if entry.dtype not in ELEMENT_BYTES:
+        raise ModelError(
+            f"{path}: tensor {piece.name} is of type {entry.dtype}; supported are {', '.join(ELEMENT_BYTES)}"
+        )
 
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        names = dict(weight_map)
+        names = dict(json.loads(index.read_bytes())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{index} is not a valid index of safetensors files: {error!r}") from None
     for name in names.values():
@@ -121,31 +116,3 @@ def _read_index(index: Path) -> dict[str, str]:
                 f"{index}: weight_map holds {name!r}; the name of a file in that folder is allowed"
             )
     return names
-
-
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
-
-
-def _read_record(record: Path) -> dict[str, list[Any]]:
-    try:
-        data = json.loads(record.read_bytes())
-        return (
-            {str(name): list(entry) for name, entry in data["files"].items()} if data["version"] == 1 else {}
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # not there yet, or broken: it is only a memory of what can be computed again
-
-
-def _hash_file(path: Path, advance: Advance) -> str:
-    content = hashlib.sha256()
-    buffer = memoryview(bytearray(_HASH_CHUNK_BYTES))
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                content.update(buffer[:count])
-                advance(count)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    return content.hexdigest()

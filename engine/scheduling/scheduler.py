@@ -306,7 +306,8 @@ class Scheduler:
         elif token_id in sequence.stop_token_ids:
             reason, stop_token_id = "stop", token_id
         elif (
-            sequence.num_output_tokens >= sequence.max_tokens or len(sequence.tokens) >= self.limits.max_model_len
+            sequence.num_output_tokens >= sequence.max_tokens
+            or len(sequence.tokens) >= self.limits.max_model_len
         ):
             reason = "length"
         if reason is not None:

@@ -1,0 +1,168 @@
+"""The client end of the protocol: one DEALER in an asyncio loop, from hello to loss.
+
+Under AsyncClient and under the front's link to rank 0. It greets, beats, notices that the server is gone, and
+drops what carries a foreign epoch; it never reconnects by itself: whoever uses it decides what that means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import zmq
+
+from gateway.errors import ConnectionLost, EndpointError
+from gateway.protocol import (
+    HEARTBEAT_INTERVAL_S,
+    MAX_MESSAGE_BYTES,
+    Cancel,
+    Failed,
+    Hello,
+    Ping,
+    Pong,
+    ProtocolError,
+    ServerMessage,
+    Submit,
+    Tokens,
+    Welcome,
+    decode_server_message,
+    encode,
+)
+from gateway.sockets import ReadPump, Socket, receive_frames
+
+SERVER_SILENCE_S = 3 * HEARTBEAT_INTERVAL_S
+HIGH_WATER_MARK = 100_000
+
+
+class Connection:
+    """One connection to rank 0 or to the front.
+
+    `on_welcome` is called once, then `on_message` for each Tokens, Failed and Stats; `on_lost` once at the end,
+    if the end was not `close`: the peer closed the connection, has been silent for `silence_s`, refused us, or
+    does not know us any more. All are called in the loop in which the connection was made.
+    """
+
+    welcome: Welcome | None = None
+
+    def __init__(
+        self,
+        context: zmq.Context[Socket],
+        endpoint: str,
+        *,
+        on_welcome: Callable[[Welcome], None],
+        on_message: Callable[[ServerMessage], None],
+        on_lost: Callable[[str], None],
+        name: str = "",
+        silence_s: float = SERVER_SILENCE_S,
+    ) -> None:
+        """Starts to connect; a server that is not there yet is waited for. Raises EndpointError for an endpoint
+        that is none."""
+        self._on_welcome = on_welcome
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._silence_s = silence_s
+        self.endpoint = endpoint
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.set(zmq.SNDHWM, HIGH_WATER_MARK)
+        self._socket.set(zmq.RCVHWM, HIGH_WATER_MARK)
+        self._socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.set(zmq.IPV6, int("[" in endpoint))
+        self._socket.set(zmq.RECONNECT_IVL, 20)
+        self._socket.set(zmq.RECONNECT_IVL_MAX, 1000)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._close_sockets()
+            reason = zmq.strerror(error.errno or 0)
+            raise EndpointError(f"cannot connect to {endpoint!r}: {reason}") from None
+        self._pump = ReadPump(self._socket, self._drain)
+        self._monitor_pump = ReadPump(self._monitor, self._drain_monitor)
+        self._last_received = time.monotonic()
+        self._next_beat = self._last_received + HEARTBEAT_INTERVAL_S
+        self._beat_timer = self._loop.call_later(HEARTBEAT_INTERVAL_S, self._beat)
+        self.send(Hello(client=name))
+
+    def send(self, message: Hello | Submit | Cancel | Ping) -> None:
+        """Queues a message. Raises ConnectionLost when the connection is closed, or its queue is full."""
+        if self._closed:
+            raise ConnectionLost(f"the connection to {self.endpoint} is closed; connect again")
+        try:
+            self._socket.send(encode(message), zmq.DONTWAIT)
+        except zmq.Again:
+            self._lose("it takes no messages")
+            raise ConnectionLost(f"{self.endpoint} takes no messages; connect again") from None
+        self._pump.check()
+
+    def close(self) -> None:
+        """Closes at once; `on_lost` is not called."""
+        if self._closed:
+            return
+        self._closed = True
+        self._beat_timer.cancel()
+        self._pump.close()
+        self._monitor_pump.close()
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close(0)
+
+    def _drain(self) -> None:
+        receive_frames(self._socket, self._receive)
+
+    def _receive(self, frames: list[bytes]) -> None:
+        self._last_received = time.monotonic()
+        try:
+            message = decode_server_message(b"".join(frames))
+        except ProtocolError as error:
+            self._lose(f"it does not speak this protocol: {error}")
+            return
+        if isinstance(message, Pong):
+            return
+        if isinstance(message, Welcome):
+            if self.welcome is None:
+                self.welcome = message
+                self._on_welcome(message)
+            return
+        if isinstance(message, Failed) and (self.welcome is None or message.code == "not_connected"):
+            self._lose(message.message)
+            return
+        # The front names the epochs of whichever worlds serve it; a world names only its own.
+        own = self.welcome is not None and self.welcome.epoch in (0, message.epoch)
+        if own or not isinstance(message, Tokens):
+            self._on_message(message)
+
+    def _drain_monitor(self) -> None:
+        disconnected = False
+        while int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._monitor.recv_multipart(zmq.DONTWAIT)
+            disconnected = True
+        if disconnected:
+            # A new connection would be a stranger to the server. First take what came before the end.
+            self._drain()
+            self._lose("it closed the connection")
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        # A process that was stopped itself has no reason to suspect the other side.
+        self._last_received += max(0.0, now - self._next_beat)
+        if now - self._last_received > self._silence_s:
+            self._lose(f"it has been silent for {now - self._last_received:.1f} s")
+            return
+        self._next_beat = now + HEARTBEAT_INTERVAL_S
+        self._beat_timer = self._loop.call_later(HEARTBEAT_INTERVAL_S, self._beat)
+        try:
+            self.send(Ping(now))
+        except ConnectionLost:
+            return
+
+    def _lose(self, reason: str) -> None:
+        if not self._closed:
+            self.close()
+            self._on_lost(reason)

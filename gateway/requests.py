@@ -1,0 +1,433 @@
+"""The front's requests: from acceptance, through any number of worlds, to the last token.
+
+Fed by worlds.py (messages of the active world) and called by the HTTP and ZeroMQ servers, all in one asyncio
+loop. A token goes into the journal before anybody sees it, and to the client exactly once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from gateway.detokenizer import TextStream
+from gateway.errors import RequestFailed
+from gateway.journal import Journal, JournalEntry, PositionError
+from gateway.log import Logger
+from gateway.metrics import FrontMetrics
+from gateway.protocol import (
+    Cancel,
+    ErrorCode,
+    Failed,
+    FinishReason,
+    Output,
+    SamplingParams,
+    ServerMessage,
+    Stats,
+    Submit,
+    Tokens,
+    Welcome,
+)
+from gateway.rank0 import check_prompt
+from gateway.text import TextModel
+
+MAX_RESUBMITS_IN_A_WORLD = 3
+"""A world that skips tokens of one request so often will not get it right."""
+
+
+class Sink(Protocol):
+    """Where the outputs of a request go. Neither method may block or raise."""
+
+    def output(self, request: Request, output: Output) -> None:
+        """New tokens and text; the last one has a finish reason."""
+
+    def failed(self, request: Request, error: RequestFailed) -> None:
+        """The request ended without having finished."""
+
+
+class World(Protocol):
+    """The link to the world that serves."""
+
+    welcome: Welcome | None
+
+    def send(self, message: Submit | Cancel) -> None: ...
+
+
+class Request:
+    """One live request: its journal entry, and what can be rebuilt from that."""
+
+    __slots__ = (
+        "accepted_at",
+        "engine_id",
+        "entry",
+        "epoch",
+        "first_token_at",
+        "last_token_at",
+        "resubmits",
+        "sink",
+        "submissions",
+        "text",
+        "wait_timer",
+    )
+
+    def __init__(self, entry: JournalEntry, sink: Sink, text: TextStream) -> None:
+        self.entry = entry
+        self.sink = sink
+        self.text = text
+        self.epoch: int | None = None
+        """The world that has it; None while it waits for one."""
+        self.engine_id = entry.request_id
+        """Its id in that world: a new one for each submission, so that late outputs find nobody."""
+        self.submissions = 0
+        self.resubmits = 0
+        self.accepted_at = time.monotonic()
+        self.first_token_at: float | None = None
+        self.last_token_at = 0.0
+        self.wait_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.entry.request_id
+
+
+class Requests:
+    """All live requests and the rules of their lives. The one place that submits, replays and ends them."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        text: TextModel,
+        metrics: FrontMetrics,
+        log: Logger,
+        *,
+        max_wait_s: float,
+        max_waiting: int,
+    ) -> None:
+        """`max_wait_s`: how long a new request waits for a world. `max_waiting`: how many requests may be
+        without a first token."""
+        self.max_wait_s = max_wait_s
+        self.welcome: Welcome | None = None
+        """Of the last world that served; its limits hold while there is none."""
+        self.resumed_at: float | None = None
+        """Unix time at which the first replayed request got a token in the world that serves."""
+        self.after_batch: list[Callable[[], None]] = []
+        """Called when a batch of outputs has been handed to the sinks."""
+        self.on_resumed: Callable[[], None] = lambda: None
+        self._journal = journal
+        self._text = text
+        self._metrics = metrics
+        self._log = log
+        self._max_waiting = max_waiting
+        self._world: World | None = None
+        self._live: dict[str, Request] = {}
+        self._in_engine: dict[str, Request] = {}
+        self._num_waiting = 0
+        self._numbers = itertools.count(1)
+        self._world_waiters: list[asyncio.Future[None]] = []
+
+    # ----------------------------------------------------------------------- for the servers
+
+    @property
+    def serving(self) -> bool:
+        return self._world is not None
+
+    async def known_welcome(self) -> Welcome:
+        """What is known of the model's world. Waits up to `max_wait_s` for the first one, then raises
+        RequestFailed(unavailable)."""
+        if self.welcome is None:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._world_waiters.append(waiter)
+            try:
+                async with asyncio.timeout(self.max_wait_s):
+                    await waiter
+            except TimeoutError:
+                raise self._unavailable() from None
+            finally:
+                if waiter in self._world_waiters:
+                    self._world_waiters.remove(waiter)
+        assert self.welcome is not None
+        return self.welcome
+
+    def check_admission(self, count: int = 1) -> None:
+        """Raises RequestFailed(overloaded) if so many more requests would be too many."""
+        if self._num_waiting + count > self._max_waiting:
+            self._metrics.refused["overloaded"] += 1
+            raise RequestFailed(
+                "overloaded", f"{self._num_waiting} requests are waiting already; try again later"
+            )
+
+    def accept(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        stop: list[str],
+        sink: Sink,
+        output_token_ids: list[int] | None = None,
+    ) -> Request:
+        """Takes a request on, from now on it is not lost. Its outputs go to `sink`, never before this returns.
+
+        `output_token_ids`: tokens that the client has from earlier; they are not sent again. Raises
+        RequestFailed: overloaded, or invalid_request where the last world's limits do not allow it.
+        """
+        self.check_admission()
+        if self.welcome is not None:
+            problem = check_prompt(prompt_token_ids, params.max_tokens, self.welcome.limits)
+            if problem is not None:
+                self._metrics.refused["invalid_request"] += 1
+                raise RequestFailed("invalid_request", problem)
+        request_id = f"r{next(self._numbers)}"
+        entry = JournalEntry(
+            request_id, prompt_token_ids, params, stop, time.time(), list(output_token_ids or ())
+        )
+        request = Request(entry, sink, self._text.stream(stop))
+        for token_id in entry.output_token_ids:
+            request.text.push(token_id)
+        self._journal.accept(entry)
+        self._journal.flush()
+        self._live[request_id] = request
+        self._num_waiting += 1
+        self._metrics.accepted += 1
+        self._metrics.prompt_tokens += len(prompt_token_ids)
+        if self._world is not None:
+            self._submit(request, self._world)
+        else:
+            loop = asyncio.get_running_loop()
+            request.wait_timer = loop.call_later(self.max_wait_s, self._give_up_waiting, request)
+        self._count()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request for its client: it gets an output with finish_reason "cancelled". Does nothing if it
+        has ended."""
+        if request.request_id not in self._live:
+            return
+        self._cancel_in_engine(request)
+        position = len(request.entry.output_token_ids)
+        output = Output(request.request_id, position, [], "cancelled", None, request.text.finish())
+        self._end(request, "cancelled")
+        request.sink.output(request, output)
+        self._call_after_batch()
+
+    def close(self) -> None:
+        """Ends every request with an error, since the front goes away."""
+        for request in list(self._live.values()):
+            self._fail(request, RequestFailed("unavailable", "the server is shutting down"))
+        self._call_after_batch()
+
+    # ----------------------------------------------------------------------- for the link to the world
+
+    def world_up(self, world: World, welcome: Welcome) -> None:
+        """A world serves: everything that has not finished is submitted to it, oldest first."""
+        self._world = world
+        self.welcome = welcome
+        self.resumed_at = None
+        self._metrics.serving_epoch = welcome.epoch
+        waiters, self._world_waiters = self._world_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        replayed = 0
+        for request in list(self._live.values()):
+            if request.request_id in self._live:
+                replayed += request.submissions > 0
+                self._submit(request, world)
+        if replayed:
+            self._metrics.replays += replayed
+            self._log.info("replayed", epoch=welcome.epoch, requests=replayed)
+
+    def world_down(self) -> None:
+        """No world serves: everything waits for the next one. What the old one still says is dropped."""
+        self._world = None
+        self._metrics.serving_epoch = None
+        self._metrics.stats = None
+        self._in_engine.clear()
+        for request in self._live.values():
+            request.epoch = None
+            request.resubmits = 0
+
+    def receive(self, message: ServerMessage) -> None:
+        """A message of the world that serves."""
+        if isinstance(message, Tokens):
+            now = time.monotonic()
+            new = [found for output in message.outputs if (found := self._journal_output(output)) is not None]
+            self._journal.flush()
+            for request, output in new:
+                self._deliver(request, output, now)
+            self._call_after_batch()
+            self._count()
+        elif isinstance(message, Stats):
+            self._metrics.stats = message
+        elif isinstance(message, Failed):
+            self._receive_failed(message)
+
+    # ----------------------------------------------------------------------- inside
+
+    def _submit(self, request: Request, world: World) -> None:
+        assert world.welcome is not None
+        entry = request.entry
+        if request.wait_timer is not None:
+            request.wait_timer.cancel()
+            request.wait_timer = None
+        request.submissions += 1
+        if request.submissions > 1:
+            request.engine_id = f"{entry.request_id}.{request.submissions}"
+        request.epoch = world.welcome.epoch
+        self._in_engine[request.engine_id] = request
+        world.send(
+            Submit(
+                request.engine_id,
+                epoch=request.epoch,
+                prompt_token_ids=entry.prompt_token_ids,
+                output_token_ids=entry.output_token_ids,
+                params=entry.params,
+            )
+        )
+
+    def _journal_output(self, output: Output) -> tuple[Request, Output] | None:
+        """Writes new tokens down; None for outputs that are nobody's or bring nothing new."""
+        request = self._in_engine.get(output.request_id)
+        if request is None:
+            return None  # cancelled, or submitted again
+        token_ids = output.token_ids
+        try:
+            self._journal.append(request.request_id, output.position, token_ids)
+        except PositionError as error:
+            self._metrics.position_errors += 1
+            self._log.error("position", epoch=request.epoch, request=request.request_id, detail=str(error))
+            if error.got > error.expected:
+                self._resubmit(request)
+                return None
+            token_ids = token_ids[error.expected - error.got :]
+            if not token_ids and output.finish_reason is None:
+                return None
+            self._journal.append(request.request_id, error.expected, token_ids)
+            output = Output(
+                output.request_id, error.expected, token_ids, output.finish_reason, output.stop_reason
+            )
+        return request, output
+
+    def _resubmit(self, request: Request) -> None:
+        """Tokens are missing: the world starts this request again behind what the journal has."""
+        self._cancel_in_engine(request)
+        request.resubmits += 1
+        if self._world is None or request.resubmits > MAX_RESUBMITS_IN_A_WORLD:
+            self._fail(request, RequestFailed("internal", "the engine skipped tokens of this request"))
+            return
+        self._submit(request, self._world)
+
+    def _deliver(self, request: Request, output: Output, now: float) -> None:
+        """Hands new tokens, which are in the journal, to the client with their text."""
+        if request.request_id not in self._live:
+            return  # ended by an earlier output of the same batch
+        metrics = self._metrics
+        token_ids, finish_reason, stop_reason = output.token_ids, output.finish_reason, output.stop_reason
+        if token_ids:
+            self._time(request, now)
+        pieces = []
+        # An end token has no text, even if it is no special token.
+        silent = len(token_ids) - 1 if self._ends(request, output) else -1
+        for index, token_id in enumerate(token_ids):
+            if index == silent:
+                break
+            pieces.append(request.text.push(token_id))
+            if request.text.matched_stop is not None:
+                token_ids = token_ids[: index + 1]
+                if finish_reason is None or index + 1 < len(output.token_ids):
+                    self._cancel_in_engine(request)
+                finish_reason, stop_reason = "stop", request.text.matched_stop
+                break
+        else:
+            silent = -1
+        if finish_reason is not None and request.text.matched_stop is None:
+            pieces.append(request.text.finish())
+            if request.text.matched_stop is not None:
+                finish_reason, stop_reason = "stop", request.text.matched_stop
+        metrics.generation_tokens += len(token_ids)
+        if finish_reason is not None:
+            self._end(request, finish_reason)
+        request.sink.output(
+            request,
+            Output(
+                request.request_id, output.position, token_ids, finish_reason, stop_reason, "".join(pieces)
+            ),
+        )
+
+    def _ends(self, request: Request, output: Output) -> bool:
+        """Whether the last token is the one that ended the request."""
+        if output.finish_reason != "stop" or not output.token_ids or self.welcome is None:
+            return False
+        last = output.token_ids[-1]
+        return last in self.welcome.eos_token_ids or last in request.entry.params.stop_token_ids
+
+    def _time(self, request: Request, now: float) -> None:
+        if request.first_token_at is None:
+            request.first_token_at = now
+            self._num_waiting -= 1
+            self._metrics.time_to_first_token.observe(now - request.accepted_at)
+        else:
+            self._metrics.inter_token_latency.observe(now - request.last_token_at)
+        request.last_token_at = now
+        if self.resumed_at is None and request.submissions > 1:
+            self.resumed_at = time.time()
+            self.on_resumed()
+
+    def _receive_failed(self, message: Failed) -> None:
+        if message.request_id is None:
+            self._log.error("refused by rank 0", epoch=message.epoch, code=message.code, detail=message.message)
+            return
+        request = self._in_engine.get(message.request_id)
+        if request is None:
+            return
+        if message.code == "unavailable":
+            # The world is about to end; the next one gets it.
+            del self._in_engine[message.request_id]
+            request.epoch = None
+            return
+        self._fail(request, RequestFailed(message.code, message.message, request.request_id))
+        self._call_after_batch()
+
+    def _give_up_waiting(self, request: Request) -> None:
+        self._fail(request, self._unavailable())
+        self._call_after_batch()
+
+    def _unavailable(self) -> RequestFailed:
+        self._metrics.refused["unavailable"] += 1
+        text = f"no world has come up to serve the model within {self.max_wait_s:g} s; try again later"
+        return RequestFailed("unavailable", text)
+
+    def _fail(self, request: Request, error: RequestFailed) -> None:
+        if request.request_id in self._live:
+            self._cancel_in_engine(request)
+            self._end(request, None)
+            request.sink.failed(request, error)
+
+    def _end(self, request: Request, reason: FinishReason | None) -> None:
+        del self._live[request.request_id]
+        self._in_engine.pop(request.engine_id, None)
+        self._journal.finish(request.request_id, reason)
+        if request.wait_timer is not None:
+            request.wait_timer.cancel()
+        if request.first_token_at is None:
+            self._num_waiting -= 1
+        self._metrics.finished[reason or "error"] += 1
+        self._metrics.request_latency.observe(time.monotonic() - request.accepted_at)
+        self._count()
+
+    def _cancel_in_engine(self, request: Request) -> None:
+        if self._in_engine.pop(request.engine_id, None) is not None and self._world is not None:
+            self._world.send(Cancel(request.engine_id, request.epoch or 0))
+
+    def _call_after_batch(self) -> None:
+        for function in self.after_batch:
+            function()
+
+    def _count(self) -> None:
+        self._metrics.live = len(self._live)
+        self._metrics.waiting = self._num_waiting
+
+
+def error_code_is_transient(code: ErrorCode) -> bool:
+    """Whether the same request may succeed later."""
+    return code in ("overloaded", "unavailable")

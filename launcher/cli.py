@@ -1,0 +1,104 @@
+"""The `phalanx` command. Reads arguments and hands over; it imports what a subcommand needs only when that
+subcommand runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from launcher.errors import LauncherError
+from launcher.settings import Settings
+
+_DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="phalanx",
+        description="Serves language models from an MPI world that may die at any moment, "
+        "with requests that never do.",
+    )
+    parser.add_argument("--version", action="version", version=f"phalanx {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    serve = commands.add_parser("serve", help="serve a model until Ctrl-C", description="Serve a model.")
+    Settings.add_arguments(serve)
+
+    chat = commands.add_parser("chat", help="talk to a served model", description="Talk to a served model.")
+    _add_url(chat)
+    chat.add_argument("--model", metavar="NAME", help="model to talk to (default: the one that is served)")
+    chat.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
+    chat.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
+    chat.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0: always the likeliest")
+
+    status = commands.add_parser("status", help="show worlds and ranks", description="Show worlds and ranks.")
+    _add_url(status)
+    status.add_argument("--json", action="store_true", help="print what /cluster answers, for programs")
+
+    pull = commands.add_parser("pull", help="download and import a model", description="Get a model.")
+    pull.add_argument("model", metavar="MODEL", help="catalog name, GGUF file or hub id")
+
+    doctor = commands.add_parser(
+        "doctor", help="check this machine", description="Check what this machine lacks to serve models."
+    )
+    doctor.add_argument("--port", type=int, default=8000, metavar="P", help="HTTP port that shall be free")
+    doctor.add_argument("--mpirun", metavar="PATH", help="the mpirun to check (default: found)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns its exit code: 0, 1 for what went wrong, 2 for what was asked wrongly."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except LauncherError as error:
+        print(f"phalanx: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `phalanx status | head`
+        sys.stderr.close()
+        return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "serve":
+        settings = Settings.from_arguments(options)
+        from launcher.serve import serve
+
+        return serve(settings)
+    if options.command == "chat":
+        from launcher.chat import chat
+
+        return chat(options.url, options.model, options.system, options.max_tokens, options.temperature)
+    if options.command == "status":
+        from launcher.status import status
+
+        return status(options.url, as_json=options.json)
+    if options.command == "pull":
+        from launcher.pull import pull
+
+        return pull(options.model)
+    from launcher.doctor import doctor
+
+    return doctor(options.port, options.mpirun)
+
+
+def _add_url(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", default=_DEFAULT_URL, metavar="URL", help=f"where it is served (default: {_DEFAULT_URL})"
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("phalanx-serve")
+    except metadata.PackageNotFoundError:  # a checkout that was never installed
+        return "0+unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

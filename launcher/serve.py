@@ -1,0 +1,238 @@
+"""`phalanx serve`: checks that this machine can do what the settings ask, brings the model here, and runs the
+supervisor with what it found. Called by `cli`; must refuse at once, in one line, what cannot work."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shlex
+import socket
+from pathlib import Path
+
+from gateway.protocol import FrontState
+from launcher.children import child_environment, python_module
+from launcher.display import Display, choose_display
+from launcher.errors import LauncherError
+from launcher.launchers.mpirun import find_mpirun
+from launcher.logs import EventLog
+from launcher.preparation import PreparationProgress, PreparedModel, Stopped, prepare
+from launcher.processes import usable_cores
+from launcher.run_dir import RunDir, RunDirInUse
+from launcher.settings import Settings, default_cache_dir, default_run_dir
+from launcher.stop_signals import StopSignals
+from launcher.supervisor import Supervisor
+from launcher.watch import Phase, adopt_orphans
+from launcher.worlds import World, WorldPlan
+
+_BACKLOG = 2048
+
+
+def serve(settings: Settings) -> int:
+    """Serves until a signal ends it; returns 0. Raises LauncherError."""
+    log = EventLog()
+    with StopSignals() as stop, choose_display() as display:
+        log.to_stream(_DisplayHandler(display))
+        try:
+            _serve(settings, log, stop, display)
+        except Stopped:
+            pass
+        finally:
+            log.close()
+    return 0
+
+
+def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Display) -> None:
+    adopt_orphans()
+    mpirun = find_mpirun(settings.mpirun)
+    run_dir, listener = _claim(settings, log)
+    try:
+        log.to_file(run_dir.path / "supervisor.log")
+        port = listener.getsockname()[1]
+        prepared = prepare(
+            settings.model,
+            settings.tp,
+            settings.pp,
+            settings.dtype,
+            default_cache_dir(),
+            lambda progress: _show_preparation(display, progress),
+            stop.requested,
+        )
+        name = settings.served_model_name or prepared.name
+        plan = WorldPlan(
+            mpirun=mpirun,
+            tp=settings.tp,
+            pp=settings.pp,
+            cores=usable_cores(),
+            rank_command=rank_command(settings, prepared, name),
+            guard_command=python_module("launcher.guard"),
+            served_model_name=name,
+        )
+        listener.listen(_BACKLOG)
+        progress = _StartProgress(display)
+        Supervisor(
+            plan=plan,
+            run_dir=run_dir,
+            front_command=front_command(settings, prepared, name, listener.fileno(), run_dir),
+            listener=listener,
+            environment=child_environment(),
+            log=log,
+            stop=stop,
+            on_progress=progress.show,
+            on_ready=lambda world, state: _say_ready(settings.host, port, world, state, prepared.path),
+        ).run()
+        display.say("stopped")
+    finally:
+        listener.close()
+        run_dir.close()
+
+
+def _claim(settings: Settings, log: EventLog) -> tuple[RunDir, socket.socket]:
+    """The run folder, tidied of what an earlier run left, and the bound port. The folder comes first: a front
+    that an earlier run left behind may hold the port."""
+    listener = None
+    path = settings.run_dir
+    if path is None:
+        if settings.port == 0:
+            listener = bind(settings.host, 0)
+        path = default_run_dir(settings.port if listener is None else listener.getsockname()[1])
+    try:
+        run_dir = RunDir(path)
+    except RunDirInUse as error:
+        if settings.run_dir is not None:
+            raise
+        raise LauncherError(
+            f"port {settings.port} is served already ({error}); choose another port with --port"
+        ) from None
+    try:
+        if ended := run_dir.remove_leftovers():
+            log.warning("ended processes of an earlier run", pids=" ".join(map(str, ended)))
+        return run_dir, listener if listener is not None else bind(settings.host, settings.port)
+    except LauncherError:
+        run_dir.close()
+        raise
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound for HTTP, not listening yet: until the front runs, clients are refused rather than kept
+    waiting. Raises LauncherError that names the flag."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise LauncherError(f"--host {host}: {error.strerror}; give an address of this machine") from None
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            message = f"port {port} on {host} is in use; choose another one with --port"
+        elif error.errno == errno.EACCES:
+            message = f"port {port} needs privileges; choose one above 1023 with --port"
+        else:
+            message = f"--host {host}: {error.strerror}; give an address of this machine"
+        raise LauncherError(message) from None
+    return listener
+
+
+def rank_command(settings: Settings, prepared: PreparedModel, name: str) -> list[str]:
+    """What a guard starts as its rank, without `--epoch`."""
+    command = [*python_module("engine.rank"), "--model", str(prepared.path), "--served-model-name", name]
+    command += ["--tp", str(settings.tp), "--pp", str(settings.pp), "--dtype", prepared.dtype]
+    command += ["--max-num-seqs", str(settings.max_num_seqs)]
+    command += ["--max-num-batched-tokens", str(settings.max_num_batched_tokens)]
+    command += ["--shard-cache", str(default_cache_dir() / "shards"), "--gateway", "tcp://127.0.0.1:*"]
+    if settings.max_model_len:
+        command += ["--max-model-len", str(settings.max_model_len)]
+    if settings.kv_cache_memory:
+        command += ["--kv-cache-memory", str(settings.kv_cache_memory)]
+    return command
+
+
+def front_command(
+    settings: Settings, prepared: PreparedModel, name: str, http_fd: int, run_dir: RunDir
+) -> list[str]:
+    """What the supervisor starts as the front."""
+    command = [
+        *python_module("gateway.front"),
+        "--model-dir",
+        str(prepared.path),
+        "--served-model-name",
+        name,
+    ]
+    command += ["--http-fd", str(http_fd), "--zmq", settings.zmq]
+    command += ["--control", f"ipc://{run_dir.control_socket}", "--run-dir", str(run_dir.path)]
+    return [*command, "--max-wait-s", f"{settings.max_wait_s:g}"]
+
+
+# --------------------------------------------------------------------------- what the user sees
+
+
+class _DisplayHandler(logging.Handler):
+    """Log lines go where the bars are drawn, so that neither disturbs the other."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._display.say(self.format(record))
+
+
+def _show_preparation(display: Display, progress: PreparationProgress) -> None:
+    display.update(progress.task, progress.done, progress.total, progress.unit)
+
+
+class _StartProgress:
+    """What a starting world does, told once for each change."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._told: tuple[int, Phase] | None = None
+
+    def show(self, world: World) -> None:
+        phases = [watch.phase for watch in world.ranks.values()]
+        slowest = min(phases) if len(phases) == world.size else Phase.STARTING
+        if (world.epoch, slowest) != self._told:
+            self._told = (world.epoch, slowest)
+            if slowest < Phase.LOADING or slowest is Phase.IDLE:
+                doing = "waiting for the front" if slowest is Phase.IDLE else slowest.name.lower()
+                self._display.say(f"world {world.epoch}: {world.size} ranks {doing}")
+        done, total = world.load_progress
+        if total:
+            self._display.update("load", done, total, "B")
+
+
+def _say_ready(host: str, port: int, world: World, state: FrontState, model_dir: Path) -> None:
+    if host in ("0.0.0.0", "::", ""):
+        host = "127.0.0.1"
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    name = world.plan.served_model_name
+    shape = f"(tp {world.plan.tp}, pp {world.plan.pp})"
+    print(f"ready  {url}  zmq {state.zmq}  model {name}  world {world.epoch} {shape}")
+    print(curl_line(url, name, model_dir), flush=True)
+
+
+def curl_line(url: str, model: str, model_dir: Path) -> str:
+    """A command that works when pasted: a chat if the model has a chat template, else a completion."""
+    body: dict[str, object] = {"model": model}
+    if _has_chat_template(model_dir):
+        path = "/v1/chat/completions"
+        body["messages"] = [{"role": "user", "content": "Name three colours."}]
+    else:
+        path = "/v1/completions"
+        body["prompt"] = "The sky is"
+    body["max_tokens"] = 48
+    header = shlex.quote("Content-Type: application/json")
+    return f"curl {shlex.quote(url + path)} -H {header} -d {shlex.quote(json.dumps(body))}"
+
+
+def _has_chat_template(model_dir: Path) -> bool:
+    if (model_dir / "chat_template.jinja").exists() or (model_dir / "chat_template.json").exists():
+        return True
+    try:
+        content = json.loads((model_dir / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and bool(content.get("chat_template"))

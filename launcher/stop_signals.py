@@ -1,0 +1,48 @@
+"""SIGINT, SIGTERM and SIGHUP as something that a poll loop can wait for. Used by `serve` and `pull`."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from types import TracebackType
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopSignals:
+    """A context in which these signals end nothing by themselves: they count, and make `fileno` readable."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> StopSignals:
+        self._read_end, self._write_end = socket.socketpair()
+        self._read_end.setblocking(False)
+        self._write_end.setblocking(False)
+        self._old_handlers = {number: signal.signal(number, self._on_signal) for number in _NUMBERS}
+        self._old_wakeup = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._old_wakeup)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._read_end.close()
+        self._write_end.close()
+
+    def fileno(self) -> int:
+        return self._read_end.fileno()
+
+    def drain(self) -> None:
+        """Makes `fileno` unreadable until the next signal."""
+        with contextlib.suppress(BlockingIOError):
+            self._read_end.recv(1024)
+
+    def requested(self) -> bool:
+        return self.count > 0
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.count += 1

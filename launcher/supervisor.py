@@ -1,0 +1,327 @@
+"""The supervisor: the process that the user starts. It keeps one world serving: starts it, watches it, aborts
+it at the first certain sign of a fault, and starts the next one. It must never block, must import neither
+torch nor the HTTP stack, and must leave no process, port or shared memory behind."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from gateway.protocol import Fault, FrontState, WorldTable
+from launcher.errors import LauncherError
+from launcher.front_process import FrontProcess
+from launcher.guard import GuardEnvironment
+from launcher.guard_link import GuardLink
+from launcher.logs import EventLog
+from launcher.processes import ProcessId, host_id
+from launcher.run_dir import RUN_ID_VARIABLE, RunDir
+from launcher.stop_signals import StopSignals
+from launcher.worlds import DEATH_TIMEOUT_S, World, WorldFault, WorldPlan, WorldState, final_fault
+
+TURN_S = 0.05
+DYING_TURN_S = 0.005
+"""A world's end is looked at often, since everybody waits for it."""
+TABLE_INTERVAL_S = 0.25
+FRONT_GRACE_S = 5.0
+"""How long the front may take to finish after SIGTERM."""
+SERVE_TIMEOUT_S = 30.0
+"""How long the front may take to be welcomed by a world that is ready."""
+FAILED_STARTS = 3
+"""After so many worlds in a row that died before they served, another one helps nobody."""
+BACK_OFF_S = 0.5
+"""Wait before the start after a failed one; doubled each time."""
+_KEPT_FAULTS = 20
+
+
+class GaveUp(LauncherError):
+    """No relaunch can help; the message is the diagnosis."""
+
+
+class Supervisor:
+    """One deployment. `run` returns when a signal has ended it, and raises LauncherError when it gave up;
+    either way everything it started has ended."""
+
+    def __init__(
+        self,
+        plan: WorldPlan,
+        run_dir: RunDir,
+        front_command: list[str],
+        listener: socket.socket,
+        environment: dict[str, str],
+        log: EventLog,
+        stop: StopSignals,
+        on_progress: Callable[[World], None],
+        on_ready: Callable[[World, FrontState], None],
+    ) -> None:
+        """`on_progress` is called every turn until the first world serves, `on_ready` once it does."""
+        self._plan = plan
+        self._run_dir = run_dir
+        self._log = log
+        self._stop = stop
+        self._on_progress = on_progress
+        self._on_ready = on_ready
+        self._environment = {**environment, RUN_ID_VARIABLE: run_dir.run_id}
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._link = GuardLink(self._context)
+        self._front = FrontProcess(
+            self._context,
+            front_command,
+            self._environment,
+            listener,
+            run_dir.control_socket,
+            run_dir.path / "front.log",
+        )
+        self._poller = zmq.Poller()
+        for pollable in (self._link.router, self._link.zap, self._front.router, stop):
+            self._poller.register(pollable, select.POLLIN)
+        own_id = ProcessId.of(os.getpid())
+        assert own_id is not None
+        self._own_id = own_id
+        self._world: World | None = None
+        self._next_epoch: int | None = None
+        self._start_at = 0.0
+        self._failed_starts = 0
+        self._was_ready = False
+        self._stopping = False
+        self._faults: list[Fault] = []
+        self._recovering_since: float | None = None
+        self._resumed_epoch = 0
+        self._table_key: tuple[object, ...] = ()
+        self._table_sent_at = 0.0
+        self._turned_at = time.monotonic()
+
+    def run(self) -> None:
+        """Serves until a signal comes, or until no relaunch can help (LauncherError)."""
+        self._run_dir.record(supervisor=self._own_id)
+        try:
+            self._front.start()
+            self._run_dir.record(front=self._front.process)
+            self._next_epoch = self._run_dir.raise_epoch()
+            while not self._stop.requested():
+                self._turn()
+        finally:
+            self._stopping = True
+            self._shut_down()
+
+    # ----------------------------------------------------------------- the loop
+
+    def _turn(self) -> None:
+        """Waits for news, hears it, judges, acts, tells the front. Takes TURN_S at most if nothing hangs."""
+        dying = self._world is not None and self._world.state is WorldState.DYING
+        ready = dict(self._poller.poll(round((DYING_TURN_S if dying else TURN_S) * 1000)))
+        now = time.monotonic()
+        late_s = max(0.0, now - self._turned_at - TURN_S)
+        self._turned_at = now
+        if self._stop.fileno() in ready or self._stop in ready:
+            self._stop.drain()
+        self._link.answer_zap()
+        self._hear_guards(now)
+        self._hear_front(now)
+        if self._world is not None:
+            self._world.extend_deadlines(late_s)
+            self._judge_world(self._world, now)
+        elif not self._stopping and now >= self._start_at:
+            self._start_world()
+        if not self._stopping:
+            self._judge_front(now)
+            if not self._was_ready and self._world is not None:
+                self._on_progress(self._world)
+        self._tell_front(now)
+
+    def _hear_guards(self, now: float) -> None:
+        for identity, message in self._link.receive():
+            # Whatever carries another epoch comes from a world that is dead already.
+            if self._world is not None and message.epoch == self._world.epoch:
+                self._world.on_message(identity, message, now)
+
+    def _hear_front(self, now: float) -> None:
+        for state in self._front.receive():
+            world = self._world
+            if world is None or state.serving_epoch != world.epoch or world.state is not WorldState.ACTIVE:
+                continue
+            if world.times.served is None:
+                world.times.served = now
+                self._failed_starts = 0
+                self._on_served(world, state, now)
+            if state.resumed_at is not None and self._resumed_epoch < world.epoch:
+                self._resumed_epoch = world.epoch
+                if self._faults:
+                    resumed_s = state.resumed_at - self._faults[0].at
+                    self._log.info("requests resumed", epoch=world.epoch, resumed_s=resumed_s)
+
+    def _on_served(self, world: World, state: FrontState, now: float) -> None:
+        if not self._was_ready:
+            self._was_ready = True
+            self._on_ready(world, state)
+        if self._recovering_since is not None:
+            recover_s = now - self._recovering_since
+            self._recovering_since = None
+            self._log.info("world recovered", epoch=world.epoch, recover_s=recover_s)
+            self._faults = [
+                fault if fault.recover_s is not None else msgspec.structs.replace(fault, recover_s=recover_s)
+                for fault in self._faults
+            ]
+
+    # ----------------------------------------------------------------- the world
+
+    def _start_world(self) -> None:
+        epoch = self._next_epoch if self._next_epoch is not None else self._run_dir.raise_epoch()
+        self._next_epoch = None
+        world = World(epoch, self._plan, self._run_dir, self._link)
+        guard = GuardEnvironment(
+            endpoint=self._link.endpoint,
+            server_key=self._link.server_key,
+            public_key=self._link.public_key,
+            secret_key=self._link.secret_key,
+            supervisor=self._own_id,
+            supervisor_host_id=host_id(),
+            world_dir=self._run_dir.world_dir(epoch),
+            shm_dir=self._run_dir.shm_dir(epoch),
+        )
+        self._world = world
+        try:
+            world.start(guard, self._environment)
+        except OSError as error:
+            raise GaveUp(f"cannot start a world: {error}") from None
+        self._run_dir.record(mpirun=ProcessId.of(world.mpirun_pid) if world.mpirun_pid else None)
+        if self._was_ready:
+            self._log.info("world started", epoch=epoch, ranks=world.size)
+
+    def _judge_world(self, world: World, now: float) -> None:
+        fault = world.check(now)
+        if fault is None and world.state is WorldState.ACTIVE:
+            fault = self._find_unserved(world, now)
+        if fault is not None:
+            self._abort(world, fault, now)
+        if world.state is WorldState.DYING:
+            assert world.times.aborted is not None
+            if world.check_death(now):
+                self._on_world_dead(world, now)
+            elif now - world.times.aborted > DEATH_TIMEOUT_S:
+                pids = ", ".join(str(process.pid) for process in world.processes_left())
+                raise GaveUp(
+                    f"processes of world {world.epoch} do not die ({pids}); "
+                    "look for a hung device or file system, and end them before the next start"
+                )
+
+    def _find_unserved(self, world: World, now: float) -> WorldFault | None:
+        state = self._front.state
+        if state is not None and state.serving_epoch == world.epoch:
+            return None
+        since = max(world.times.active or now, self._front.started_at)
+        if now - since < SERVE_TIMEOUT_S:
+            return None
+        detail = f"the front and the gateway of rank 0 did not meet within {SERVE_TIMEOUT_S:.0f} s"
+        return WorldFault("start", 0, None, detail)
+
+    def _abort(self, world: World, fault: WorldFault, now: float) -> None:
+        world.abort(now)  # first of all: until it is dead it may still send tokens
+        if self._stopping:
+            return
+        self._next_epoch = self._run_dir.raise_epoch()
+        if self._recovering_since is None:
+            self._recovering_since = now
+        self._log.error(
+            "world fault",
+            epoch=world.epoch,
+            rank=fault.rank,
+            kind=fault.kind,
+            detail=fault.detail,
+            detect_s=fault.detect_s,
+        )
+        record = Fault(
+            epoch=world.epoch,
+            at=time.time(),
+            kind=fault.kind,
+            rank=fault.rank,
+            host=fault.host,
+            detail=fault.detail,
+            detect_s=fault.detect_s,
+        )
+        self._faults = [record, *self._faults][:_KEPT_FAULTS]
+
+    def _on_world_dead(self, world: World, now: float) -> None:
+        self._world = None
+        self._run_dir.record(mpirun=None)
+        if self._stopping:
+            return
+        assert world.times.aborted is not None
+        self._log.info("world dead", epoch=world.epoch, abort_s=now - world.times.aborted)
+        if final := final_fault(world.faults):
+            raise GaveUp(_last_error(final.last_lines) or final.detail)
+        if world.times.served is not None:
+            return
+        self._failed_starts += 1
+        if self._failed_starts >= FAILED_STARTS:
+            raise GaveUp(self._diagnosis(world))
+        back_off_s = BACK_OFF_S * 2 ** (self._failed_starts - 1)
+        self._start_at = now + back_off_s
+        self._log.warning(
+            "world failed to start",
+            epoch=world.epoch,
+            failed_starts=self._failed_starts,
+            next_start_s=back_off_s,
+        )
+
+    def _diagnosis(self, world: World) -> str:
+        cause = world.faults[0]
+        # mpirun's end says less than what a rank said before it.
+        told = next((fault for fault in world.faults if fault.last_lines), cause)
+        lines = "".join(f"\n    {line}" for line in told.last_lines.splitlines()[-15:])
+        folder = self._run_dir.world_dir(world.epoch)
+        return f"{self._failed_starts} worlds in a row did not start: {cause.detail}; logs in {folder}{lines}"
+
+    # ----------------------------------------------------------------- the front
+
+    def _judge_front(self, now: float) -> None:
+        code = self._front.check(now)
+        if code is not None:
+            self._log.error("front ended", exit_code=code, log=str(self._front.log_path))
+            self._front.start()
+            self._run_dir.record(front=self._front.process)
+
+    def _tell_front(self, now: float) -> None:
+        worlds = [self._world] if self._world is not None else []
+        epoch = self._next_epoch or (self._world.epoch if self._world is not None else 0)
+        identity = self._front.state.pid if self._front.state is not None else None
+        key = (epoch, identity, len(self._faults), *((w.epoch, w.state, len(w.ranks)) for w in worlds))
+        if key == self._table_key and now - self._table_sent_at < TABLE_INTERVAL_S:
+            return
+        self._table_key = key
+        self._table_sent_at = now
+        self._front.send(WorldTable(epoch, [world.entry(now) for world in worlds], self._faults))
+
+    # ----------------------------------------------------------------- the end
+
+    def _shut_down(self) -> None:
+        """Front first, so that it can still tell its clients; then the world. A second signal cuts the grace
+        short."""
+        self._front.terminate()
+        grace_ends = time.monotonic() + FRONT_GRACE_S
+        while not self._front.has_ended() and time.monotonic() < grace_ends and self._stop.count < 2:
+            self._turn()
+        self._front.end()
+        if self._world is not None:
+            self._world.abort(time.monotonic())
+            give_up_at = time.monotonic() + DEATH_TIMEOUT_S
+            while self._world is not None and time.monotonic() < give_up_at:
+                self._turn()
+        if self._world is None:
+            self._run_dir.forget()
+        self._front.close()
+        self._link.close()
+        self._context.term()
+
+
+def _last_error(lines: str) -> str:
+    prefix = "phalanx: error: "
+    for line in reversed(lines.splitlines()):
+        if line.startswith(prefix):
+            return line.removeprefix(prefix)
+    return ""

@@ -1,0 +1,155 @@
+"""Drives a real world without processes around it: requests go in at rank 0, every rank runs its own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.engine import Engine, EngineSettings, build_engine
+from engine.execution.batch import Batch
+from engine.execution.stage import StageRunner
+from engine.plan import SequenceParams
+from engine.scheduling.scheduler import NewToken, Scheduler
+from engine.scheduling.sequence import Sequence
+from engine.step_loop import Key, Leader, Status, follow
+from engine.world import World
+from tests import references
+
+
+def build(world: World, **settings: object) -> Engine:
+    """The real model, cut over this world."""
+    folder = references.model_folder()
+    cache = references.ROOT / "build" / "test-shards"
+    every = EngineSettings(model_dir=folder, shard_cache=Path(cache), **settings)  # type: ignore[arg-type]
+    return build_engine(world, every, torch.device("cpu"), lambda _done, _total: None)
+
+
+def request(
+    name: int,
+    prompt: list[int],
+    max_tokens: int,
+    temperature: float = 0.0,
+    output: list[int] | None = None,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> Sequence:
+    """A request whose seed is its name, so that the sampler, too, can tell whose row it sees."""
+    return Sequence(
+        key=(b"test", str(name)),
+        tokens=prompt + (output or []),
+        num_prompt_tokens=len(prompt),
+        max_tokens=max_tokens,
+        end_token_ids=frozenset(),
+        stop_token_ids=frozenset(),
+        params=SequenceParams(temperature, top_p, top_k, name, 0),
+    )
+
+
+class _Sign:
+    def idle(self) -> None: ...
+
+    def stepping(self, step: int) -> None: ...
+
+
+class _Port:
+    def __init__(self, requests: list[Sequence], cancel_after: dict[Key, int]) -> None:
+        self._requests = requests
+        self._unfinished = {sequence.key for sequence in requests}
+        self._cancel_after = cancel_after
+        self.tokens: dict[Key, list[int]] = {sequence.key: [] for sequence in requests}
+        self.ends: dict[Key, str] = {}
+        self.stop: Callable[[], None]
+
+    def receive(self, timeout_s: float) -> tuple[list[Sequence], list[Key]]:
+        new, self._requests = self._requests, []
+        cancelled = [
+            key for key, count in self._cancel_after.items()
+            if key in self._unfinished and len(self.tokens[key]) >= count
+        ]  # fmt: skip
+        return new, cancelled
+
+    def send(self, step: int, tokens: list[NewToken]) -> None:
+        for token in tokens:
+            received = self.tokens[token.key]
+            if token.token_id is not None:
+                assert token.position == len(received) + self.offset(token.key), (
+                    "a position is missing or repeated"
+                )
+                received.append(token.token_id)
+            if token.finish_reason is not None:
+                self.ends[token.key] = token.finish_reason
+                self._unfinished.remove(token.key)
+        if not self._unfinished:
+            self.stop()
+
+    offsets: dict[Key, int]
+
+    def offset(self, key: Key) -> int:
+        return self.offsets[key]
+
+    def refuse(self, key: Key, message: str) -> None:
+        raise AssertionError(f"{key} was refused: {message}")
+
+    def report(self, status: Status) -> None: ...
+
+
+class Run:
+    """What `serve` brought. At ranks other than 0 everything but `logits` is empty."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[int, str] = {}
+        self.num_preemptions = 0
+        self.logits: dict[tuple[int, int], np.ndarray] = {}
+        """By (name of the request, absolute position): filled at the sampler."""
+
+
+def serve(
+    world: World,
+    engine: Engine,
+    requests: list[Sequence],
+    cancel_after: dict[int, int] | None = None,
+    record_logits: bool = False,
+    kv_blocks: int | None = None,
+) -> Run:
+    """Runs all requests to their ends on every rank, and checks that nothing is left behind."""
+    run = Run()
+    runner = _Recorder(engine.runner, run) if record_logits else engine.runner
+    if world.at.rank != 0:
+        follow(world, runner, _Sign())
+        return run
+    scheduler: Scheduler = engine.new_scheduler(world.at.pp)
+    if kv_blocks is not None:
+        from engine.scheduling.kv_blocks import BlockPool
+
+        scheduler.pool = BlockPool(kv_blocks, scheduler.pool.block_size)
+    cancels = {(b"test", str(name)): count for name, count in (cancel_after or {}).items()}
+    port = _Port(requests, cancels)
+    port.offsets = {sequence.key: sequence.num_output_tokens for sequence in requests}
+    leader = Leader(world, scheduler, runner, port, _Sign())
+    port.stop = leader.stop
+    leader.run()
+    scheduler.check_idle()
+    assert scheduler.pool.num_used == 0
+    run.tokens = {int(key[1]): tokens for key, tokens in port.tokens.items()}
+    run.ends = {int(key[1]): end for key, end in port.ends.items()}
+    run.num_preemptions = scheduler.num_preemptions
+    return run
+
+
+class _Recorder(StageRunner):
+    """The same runner, keeping the logits that tokens are drawn from."""
+
+    def __init__(self, runner: StageRunner, run: Run) -> None:
+        self.__dict__.update(runner.__dict__)
+        self._run = run
+
+    def draw(self, logits: torch.Tensor, batch: Batch) -> list[int]:
+        for row, (params, position) in enumerate(
+            zip(batch.sampling_params, batch.sampling_positions, strict=True)
+        ):
+            self._run.logits[params.seed, position] = logits[row].numpy().copy()
+        return super().draw(logits, batch)

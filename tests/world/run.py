@@ -1,0 +1,59 @@
+"""Runs the world tests: one mpirun for each shape of world. `python -m tests.world.run [tp,pp ...]`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests import references
+
+SHAPES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3)]
+
+
+def main(arguments: list[str]) -> int:
+    shapes = [(int(a), int(b)) for a, b in (argument.split(",") for argument in arguments)] or SHAPES
+    references.load()
+    failed = [shape for shape in shapes if not _run(*shape)]
+    if failed:
+        print("world tests failed on (tp, pp) " + ", ".join(map(str, failed)))
+    return 1 if failed else 0
+
+
+def _run(tp: int, pp: int) -> bool:
+    ranks = tp * pp
+    mpirun = Path(sys.executable).with_name("mpirun")
+    segments = tempfile.mkdtemp(prefix="phalanx-test-", dir="/dev/shm")
+    command = [
+        str(mpirun) if mpirun.exists() else "mpirun",
+        "--oversubscribe", "--bind-to", "none",
+        "--mca", "pml", "ob1", "--mca", "btl", "self,sm", "--mca", "btl_sm_backing_directory", segments,
+        *(["--mca", "mpi_yield_when_idle", "1"] if ranks > len(os.sched_getaffinity(0)) else []),
+        "-np", str(ranks),
+        sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--with-mpi",
+        "tests/world", "--tp", str(tp), "--pp", str(pp),
+    ]  # fmt: skip
+    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+                   "OMP_NUM_THREADS": threads}  # fmt: skip
+    begin = time.monotonic()
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        output, code = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as expired:
+        output, code = f"{expired.stdout!r}", -1
+    finally:
+        shutil.rmtree(segments, ignore_errors=True)
+    verdict = "passed" if code == 0 else "FAILED"
+    print(f"world (tp {tp}, pp {pp}): {verdict} in {time.monotonic() - begin:.1f} s", flush=True)
+    if code != 0:
+        print(output, flush=True)
+    return code == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
