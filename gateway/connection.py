@@ -38,9 +38,9 @@ HIGH_WATER_MARK = 100_000
 class Connection:
     """One connection to rank 0 or to the front.
 
-    `on_welcome` is called once, then `on_message` for each Tokens, Failed and Stats; `on_lost` once at the end,
-    if the end was not `close`: the peer closed the connection, has been silent for `silence_s`, refused us, or
-    does not know us any more. All are called in the loop in which the connection was made.
+    `on_welcome` is called once, then `on_message` for each Tokens, Failed and Stats; `on_lost` once at the
+    end, if the end was not `close`: the peer closed the connection, has been silent for `silence_s`,
+    refused us, or does not know us any more. All are called in the loop in which the connection was made.
     """
 
     welcome: Welcome | None = None
@@ -56,8 +56,8 @@ class Connection:
         name: str = "",
         silence_s: float = SERVER_SILENCE_S,
     ) -> None:
-        """Starts to connect; a server that is not there yet is waited for. Raises EndpointError for an endpoint
-        that is none."""
+        """Starts to connect; a server that is not there yet is waited for. Raises EndpointError for an
+        endpoint that is none."""
         self._on_welcome = on_welcome
         self._on_message = on_message
         self._on_lost = on_lost

@@ -1,7 +1,7 @@
 """From token ids back to text, one token at a time: incremental detokenizing and stop strings.
 
-Used by the front for each running request. What is emitted is final: it never ends inside a character and never
-contains (the beginning of) a stop string.
+Used by the front for each running request. What is emitted is final: it never ends inside a character and
+never contains (the beginning of) a stop string.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ def configure_log() -> Logger:
         cache_logger_on_first_use=True,
     )
     # Libraries (uvicorn, asyncio) log through the standard library; their warnings belong here too.
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
+    )
     logger: Logger = structlog.get_logger(process="front")
     return logger

@@ -21,7 +21,24 @@ from prometheus_client.exposition import generate_latest
 
 from gateway.protocol import Stats
 
-TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+TOKEN_BUCKETS_S = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.075,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+)
 REQUEST_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 
 
@@ -63,9 +80,8 @@ class FrontMetrics:
         self.replays = 0
         self.position_errors = 0
         self.http_responses: Counter[int] = Counter()
-        self.waiting = 0
-        """Requests without a first token."""
         self.live = 0
+        """Requests accepted and not ended."""
         self.serving_epoch: int | None = None
         self.stats: Stats | None = None
         self.time_to_first_token = Histogram(REQUEST_BUCKETS_S)
@@ -75,7 +91,7 @@ class FrontMetrics:
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         GCCollector(registry=self._registry)
-        self._registry.register(self)  # type: ignore[arg-type]
+        self._registry.register(self)
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads (text/plain; version=0.0.4)."""

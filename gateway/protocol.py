@@ -43,7 +43,9 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Meta(ge=0)] = 0
     """0 keeps every token."""
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = 0
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    """None asks for a random one. The gateway that takes the request draws it, so that behind a gateway (in
+    the front's journal, in the engine, in a replay) there is always a number."""
     choice: Annotated[int, Meta(ge=0, lt=2**16)] = 0
     """Which of the request's `n` choices this is."""
     ignore_eos: bool = False

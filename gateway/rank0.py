@@ -6,8 +6,10 @@ Called by the step loop of rank 0, in its own thread: no threads, no asyncio. No
 
 from __future__ import annotations
 
+import secrets
 import time
 
+import msgspec
 import zmq
 
 from gateway.protocol import (
@@ -16,6 +18,7 @@ from gateway.protocol import (
     ErrorCode,
     Limits,
     Output,
+    SamplingParams,
     Stats,
     Submit,
     Tokens,
@@ -31,8 +34,8 @@ MAX_WAIT_S = 0.25
 class Rank0Gateway:
     """The server end of the protocol for one world.
 
-    In each turn the step loop calls `lost_clients` (and cancels their requests), then `receive`, and after the
-    step `send_tokens` and `send_stats`.
+    In each turn the step loop calls `lost_clients` (and cancels their requests), then `receive`, and after
+    the step `send_tokens` and `send_stats`.
     """
 
     endpoint: str
@@ -61,9 +64,9 @@ class Rank0Gateway:
     def receive(self, timeout_s: float) -> list[tuple[bytes, Submit | Cancel]]:
         """All requests that are there, as (client identity, message).
 
-        Blocks up to `timeout_s` seconds, and never longer than MAX_WAIT_S, only while nothing is there; 0 does
-        not block at all. A Submit that comes back from here is within the world's limits and its id is new for
-        that client; a Cancel is of a request that still runs.
+        Blocks up to `timeout_s` seconds, and never longer than MAX_WAIT_S, only while nothing is there; 0
+        does not block at all. A Submit that comes back from here is within the world's limits, has a seed,
+        and its id is new for that client; a Cancel is of a request that still runs.
         """
         router = self._router
         if timeout_s > 0 and not router.readable():
@@ -77,15 +80,17 @@ class Rank0Gateway:
                     router.finish(client, message.request_id)
                 continue
             problem = check_submit(message, self._limits) if isinstance(message, Submit) else None
-            if problem is None:
-                requests.append((client, message))
-            else:
+            if problem is not None:
                 router.fail(client, message.request_id, "invalid_request", problem)
+                continue
+            if isinstance(message, Submit) and message.params.seed is None:
+                message = msgspec.structs.replace(message, params=with_seed(message.params))
+            requests.append((client, message))
         return requests
 
     def lost_clients(self) -> list[bytes]:
-        """The clients that went away since the last call: unreachable, too slow to take their tokens, or silent
-        for three heartbeats. The loop cancels their requests. Call it before each `receive`."""
+        """The clients that went away since the last call: unreachable, too slow to take their tokens, or
+        silent for three heartbeats. The loop cancels their requests. Call it before each `receive`."""
         return self._router.lost_clients()
 
     def send_tokens(self, step: int, outputs: list[tuple[bytes, Output]]) -> None:
@@ -156,6 +161,13 @@ class Rank0Gateway:
     def _send_last_stats(self, client: bytes) -> None:
         if self._sent_stats is not None:
             self._router.send(client, self._sent_stats)
+
+
+def with_seed(params: SamplingParams) -> SamplingParams:
+    """The same parameters, with a random seed if they have none."""
+    if params.seed is not None:
+        return params
+    return msgspec.structs.replace(params, seed=secrets.randbits(63))
 
 
 def check_submit(submit: Submit, limits: Limits) -> str | None:

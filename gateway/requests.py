@@ -10,16 +10,14 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
-from typing import Protocol
 
-from gateway.detokenizer import TextStream
 from gateway.errors import RequestFailed
 from gateway.journal import Journal, JournalEntry, PositionError
+from gateway.live_request import Request, Sink, World
 from gateway.log import Logger
 from gateway.metrics import FrontMetrics
 from gateway.protocol import (
     Cancel,
-    ErrorCode,
     Failed,
     FinishReason,
     Output,
@@ -30,66 +28,11 @@ from gateway.protocol import (
     Tokens,
     Welcome,
 )
-from gateway.rank0 import check_prompt
+from gateway.rank0 import check_prompt, with_seed
 from gateway.text import TextModel
 
 MAX_RESUBMITS_IN_A_WORLD = 3
-"""A world that skips tokens of one request so often will not get it right."""
-
-
-class Sink(Protocol):
-    """Where the outputs of a request go. Neither method may block or raise."""
-
-    def output(self, request: Request, output: Output) -> None:
-        """New tokens and text; the last one has a finish reason."""
-
-    def failed(self, request: Request, error: RequestFailed) -> None:
-        """The request ended without having finished."""
-
-
-class World(Protocol):
-    """The link to the world that serves."""
-
-    welcome: Welcome | None
-
-    def send(self, message: Submit | Cancel) -> None: ...
-
-
-class Request:
-    """One live request: its journal entry, and what can be rebuilt from that."""
-
-    __slots__ = (
-        "accepted_at",
-        "engine_id",
-        "entry",
-        "epoch",
-        "first_token_at",
-        "last_token_at",
-        "resubmits",
-        "sink",
-        "submissions",
-        "text",
-        "wait_timer",
-    )
-
-    def __init__(self, entry: JournalEntry, sink: Sink, text: TextStream) -> None:
-        self.entry = entry
-        self.sink = sink
-        self.text = text
-        self.epoch: int | None = None
-        """The world that has it; None while it waits for one."""
-        self.engine_id = entry.request_id
-        """Its id in that world: a new one for each submission, so that late outputs find nobody."""
-        self.submissions = 0
-        self.resubmits = 0
-        self.accepted_at = time.monotonic()
-        self.first_token_at: float | None = None
-        self.last_token_at = 0.0
-        self.wait_timer: asyncio.TimerHandle | None = None
-
-    @property
-    def request_id(self) -> str:
-        return self.entry.request_id
+"""A world that drops tokens of one request so often will not get it right."""
 
 
 class Requests:
@@ -119,7 +62,7 @@ class Requests:
         self._text = text
         self._metrics = metrics
         self._log = log
-        self._max_waiting = max_waiting
+        self.max_waiting = max_waiting
         self._world: World | None = None
         self._live: dict[str, Request] = {}
         self._in_engine: dict[str, Request] = {}
@@ -152,7 +95,7 @@ class Requests:
 
     def check_admission(self, count: int = 1) -> None:
         """Raises RequestFailed(overloaded) if so many more requests would be too many."""
-        if self._num_waiting + count > self._max_waiting:
+        if self._num_waiting + count > self.max_waiting:
             self._metrics.refused["overloaded"] += 1
             raise RequestFailed(
                 "overloaded", f"{self._num_waiting} requests are waiting already; try again later"
@@ -166,17 +109,18 @@ class Requests:
         sink: Sink,
         output_token_ids: list[int] | None = None,
     ) -> Request:
-        """Takes a request on, from now on it is not lost. Its outputs go to `sink`, never before this returns.
+        """Takes a request on, from now on it is not lost. Its outputs go to `sink`, never before this
+        returns.
 
         `output_token_ids`: tokens that the client has from earlier; they are not sent again. Raises
         RequestFailed: overloaded, or invalid_request where the last world's limits do not allow it.
         """
         self.check_admission()
-        if self.welcome is not None:
-            problem = check_prompt(prompt_token_ids, params.max_tokens, self.welcome.limits)
-            if problem is not None:
-                self._metrics.refused["invalid_request"] += 1
-                raise RequestFailed("invalid_request", problem)
+        problem = self._problem(prompt_token_ids, params, stop, output_token_ids or [])
+        if problem is not None:
+            self._metrics.refused["invalid_request"] += 1
+            raise RequestFailed("invalid_request", problem)
+        params = with_seed(params)
         request_id = f"r{next(self._numbers)}"
         entry = JournalEntry(
             request_id, prompt_token_ids, params, stop, time.time(), list(output_token_ids or ())
@@ -230,9 +174,10 @@ class Requests:
                 waiter.set_result(None)
         replayed = 0
         for request in list(self._live.values()):
-            if request.request_id in self._live:
-                replayed += request.submissions > 0
-                self._submit(request, world)
+            if self._world is not world:
+                break  # it went down again
+            replayed += request.submissions > 0
+            self._submit(request, world)
         if replayed:
             self._metrics.replays += replayed
             self._log.info("replayed", epoch=welcome.epoch, requests=replayed)
@@ -263,6 +208,26 @@ class Requests:
             self._receive_failed(message)
 
     # ----------------------------------------------------------------------- inside
+
+    def _problem(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        stop: list[str],
+        output_token_ids: list[int],
+    ) -> str | None:
+        if not all(stop):
+            return "a stop string is empty"
+        if len(output_token_ids) >= params.max_tokens:
+            return (
+                f"{len(output_token_ids)} output tokens are given already, max_tokens is {params.max_tokens}"
+            )
+        if self.welcome is None:
+            return None
+        limits = self.welcome.limits
+        if max(output_token_ids, default=0) >= limits.vocab_size:
+            return f"an output token id is not in the vocabulary of {limits.vocab_size} tokens"
+        return check_prompt(prompt_token_ids, params.max_tokens, limits)
 
     def _submit(self, request: Request, world: World) -> None:
         assert world.welcome is not None
@@ -306,14 +271,19 @@ class Requests:
             output = Output(
                 output.request_id, error.expected, token_ids, output.finish_reason, output.stop_reason
             )
+        if output.finish_reason == "cancelled":
+            # Not on our word, or its id would be gone: the client still waits for its tokens.
+            self._log.warning("cancelled by rank 0", epoch=request.epoch, request=request.request_id)
+            self._resubmit(request)
+            return None
         return request, output
 
     def _resubmit(self, request: Request) -> None:
-        """Tokens are missing: the world starts this request again behind what the journal has."""
+        """The world starts this request again behind what the journal has."""
         self._cancel_in_engine(request)
         request.resubmits += 1
         if self._world is None or request.resubmits > MAX_RESUBMITS_IN_A_WORLD:
-            self._fail(request, RequestFailed("internal", "the engine skipped tokens of this request"))
+            self._fail(request, RequestFailed("internal", "the engine dropped tokens of this request"))
             return
         self._submit(request, self._world)
 
@@ -334,12 +304,10 @@ class Requests:
             pieces.append(request.text.push(token_id))
             if request.text.matched_stop is not None:
                 token_ids = token_ids[: index + 1]
-                if finish_reason is None or index + 1 < len(output.token_ids):
+                if finish_reason is None:
                     self._cancel_in_engine(request)
                 finish_reason, stop_reason = "stop", request.text.matched_stop
                 break
-        else:
-            silent = -1
         if finish_reason is not None and request.text.matched_stop is None:
             pieces.append(request.text.finish())
             if request.text.matched_stop is not None:
@@ -375,7 +343,9 @@ class Requests:
 
     def _receive_failed(self, message: Failed) -> None:
         if message.request_id is None:
-            self._log.error("refused by rank 0", epoch=message.epoch, code=message.code, detail=message.message)
+            self._log.error(
+                "refused by rank 0", epoch=message.epoch, code=message.code, detail=message.message
+            )
             return
         request = self._in_engine.get(message.request_id)
         if request is None:
@@ -425,9 +395,3 @@ class Requests:
 
     def _count(self) -> None:
         self._metrics.live = len(self._live)
-        self._metrics.waiting = self._num_waiting
-
-
-def error_code_is_transient(code: ErrorCode) -> bool:
-    """Whether the same request may succeed later."""
-    return code in ("overloaded", "unavailable")

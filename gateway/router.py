@@ -1,7 +1,8 @@
-"""The server end of the protocol: one ROUTER, the table of its clients, and the messages that it answers itself.
+"""The server end of the protocol: one ROUTER, the table of its clients, and the messages that it answers
+itself.
 
-Shared by the gateway in rank 0 and by the front's ZeroMQ endpoint; both call it from one thread. It must never
-block, never trust a frame, and never wait for a slow client.
+Shared by the gateway in rank 0 and by the front's ZeroMQ endpoint; both call it from one thread. It must
+never block, never trust a frame, and never wait for a slow client.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class _Client:
 
 
 class Router:
-    """A client is known from its `Hello` until it is lost: unreachable, too slow, or silent. Messages of unknown
-    clients are answered with `Failed(not_connected)`, so that a client whose connection was replaced under it
-    notices."""
+    """A client is known from its `Hello` until it is lost: unreachable, too slow, or silent. Messages of
+    unknown clients are answered with `Failed(not_connected)`, so that a client whose connection was
+    replaced under it notices."""
 
     endpoint: str
     """As bound, with the real port."""
@@ -60,17 +61,18 @@ class Router:
     def __init__(
         self,
         endpoint: str,
-        welcome: Callable[[], Welcome | Failed],
+        welcome: Callable[[], Welcome | None],
         epoch: int,
         on_greeted: Callable[[bytes], None] = lambda client: None,
     ) -> None:
-        """Binds `endpoint` (`tcp://127.0.0.1:*` takes a free port). `welcome` makes the answer to a Hello; a
-        Failed refuses the client. `epoch` is what the server's own messages carry; `on_greeted` is called
-        after a client was welcomed. Raises EndpointError."""
+        """Binds `endpoint` (`tcp://127.0.0.1:*` takes a free port). `welcome` makes the answer to a Hello;
+        while it gives None, clients that say hello wait for `greet_waiting`. `epoch` is what the server's own
+        messages carry; `on_greeted` is called after a client was welcomed. Raises EndpointError."""
         self._welcome = welcome
         self._on_greeted = on_greeted
         self._epoch = epoch
         self._clients: dict[bytes, _Client] = {}
+        self._ungreeted: dict[bytes, None] = {}
         self._lost: list[bytes] = []
         self._next_silence_check = 0.0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -156,6 +158,12 @@ class Router:
         for client in list(self._clients):
             self._send(client, frame)
 
+    def greet_waiting(self) -> None:
+        """Welcomes the clients that said hello before there was a welcome to give."""
+        waiting, self._ungreeted = self._ungreeted, {}
+        for client in waiting:
+            self._greet(client, Hello(), time.monotonic())
+
     def close(self) -> None:
         """Closes the socket at once; what is not sent yet is dropped."""
         self._context.destroy(linger=0)
@@ -169,6 +177,8 @@ class Router:
             return None
         state = self._clients.get(client)
         if state is None:
+            if client in self._ungreeted and isinstance(message, Ping):
+                return None
             request_id = message.request_id if isinstance(message, Submit) else None
             text = "this connection is not known (any more): say hello, then submit again"
             self._send(client, encode(Failed(self._epoch, request_id, "not_connected", text)))
@@ -198,16 +208,17 @@ class Router:
                 f"the client {hello.min_version} to {hello.max_version}",
             )
             return
-        answer = self._welcome()
-        if client not in self._clients and len(self._clients) >= MAX_CLIENTS:
+        if client not in self._clients and len(self._clients) + len(self._ungreeted) >= MAX_CLIENTS:
             text = f"{MAX_CLIENTS} clients are connected already; try again later"
-            answer = Failed(self._epoch, None, "overloaded", text)
-        if isinstance(answer, Welcome):
-            self._clients.setdefault(client, _Client(now)).last_seen = now
-            self._send(client, encode(answer))
-            self._on_greeted(client)
-        else:
-            self._send(client, encode(answer))
+            self._send(client, encode(Failed(self._epoch, None, "overloaded", text)))
+            return
+        welcome = self._welcome()
+        if welcome is None:
+            self._ungreeted[client] = None
+            return
+        self._clients.setdefault(client, _Client(now)).last_seen = now
+        self._send(client, encode(welcome))
+        self._on_greeted(client)
 
     def _refuse(self, client: bytes, problem: str) -> None:
         self._send(client, encode(Failed(self._epoch, None, "bad_message", problem)))

@@ -1,8 +1,8 @@
 """ZeroMQ sockets in an asyncio loop, without a future a message.
 
 Used by connection.py (links to servers) and by the front. A ZeroMQ socket shows its events through a file
-descriptor that is edge-triggered: whoever touches the socket may swallow the edge, so that one must look again
-after each use. ReadPump does.
+descriptor that is edge-triggered: whoever touches the socket may swallow the edge, so that one must look
+again after each use. ReadPump does.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class ReadPump:
 
 
 def receive_frames(socket: Socket, handle: Callable[[list[bytes]], None]) -> None:
-    """Hands over the messages that are there, at most MAX_MESSAGES_PER_TURN. `handle` may close the socket."""
+    """Hands over the messages that are there, at most MAX_MESSAGES_PER_TURN. `handle` may close the
+    socket."""
     for _ in range(MAX_MESSAGES_PER_TURN):
         if socket.closed:
             return

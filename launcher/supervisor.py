@@ -113,8 +113,7 @@ class Supervisor:
 
     def _turn(self) -> None:
         """Waits for news, hears it, judges, acts, tells the front. Takes TURN_S at most if nothing hangs."""
-        dying = self._world is not None and self._world.state is WorldState.DYING
-        ready = dict(self._poller.poll(round((DYING_TURN_S if dying else TURN_S) * 1000)))
+        ready = dict(self._poller.poll(round(self._turn_length_s() * 1000)))
         now = time.monotonic()
         late_s = max(0.0, now - self._turned_at - TURN_S)
         self._turned_at = now
@@ -133,6 +132,11 @@ class Supervisor:
             if not self._was_ready and self._world is not None:
                 self._on_progress(self._world)
         self._tell_front(now)
+
+    def _turn_length_s(self) -> float:
+        if self._world is None:  # the next one is to start at once, or after the back-off
+            return min(TURN_S, max(0.0, self._start_at - time.monotonic()))
+        return DYING_TURN_S if self._world.state is WorldState.DYING else TURN_S
 
     def _hear_guards(self, now: float) -> None:
         for identity, message in self._link.receive():

@@ -12,7 +12,7 @@ import signal
 import time
 import types
 import typing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -207,7 +207,7 @@ class Message:
 
     def to_bytes(self) -> bytes:
         """The frame of this message."""
-        return json.dumps({"type": self.type_name, **asdict(self)}, separators=(",", ":")).encode()
+        return json.dumps({"type": self.type_name, **vars(self)}, separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,9 @@ class World:
             )
         elif isinstance(message, Killed):
             watch.acknowledged = True
+            if self.state is not WorldState.DYING:
+                detail = f"the guard of rank {rank} was told to end, though not by the supervisor"
+                self.faults.append(WorldFault("killed", rank, watch.hello.host, detail, 0.0))
 
     def extend_deadlines(self, late_s: float) -> None:
         """The supervisor itself was late: silence of the guards in that time says nothing."""

@@ -49,7 +49,7 @@ class Control(Protocol):
         ...
 
     def receive_plan(self) -> np.ndarray:
-        """Other ranks: the next plan. Busy at first, then asleep for up to 1 ms at a time."""
+        """Other ranks: the next plan. Busy at first, then asleep for up to 1.5 ms at a time."""
         ...
 
     def send_tokens(self, slot: int, tokens: list[int]) -> None:

@@ -20,7 +20,7 @@ PLAN_HEAD_INTS = 256
 one of exactly the rest. A steady step of 64 sequences fits into the head."""
 
 _SPIN_S = 0.002
-_SLEEP_MIN_S, _SLEEP_MAX_S = 20e-6, 1e-3
+_SLEEP_MIN_S, _SLEEP_MAX_S = 20e-6, 1.5e-3
 
 
 class WorldShapeError(Exception):
@@ -179,7 +179,7 @@ class MpiControl:
 
     def _wait(self, request: MPI.Request) -> None:
         """Tests without pause for the length of a short gap between steps, then with growing naps: a world at
-        rest costs next to nothing, and wakes within a millisecond."""
+        rest costs next to nothing, and wakes within two milliseconds."""
         asleep_from = time.perf_counter() + _SPIN_S
         nap_s = _SLEEP_MIN_S
         while not request.Test():

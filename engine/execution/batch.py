@@ -75,11 +75,11 @@ class SequenceTable:
     def apply(self, plan: StepPlan) -> Batch:
         """Brings the table up to the plan and builds its batch."""
         for handle in plan.released:
-            self._num_blocks[handle] = 0
-            self._num_computed[handle] = 0
             self._params.pop(handle, None)
         for handle, params in plan.admitted:
             self._params[handle] = params
+            self._num_blocks[handle] = 0
+            self._num_computed[handle] = 0
         for row, block in plan.decode_blocks:
             self._append_blocks(plan.decode_handles[row], [block])
 

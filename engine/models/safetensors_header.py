@@ -101,7 +101,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         raise ModelError(f"{file} has a broken safetensors header; fetch the model again") from None
     if size != 8 + length + end:
         raise ModelError(
-            f"{file} is truncated or damaged: its header tells of {8 + length + end} bytes and it has {size}; "
+            f"{file} is truncated or damaged: its header says {8 + length + end} bytes and it has {size}; "
             "fetch the model again"
         )
     return entries

@@ -121,10 +121,13 @@ def _cut_columns(config: ModelConfig, heads: list[range]) -> list[range]:
     while unit > 1 and (config.intermediate_size % unit or config.intermediate_size // unit < len(heads)):
         unit //= 2
     unit_work = 3 * unit * config.hidden_size
-    units = [0] * len(heads)
-    queue = [(attention_work(config, part), rank) for rank, part in enumerate(heads)]
+    # A rank without any column would be one more case for the kernels: each gets one unit, if there are
+    # enough of them.
+    first = 1 if config.intermediate_size // unit >= len(heads) else 0
+    units = [first] * len(heads)
+    queue = [(attention_work(config, part) + first * unit_work, rank) for rank, part in enumerate(heads)]
     heapq.heapify(queue)
-    for _ in range(config.intermediate_size // unit):
+    for _ in range(config.intermediate_size // unit - sum(units)):
         work, rank = queue[0]
         units[rank] += 1
         heapq.heapreplace(queue, (work + unit_work, rank))

@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     joined = join_world(request.config.getoption("--tp"), request.config.getoption("--pp"))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // joined.local_size))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     yield joined
     joined.control.barrier()
 

@@ -1,0 +1,1 @@
+"""What the README's numbers come from. Each module prints a table and writes JSON to benchmarks/results/."""

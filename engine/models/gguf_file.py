@@ -1,0 +1,120 @@
+"""Reading of GGUF files: their metadata with types checked, their tensors as float32 rows.
+
+Called by the importer. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package
+does the reading; what it raises on a broken file becomes a ModelError here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.models.errors import ModelError
+
+_ROWS_AT_ONCE_ELEMENTS = 2**22
+
+
+class GgufFile:
+    """One GGUF file. Raises ModelError if it is none, is truncated, or is one part of several."""
+
+    def __init__(self, path: Path) -> None:
+        import gguf
+
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                magic = file.read(4)
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+        if magic != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file; fetch the model again")
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except Exception as error:
+            # The package checks nothing: a file that ends early shows as whatever numpy says of it.
+            raise ModelError(f"{path} is truncated or damaged ({error}); fetch the model again") from None
+        self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in self._reader.tensors}
+        size = path.stat().st_size
+        for tensor in self.tensors.values():
+            if tensor.data_offset + tensor.n_bytes > size:
+                raise ModelError(
+                    f"{path} is truncated: tensor {tensor.name} ends beyond the file; fetch the model again"
+                )
+        if self.get("split.count", int, 1) > 1:
+            raise ModelError(f"{path} is one part of several, which are not supported; merge them first")
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """A metadata value. Raises ModelError if it is missing without a default, or of another type."""
+        field = self._reader.fields.get(key)
+        if field is None:
+            if default is None:
+                raise ModelError(f"{self.path}: metadata {key} is missing")
+            return default
+        value = field.contents()
+        if kind is float and isinstance(value, int):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ModelError(
+                f"{self.path}: metadata {key} is {value!r:.80}; it has to be of type {kind.__name__}"
+            )
+        return value
+
+    def strings(self, key: str) -> list[str]:
+        """A metadata list of strings, which may be long."""
+        field = self._reader.fields.get(key)
+        if field is None:
+            raise ModelError(f"{self.path}: metadata {key} is missing")
+        try:
+            return [bytes(field.parts[index]).decode("utf-8") for index in field.data]
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{self.path}: metadata {key} is not UTF-8: {error}") from None
+
+    def numbers(self, key: str) -> list[int]:
+        """A metadata list of whole numbers; empty if there is none."""
+        field = self._reader.fields.get(key)
+        return [] if field is None else [int(field.parts[index][0]) for index in field.data]
+
+    def has(self, key: str) -> bool:
+        return key in self._reader.fields
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """The shape as everybody but GGUF writes it: rows first."""
+        return tuple(int(size) for size in reversed(self.tensors[tensor].shape))
+
+    def rows(self, name: str, row_order: NDArray[np.intp] | None = None) -> Iterator[NDArray[np.float32]]:
+        """A tensor as float32, some 16 MiB of rows at a time, in another order of the rows if wanted.
+
+        Rows are reordered while they are quantized still, which is exact: no block spans two of them.
+        """
+        from gguf.quants import dequantize
+
+        tensor = self.tensors[name]
+        data = tensor.data if row_order is None else tensor.data[row_order]
+        if len(self.shape(name)) == 1:
+            data = data.reshape(1, -1)
+        row_elements = self.shape(name)[-1]
+        step = max(1, _ROWS_AT_ONCE_ELEMENTS // row_elements)
+        for start in range(0, len(data), step):
+            try:
+                yield np.asarray(dequantize(data[start : start + step], tensor.tensor_type), dtype=np.float32)
+            except NotImplementedError:
+                raise ModelError(
+                    f"{self.path}: tensor {name} is of type {tensor.tensor_type.name}, which cannot be read; "
+                    "take another quantization of the model"
+                ) from None
+
+
+def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Rounds float32 to the nearest bfloat16, ties to even; the result holds the bits."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+    rounded >>= np.uint32(16)
+    result = rounded.astype(np.uint16)
+    nan = np.isnan(values)
+    if nan.any():
+        result[nan] = 0x7FC0  # rounding up could turn the bits of a NaN into an infinity
+    return result

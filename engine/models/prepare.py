@@ -1,0 +1,109 @@
+"""`python -m engine.models.prepare MODEL`: makes a model ready to be served, before a world starts.
+
+Started as a process by the supervisor and the command line. Speaks JSON lines on standard output: progress
+events, then one `ready` or one `error` event (exit code 2). Imports no torch, and nothing slow when there is
+nothing to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine.models.catalog import default_cache_folder, resolve_model
+from engine.models.config import ModelConfig
+from engine.models.errors import ModelError
+from engine.models.sharding import shard_world
+from engine.models.source_files import SourceFiles
+
+EXIT_ERROR = 2
+
+_MIN_INTERVAL_S = 0.05
+
+
+def prepare(model: str, tp: int, pp: int, dtype: str, cache: Path, report: Reporter) -> dict[str, Any]:
+    """Finds, fetches, imports and checks a model; returns the `ready` event. Raises ModelError."""
+    resolved = resolve_model(model, cache, report.progress)
+    folder = resolved.folder
+    config = ModelConfig.from_folder(folder)
+    shard_world(config, tp, pp)
+    SourceFiles(folder).check(config)
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{folder} has no tokenizer.json; save it there with transformers' "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    return {
+        "event": "ready",
+        "path": str(folder),
+        "name": resolved.name,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "max_model_len": config.max_model_len,
+        "vocab_size": config.vocab_size,
+        "dtype": config.resolve_dtype(dtype),
+    }
+
+
+class Reporter:
+    """Writes events as JSON lines; progress at most twenty times a second, but the last of a task always."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def progress(self, task: str, done: int, total: int | None, unit: str) -> None:
+        now = time.monotonic()
+        if done != total and now - self._last < _MIN_INTERVAL_S:
+            return
+        self._last = now
+        self.event({"event": "progress", "task": task, "done": done, "total": total, "unit": unit})
+
+    def event(self, event: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
+
+
+class _Arguments(argparse.ArgumentParser):
+    """Reports wrong arguments as an error event, like everything else that can go wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ModelError(message)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The process. Its exit code is 0 after `ready`, 2 after `error`."""
+    # Whoever ends this process wants half-made files and a running pip to go with it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    parser = _Arguments(
+        prog="python -m engine.models.prepare", description="Makes a model ready to be served."
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--cache", type=Path, default=None, help="model cache; default $PHALANX_CACHE")
+    report = Reporter()
+    try:
+        options = parser.parse_args(arguments)
+        cache = (options.cache or default_cache_folder()).expanduser().absolute()
+        report.event(prepare(options.model, options.tp, options.pp, options.dtype, cache, report))
+    except ModelError as error:
+        report.event({"event": "error", "message": str(error)})
+        return EXIT_ERROR
+    except OSError as error:
+        report.event(
+            {"event": "error", "message": f"{error.filename or 'the model cache'}: {error.strerror}"}
+        )
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""AsyncClient: requests to the front, or straight to rank 0, from an asyncio loop.
+
+It speaks gateway/protocol.py with many requests in flight on one connection. It never retries by itself: an
+error says what happened, and what was received stays valid. Users import it from gateway/client.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import zmq
+
+from gateway.connection import SERVER_SILENCE_S, Connection
+from gateway.errors import ConnectionLost, RequestFailed, RequestTimeout
+from gateway.protocol import (
+    Cancel,
+    Failed,
+    FinishReason,
+    Output,
+    SamplingParams,
+    ServerMessage,
+    Stats,
+    Submit,
+    Tokens,
+    Welcome,
+)
+
+CONNECT_TIMEOUT_S = 10.0
+TOKEN_TIMEOUT_S = 300.0
+"""Default of how long a request may bring no token: longer than a world needs to come back."""
+
+Prompt = str | Sequence[int]
+"""Text (the front only) or token ids."""
+
+Event = Output | Exception
+"""What a request brings; an exception is its last."""
+
+
+@dataclass
+class Generation:
+    """A finished request, or what there is of it."""
+
+    request_id: str
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    """Empty when rank 0 answered, which knows token ids only."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, output: Output) -> None:
+        self.token_ids += output.token_ids
+        self.text += output.text or ""
+        if output.finish_reason is not None:
+            self.finish_reason = output.finish_reason
+            self.stop_reason = output.stop_reason
+
+
+class AsyncStream(AsyncIterator[Output]):
+    """The outputs of one request. Ends after the output with a finish_reason.
+
+    Raises RequestFailed, ConnectionLost, or RequestTimeout (no output for `timeout_s`, the request is then
+    cancelled).
+    """
+
+    def __init__(self, client: AsyncClient, request_id: str, timeout_s: float) -> None:
+        self.request_id = request_id
+        self._client = client
+        self._timeout_s = timeout_s
+        self._events: deque[Event] = deque()
+        self._arrived = asyncio.Event()
+        self._ended = False
+
+    async def __anext__(self) -> Output:
+        while not self._events:
+            if self._ended:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await self._arrived.wait()
+            except TimeoutError:
+                self.cancel()
+                self._ended = True
+                raise timeout_error(self.request_id, self._timeout_s) from None
+        event = self._events.popleft()
+        if isinstance(event, Exception):
+            self._ended = True
+            raise event
+        self._ended = event.finish_reason is not None
+        return event
+
+    def cancel(self) -> None:
+        """Ends the request; what the server sends until it knows still arrives, then finish_reason
+        "cancelled". Does nothing when it has ended."""
+        self._client._cancel(self.request_id)
+
+    async def collect(self) -> Generation:
+        """Waits for the end."""
+        generation = Generation(self.request_id)
+        async for output in self:
+            generation.add(output)
+        return generation
+
+    def _put(self, event: Event) -> None:
+        self._events.append(event)
+        self._arrived.set()
+
+
+class AsyncClient:
+    """A connection to the front or to rank 0, in the running asyncio loop.
+
+        async with AsyncClient("tcp://127.0.0.1:5555") as client:
+            async for output in client.submit("Once upon a time", SamplingParams(max_tokens=32)):
+                print(output.text, end="")
+
+    When the connection is lost, every request in flight raises ConnectionLost; `connect` makes a new one.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        name: str = "",
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        token_timeout_s: float = TOKEN_TIMEOUT_S,
+        silence_s: float = SERVER_SILENCE_S,
+    ) -> None:
+        """`silence_s`: a server that answers nothing for so long is taken for dead. Raise it for a rank 0
+        whose single steps take seconds; the front always answers at once."""
+        self.endpoint = endpoint
+        self.stats: Stats | None = None
+        """The last state of the engine that rank 0 sent."""
+        self._name = name
+        self._connect_timeout_s = connect_timeout_s
+        self._token_timeout_s = token_timeout_s
+        self._silence_s = silence_s
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._connection: Connection | None = None
+        self._lost_because = "it was never made"
+        self._requests: dict[str, _Inflight] = {}
+        self._numbers = itertools.count(1)
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the server said of itself: model, world, limits. Raises ConnectionLost when not connected."""
+        if self._connection is None or self._connection.welcome is None:
+            raise self._lost_error()
+        return self._connection.welcome
+
+    async def connect(self) -> Welcome:
+        """Connects, also again after a loss. Raises EndpointError, or ConnectionLost when nobody answers
+        within `connect_timeout_s` or the server refuses."""
+        await self.close()
+        welcomed: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
+
+        def refused(reason: str) -> None:
+            self._lose(reason)
+            if not welcomed.done():
+                welcomed.set_exception(ConnectionLost(f"{self.endpoint} did not accept the client: {reason}"))
+
+        def welcome(message: Welcome) -> None:
+            if not welcomed.done():
+                welcomed.set_result(message)
+
+        self._context = zmq.Context()
+        try:
+            self._connection = Connection(
+                self._context,
+                self.endpoint,
+                on_welcome=welcome,
+                on_message=self._receive,
+                on_lost=refused,
+                name=self._name,
+                silence_s=max(self._silence_s, self._connect_timeout_s),
+            )
+            async with asyncio.timeout(self._connect_timeout_s):
+                return await welcomed
+        except TimeoutError:
+            await self.close()
+            raise ConnectionLost(
+                f"no answer from {self.endpoint} within {self._connect_timeout_s:g} s; is a server there?"
+            ) from None
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Closes the connection. Requests in flight raise ConnectionLost; the server cancels them when it
+        finds nobody to send their next token to."""
+        if self._connection is not None:
+            self._connection.close()
+            self._lose("the client closed it")
+        if self._context is not None:
+            self._context.destroy(linger=0)
+            self._context = None
+
+    async def __aenter__(self) -> AsyncClient:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+        output_token_ids: Sequence[int] = (),
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncStream:
+        """Sends a request and returns its stream of outputs.
+
+        `prompt`: text (the front only) or token ids. `stop`: stop strings (the front only).
+        `output_token_ids`: tokens that this request brought earlier; generation goes on behind them.
+        `timeout_s`: how long it may bring no token, default `token_timeout_s` of the client. Raises
+        ConnectionLost.
+        """
+        wait_s = self._token_timeout_s if timeout_s is None else timeout_s
+        stream = AsyncStream(self, request_id or self._new_id(), wait_s)
+        self._submit(stream.request_id, prompt, params, stop, output_token_ids, stream._put)
+        return stream
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+        timeout_s: float | None = None,
+    ) -> Generation:
+        """Sends a request and waits for its end. Raises as AsyncStream does; cancelling the caller cancels
+        the request."""
+        stream = self.submit(prompt, params, stop=stop, timeout_s=timeout_s)
+        try:
+            return await stream.collect()
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+
+    def _new_id(self) -> str:
+        return f"{self._name or 'request'}-{next(self._numbers)}"
+
+    def _submit(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        stop: Sequence[str],
+        output_token_ids: Sequence[int],
+        deliver: Callable[[Event], None],
+    ) -> None:
+        if request_id in self._requests:
+            raise ValueError(f"request id {request_id!r} is already in flight")
+        epoch = self.welcome.epoch
+        message = Submit(
+            request_id,
+            epoch=epoch,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=[] if isinstance(prompt, str) else list(prompt),
+            output_token_ids=list(output_token_ids),
+            params=params or SamplingParams(),
+            stop=list(stop),
+        )
+        assert self._connection is not None  # welcome raises otherwise
+        self._connection.send(message)
+        self._requests[request_id] = _Inflight(deliver, len(output_token_ids))
+
+    def _cancel(self, request_id: str) -> None:
+        if request_id in self._requests and self._connection is not None:
+            try:
+                self._connection.send(Cancel(request_id))
+            except ConnectionLost:
+                return
+
+    def _receive(self, message: ServerMessage) -> None:
+        if isinstance(message, Tokens):
+            for output in message.outputs:
+                self._deliver(output)
+        elif isinstance(message, Failed) and message.request_id is not None:
+            request = self._requests.pop(message.request_id, None)
+            if request is not None:
+                request.deliver(RequestFailed(message.code, message.message, message.request_id))
+        elif isinstance(message, Stats):
+            self.stats = message
+
+    def _deliver(self, output: Output) -> None:
+        request = self._requests.get(output.request_id)
+        if request is None:
+            return
+        if output.position != request.next_position and output.token_ids:
+            del self._requests[output.request_id]
+            text = f"the server skipped or repeated tokens: {request.next_position} was expected"
+            request.deliver(RequestFailed("internal", f"{text}, {output.position} came", output.request_id))
+            return
+        request.next_position += len(output.token_ids)
+        if output.finish_reason is not None:
+            del self._requests[output.request_id]
+        request.deliver(output)
+
+    def _lose(self, reason: str) -> None:
+        self._connection = None
+        self._lost_because = reason
+        requests, self._requests = self._requests, {}
+        for request in requests.values():
+            request.deliver(self._lost_error())
+
+    def _lost_error(self) -> ConnectionLost:
+        return ConnectionLost(f"no connection to {self.endpoint}: {self._lost_because}; call connect()")
+
+
+class _Inflight:
+    __slots__ = ("deliver", "next_position")
+
+    def __init__(self, deliver: Callable[[Event], None], next_position: int) -> None:
+        self.deliver = deliver
+        self.next_position = next_position
+
+
+def timeout_error(request_id: str, timeout_s: float) -> RequestTimeout:
+    """What a stream raises that waited too long."""
+    return RequestTimeout(f"request {request_id} brought no token for {timeout_s:g} s; it was cancelled")

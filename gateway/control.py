@@ -1,0 +1,92 @@
+"""The front's line to the supervisor: world tables in, the front's state out, over the control socket.
+
+It never decides anything about worlds; it notices that nobody is left to serve for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+
+import zmq
+
+from gateway.log import Logger
+from gateway.protocol import (
+    MAX_MESSAGE_BYTES,
+    FrontState,
+    ProtocolError,
+    WorldTable,
+    decode_control_message,
+    encode,
+)
+from gateway.sockets import ReadPump, Socket, receive_frames
+
+STATE_INTERVAL_S = 1.0
+"""A new supervisor learns of the front by its next word."""
+
+ORPHAN_S = 10.0
+
+
+class Control:
+    """A DEALER to the supervisor's ROUTER."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Socket],
+        endpoint: str,
+        state: Callable[[], FrontState],
+        on_table: Callable[[WorldTable], None],
+        on_orphaned: Callable[[], None],
+        log: Logger,
+    ) -> None:
+        """`on_orphaned` is called when no table has come for ORPHAN_S and the parent process is gone."""
+        self._state = state
+        self._on_table = on_table
+        self._on_orphaned = on_orphaned
+        self._log = log
+        self._parent = os.getppid()
+        self._last_table = time.monotonic()
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.set(zmq.SNDHWM, 100)
+        self._socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.set(zmq.RECONNECT_IVL, 50)
+        self._socket.connect(endpoint)
+        self._pump = ReadPump(self._socket, self._drain)
+        self._timer: asyncio.TimerHandle | None = None
+        self._tick()
+
+    def send_state(self) -> None:
+        """Tells the supervisor the front's state now."""
+        try:
+            self._socket.send(encode(self._state()), zmq.DONTWAIT)
+        except zmq.Again:  # no supervisor for a long time; the next one gets what is true then
+            return
+        self._pump.check()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._pump.close()
+        self._socket.close(0)
+
+    def _tick(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(STATE_INTERVAL_S, self._tick)
+        self.send_state()
+        if time.monotonic() - self._last_table > ORPHAN_S and os.getppid() != self._parent:
+            self._on_orphaned()
+
+    def _drain(self) -> None:
+        receive_frames(self._socket, self._receive)
+
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            message = decode_control_message(b"".join(frames))
+        except ProtocolError as error:
+            self._log.error("control message", detail=str(error))
+            return
+        if isinstance(message, WorldTable):
+            self._last_table = time.monotonic()
+            self._on_table(message)

@@ -1,0 +1,218 @@
+"""The front: the process that clients connect to, over HTTP and ZeroMQ.
+
+Started by the supervisor as `python -m gateway.front`, outside the MPI world. It holds the journal, so that a
+request outlives any world. It imports no torch, and nothing of the engine or the launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+import uvloop
+import zmq
+
+from gateway.control import Control
+from gateway.errors import EndpointError, GatewayError
+from gateway.http.app import make_app
+from gateway.http.openai import OpenAI
+from gateway.http.operations import Operations
+from gateway.journal import Journal
+from gateway.log import Logger, configure_log
+from gateway.metrics import FrontMetrics
+from gateway.protocol import FrontState, WorldTable
+from gateway.requests import Requests
+from gateway.sockets import Socket
+from gateway.text import TextModel
+from gateway.worlds import Worlds
+from gateway.zmq_server import ZmqServer
+
+EX_CONFIG = 78
+"""No restart can help: sysexits.h."""
+
+SHUTDOWN_S = 2
+KEEP_CONNECTION_S = 75
+"""An idle HTTP connection stays open longer than clients keep one, so that none is closed under a request."""
+
+CLIENT_CHECK_S = 1.0
+
+
+@dataclass(frozen=True)
+class FrontConfig:
+    """What the supervisor tells the front."""
+
+    model_dir: Path
+    model: str
+    http_fd: int
+    zmq: str
+    control: str
+    max_wait_s: float
+    max_waiting: int
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the front has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Front:
+    """Everything that lives in the front's loop."""
+
+    def __init__(self, config: FrontConfig, text: TextModel, log: Logger) -> None:
+        """To be made in the running loop. Raises EndpointError."""
+        self._stop = asyncio.Event()
+        self._context: zmq.Context[Socket] = zmq.Context()
+        metrics = FrontMetrics(config.model)
+        self._requests = Requests(
+            Journal(),
+            text,
+            metrics,
+            log,
+            max_wait_s=config.max_wait_s,
+            max_waiting=config.max_waiting,
+        )
+        self._zmq_server = ZmqServer(config.zmq, self._requests, text, config.model)
+        self._worlds = Worlds(self._context, self._requests, log, self._serving_changed)
+        self._control = Control(
+            self._context, config.control, self._state, self._on_table, self._orphaned, log
+        )
+        self._requests.on_resumed = self._control.send_state
+        self._log = log
+        openai = OpenAI(config.model, self._requests, text)
+        operations = Operations(self._worlds, self._requests, metrics)
+        app = make_app(openai, operations, metrics, log)
+        self._http = _Server(
+            uvicorn.Config(
+                app,
+                loop="none",
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_CONNECTION_S,
+                timeout_graceful_shutdown=SHUTDOWN_S,
+            )
+        )
+        self._http_socket = socket.socket(fileno=config.http_fd)
+
+    async def run(self) -> None:
+        """Serves until `stop`."""
+        watch = asyncio.create_task(self._watch_clients())
+        serving = asyncio.create_task(self._http.serve(sockets=[self._http_socket]))
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+        # Open streams end with an error that says why; then nothing holds uvicorn up.
+        self._requests.close()
+        self._http.should_exit = True
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(serving, SHUTDOWN_S + 1)
+        watch.cancel()
+        stopped.cancel()
+        self._worlds.close()
+        self._control.close()
+        self._zmq_server.close()
+        self._context.destroy(linger=0)
+
+    def stop(self) -> None:
+        """Ends `run` within SHUTDOWN_S and a second."""
+        self._stop.set()
+
+    def _state(self) -> FrontState:
+        return FrontState(
+            os.getpid(), self._zmq_server.endpoint, self._worlds.serving_epoch, self._requests.resumed_at
+        )
+
+    def _on_table(self, table: WorldTable) -> None:
+        self._worlds.update(table)
+
+    def _serving_changed(self) -> None:
+        if self._worlds.serving_epoch is not None:
+            self._zmq_server.world_up()
+        self._control.send_state()
+
+    def _orphaned(self) -> None:
+        self._log.error("orphaned", detail="no supervisor is left; the front ends itself")
+        self.stop()
+
+    async def _watch_clients(self) -> None:
+        while True:
+            await asyncio.sleep(CLIENT_CHECK_S)
+            self._zmq_server.check_clients()
+
+
+async def serve(config: FrontConfig, text: TextModel, log: Logger) -> None:
+    """Runs a front until SIGTERM or SIGINT. Raises EndpointError."""
+    front = Front(config, text, log)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, front.stop)
+    await front.run()
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
+    parser = argparse.ArgumentParser(prog="python -m gateway.front", description=__doc__)
+    parser.add_argument("--model-dir", type=Path, required=True, help="folder with the tokenizer's files")
+    parser.add_argument("--served-model-name", required=True, help="the model's name for clients")
+    parser.add_argument("--http-fd", type=int, required=True, help="inherited listening socket")
+    parser.add_argument("--zmq", required=True, help="endpoint for ZeroMQ clients, tcp://127.0.0.1:5555")
+    parser.add_argument("--control", required=True, help="the supervisor's control socket, ipc://...")
+    parser.add_argument("--run-dir", type=Path, help="run folder of the deployment")
+    parser.add_argument(
+        "--max-wait-s", type=float, default=60.0, help="how long a new request waits for a world"
+    )
+    parser.add_argument(
+        "--max-waiting", type=int, default=1024, help="how many requests may wait for their first token"
+    )
+    options = parser.parse_args(arguments)
+    return FrontConfig(
+        model_dir=options.model_dir,
+        model=options.served_model_name,
+        http_fd=options.http_fd,
+        zmq=options.zmq,
+        control=options.control,
+        max_wait_s=options.max_wait_s,
+        max_waiting=options.max_waiting,
+    )
+
+
+def _allow_many_connections() -> None:
+    """Each client holds a file descriptor; the soft limit is often 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def main() -> int:
+    """The process. Exit code 78 with one line on standard error where no restart can help."""
+    config = parse_arguments()
+    log = configure_log()
+    _allow_many_connections()
+    try:
+        text = TextModel.from_folder(config.model_dir)
+        uvloop.run(serve(config, text, log))
+    except EndpointError as error:
+        print(f"phalanx: error: --zmq: {error}", file=sys.stderr)
+        return EX_CONFIG
+    except GatewayError as error:
+        print(f"phalanx: error: {error}", file=sys.stderr)
+        return EX_CONFIG
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Errors as OpenAI's clients expect them: a status and {"error": {message, type, param, code}}.
+
+Raised anywhere under gateway/http; app.py turns them into responses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from gateway.errors import RequestFailed
+from gateway.protocol import ErrorCode
+
+RETRY_OVERLOADED_S = 1
+RETRY_UNAVAILABLE_S = 5
+
+
+class ApiError(Exception):
+    """A request that is answered with an error. `param` names the field that is at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object of the answer, also sent inside a stream that has begun."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def encoded(self) -> bytes:
+        return msgspec.json.encode(self.body())
+
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+
+
+def from_failure(error: RequestFailed) -> ApiError:
+    """How a request that the front or the engine refused or gave up looks over HTTP."""
+    code: ErrorCode = error.code
+    if code == "invalid_request":
+        return ApiError(400, error.message, code=code)
+    if code == "overloaded":
+        return ApiError(
+            429, error.message, type="rate_limit_error", code=code, retry_after_s=RETRY_OVERLOADED_S
+        )
+    if code == "unavailable":
+        return ApiError(
+            503, error.message, type="service_unavailable", code=code, retry_after_s=RETRY_UNAVAILABLE_S
+        )
+    return ApiError(500, error.message, type="server_error", code=code)

@@ -1,0 +1,62 @@
+"""What operators and their tools ask: health, metrics, the cluster.
+
+These answer from what the front has in memory; they never wait for a world.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import msgspec
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from gateway.metrics import FrontMetrics
+from gateway.requests import Requests
+from gateway.worlds import Worlds
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The endpoints beside the models."""
+
+    worlds: Worlds
+    requests: Requests
+    metrics: FrontMetrics
+
+    def router(self) -> APIRouter:
+        router = APIRouter()
+        router.add_api_route("/health", self.health, methods=["GET"])
+        router.add_api_route("/health/live", self.live, methods=["GET"])
+        router.add_api_route("/health/ready", self.ready, methods=["GET"])
+        router.add_api_route("/metrics", self.show_metrics, methods=["GET"])
+        router.add_api_route("/cluster", self.cluster, methods=["GET"])
+        return router
+
+    async def health(self) -> Response:
+        """As vLLM's: empty, 200 or 503."""
+        return Response(status_code=200 if self.requests.serving else 503)
+
+    async def live(self) -> Response:
+        """The front runs; nothing more."""
+        return _json({"live": True})
+
+    async def ready(self) -> Response:
+        """Whether a world serves, and if not, why not."""
+        reason = self.worlds.why_not_ready()
+        if reason is None:
+            return _json({"ready": True, "epoch": self.worlds.serving_epoch})
+        return _json({"ready": False, "reason": reason}, status=503)
+
+    async def show_metrics(self) -> Response:
+        return Response(self.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    async def cluster(self) -> Response:
+        """Every world and every rank, the last faults, and the front itself."""
+        front = {"pid": os.getpid(), "requests_live": self.metrics.live}
+        return _json({**self.worlds.describe(), "front": front})
+
+
+def _json(content: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status_code=status, media_type="application/json")

@@ -1,0 +1,219 @@
+"""From the front's requests to HTTP responses: collecting answers, and server-sent events.
+
+One group a HTTP request: all its prompts and choices. A client that disconnects cancels the whole group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway.errors import RequestFailed
+from gateway.http.answers import DONE, KEEP_ALIVE, Answer, Choice
+from gateway.http.errors import from_failure
+from gateway.live_request import Request
+from gateway.protocol import Output, SamplingParams
+from gateway.requests import Requests
+
+KEEP_ALIVE_S = 5.0
+"""A stream that has nothing to say sends a comment so often, so that nobody on the way closes it."""
+
+
+class ClientGone(Exception):
+    """The client closed its connection before it had its answer."""
+
+
+class _Target(Protocol):
+    def put(self, index: int, output: Output) -> None: ...
+    def fail(self, error: RequestFailed) -> None: ...
+
+
+class _ChoiceSink:
+    """Takes the outputs of one choice to the group's target."""
+
+    __slots__ = ("_index", "_target")
+
+    def __init__(self, target: _Target, index: int) -> None:
+        self._target = target
+        self._index = index
+
+    def output(self, request: Request, output: Output) -> None:
+        self._target.put(self._index, output)
+
+    def failed(self, request: Request, error: RequestFailed) -> None:
+        self._target.fail(error)
+
+
+class Group:
+    """The requests behind one HTTP request: for each prompt `num_choices` of them."""
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self._members: list[Request] = []
+
+    def submit(
+        self,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        stop: list[str],
+        target: _Target,
+    ) -> None:
+        """Accepts all or none: `params` has an element for each prompt and choice, prompt by prompt. Raises
+        RequestFailed."""
+        self._requests.check_admission(len(params))
+        per_prompt = len(params) // len(prompts)
+        try:
+            for index, choice_params in enumerate(params):
+                sink = _ChoiceSink(target, index)
+                prompt = prompts[index // per_prompt]
+                self._members.append(self._requests.accept(prompt, choice_params, stop, sink))
+        except RequestFailed:
+            self.cancel()
+            raise
+
+    @property
+    def has_waited_enough(self) -> bool:
+        """Whether each request has been in a world: it cannot end as "no world came" any more."""
+        return all(request.submissions for request in self._members)
+
+    def cancel(self) -> None:
+        for request in self._members:
+            self._requests.cancel(request)
+
+
+class Collector:
+    """Gathers whole answers; nobody is woken before the last of them."""
+
+    def __init__(self, num_choices: int) -> None:
+        self.choices = [Choice(index) for index in range(num_choices)]
+        self._texts: list[list[str]] = [[] for _ in range(num_choices)]
+        self._running = num_choices
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def put(self, index: int, output: Output) -> None:
+        choice = self.choices[index]
+        choice.num_tokens += len(output.token_ids)
+        if output.text:
+            self._texts[index].append(output.text)
+        if output.finish_reason is not None:
+            choice.text = "".join(self._texts[index])
+            choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
+            self._running -= 1
+            if self._running == 0 and not self.done.done():
+                self.done.set_result(None)
+
+    def fail(self, error: RequestFailed) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    async def wait(self, group: Group, receive: Receive) -> list[Choice]:
+        """All answers. Raises ApiError, or ClientGone after the group was cancelled."""
+        watcher = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait((self.done, watcher), return_when=asyncio.FIRST_COMPLETED)
+            if not self.done.done():
+                raise ClientGone
+            self.done.result()
+            return self.choices
+        except RequestFailed as error:
+            raise from_failure(error) from None
+        finally:
+            watcher.cancel()
+            group.cancel()
+
+
+class EventQueue:
+    """Outputs on their way into a stream; what came while the client was slow goes out at once."""
+
+    def __init__(self) -> None:
+        self.error: RequestFailed | None = None
+        self._events: list[tuple[int, Output]] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, index: int, output: Output) -> None:
+        self._events.append((index, output))
+        self.wake()
+
+    def fail(self, error: RequestFailed) -> None:
+        self.error = self.error or error
+        self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self, timeout_s: float) -> list[tuple[int, Output]]:
+        """What there is; waits for something up to `timeout_s`."""
+        if not self._events and self.error is None:
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_later(timeout_s, self.wake)
+            try:
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+        events, self._events = self._events, []
+        return events
+
+
+class EventStream(Response):
+    """A response of server-sent events. Its status is sent with the first event, so that what fails before
+    has the status of its error; what fails later becomes an event with an `error`."""
+
+    def __init__(self, group: Group, queue: EventQueue, answer: Answer, num_choices: int) -> None:
+        super().__init__(media_type="text/event-stream")
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"
+        del self.headers["content-length"]
+        self._group = group
+        self._queue = queue
+        self._answer = answer
+        self._running = num_choices
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watcher = asyncio.ensure_future(_disconnected(receive))
+        watcher.add_done_callback(lambda _: self._queue.wake())
+        try:
+            await self._send_events(send, watcher)
+        finally:
+            watcher.cancel()
+            self._group.cancel()
+
+    async def _send_events(self, send: Send, watcher: asyncio.Future[None]) -> None:
+        queue, answer = self._queue, self._answer
+        started = False
+        while self._running > 0:
+            events = await queue.take(KEEP_ALIVE_S)
+            if watcher.done():
+                return
+            body = b"".join([answer.chunk(index, output) for index, output in events])
+            self._running -= sum(output.finish_reason is not None for _, output in events)
+            if queue.error is not None and self._running > 0:
+                error = from_failure(queue.error)
+                if not started:
+                    raise error
+                body += b"data: %b\n\n" % error.encoded()
+                self._running = 0
+            elif self._running == 0:
+                body += answer.last_chunk()
+            if not events and not body:
+                if not started and not self._group.has_waited_enough:
+                    continue
+                body = KEEP_ALIVE
+            if self._running == 0:
+                body += DONE
+            if not started:
+                started = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            if body:
+                await send({"type": "http.response.body", "body": body, "more_body": self._running > 0})
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

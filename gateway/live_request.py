@@ -1,0 +1,71 @@
+"""One live request of the front, and what it is connected to: a sink for its outputs, a world for its tokens.
+
+Owned by requests.py; nothing here acts by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Protocol
+
+from gateway.detokenizer import TextStream
+from gateway.errors import RequestFailed
+from gateway.journal import JournalEntry
+from gateway.protocol import Cancel, Output, Submit, Welcome
+
+
+class Sink(Protocol):
+    """Where the outputs of a request go. Neither method may block or raise."""
+
+    def output(self, request: Request, output: Output) -> None:
+        """New tokens and text; the last one has a finish reason."""
+
+    def failed(self, request: Request, error: RequestFailed) -> None:
+        """The request ended without having finished."""
+
+
+class World(Protocol):
+    """The link to the world that serves."""
+
+    @property
+    def welcome(self) -> Welcome | None: ...
+
+    def send(self, message: Submit | Cancel) -> None: ...
+
+
+class Request:
+    """One live request: its journal entry, and what can be rebuilt from that."""
+
+    __slots__ = (
+        "accepted_at",
+        "engine_id",
+        "entry",
+        "epoch",
+        "first_token_at",
+        "last_token_at",
+        "resubmits",
+        "sink",
+        "submissions",
+        "text",
+        "wait_timer",
+    )
+
+    def __init__(self, entry: JournalEntry, sink: Sink, text: TextStream) -> None:
+        self.entry = entry
+        self.sink = sink
+        self.text = text
+        self.epoch: int | None = None
+        """The world that has it; None while it waits for one."""
+        self.engine_id = entry.request_id
+        """Its id in that world: a new one for each submission, so that late outputs find nobody."""
+        self.submissions = 0
+        self.resubmits = 0
+        self.accepted_at = time.monotonic()
+        self.first_token_at: float | None = None
+        self.last_token_at = 0.0
+        self.wait_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.entry.request_id

@@ -1,0 +1,175 @@
+"""The front's ZeroMQ endpoint: the same protocol that rank 0 speaks, with text on top.
+
+Runs in the front's loop and hands everything to requests.py. Tokens of one batch for one client travel in one
+message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from gateway.errors import RequestFailed
+from gateway.live_request import Request
+from gateway.protocol import PROTOCOL_VERSION, Output, Submit, Tokens, Welcome
+from gateway.requests import Requests
+from gateway.router import Router
+from gateway.sockets import ReadPump
+from gateway.text import TextModel
+
+LONG_TEXT = 8192
+"""Characters; longer prompts are tokenized in a thread, since the loop has streams to serve."""
+
+
+class _ClientRequest:
+    """One request of one client; it is the sink of its own outputs."""
+
+    __slots__ = ("client", "ended", "request", "request_id", "server")
+
+    def __init__(self, server: ZmqServer, client: bytes, request_id: str) -> None:
+        self.server = server
+        self.client = client
+        self.request_id = request_id
+        self.request: Request | None = None
+        """None while the prompt is tokenized."""
+        self.ended = False
+
+    def output(self, request: Request, output: Output) -> None:
+        self.server.queue_output(self, output)
+
+    def failed(self, request: Request, error: RequestFailed) -> None:
+        self.server.fail(self, error)
+
+
+class ZmqServer:
+    """A ROUTER for clients. The epoch of its welcome is 0: worlds may change under a client's requests."""
+
+    endpoint: str
+
+    def __init__(self, endpoint: str, requests: Requests, text: TextModel, model: str) -> None:
+        """Binds; to be made in the running loop. Raises EndpointError."""
+        self._requests = requests
+        self._text = text
+        self._model = model
+        self._router = Router(endpoint, self._welcome, epoch=0)
+        self.endpoint = self._router.endpoint
+        self._live: dict[tuple[bytes, str], _ClientRequest] = {}
+        self._outputs: dict[bytes, list[Output]] = {}
+        self._batch = 0
+        self._background: set[asyncio.Task[None]] = set()
+        self._pump = ReadPump(self._router.socket, self._drain)
+        requests.after_batch.append(self._flush)
+
+    def world_up(self) -> None:
+        """Clients that came before the first world are welcomed now."""
+        self._router.greet_waiting()
+        self._pump.check()
+
+    def check_clients(self) -> None:
+        """To be called now and then: silent clients are lost only when somebody looks."""
+        self._drain()
+        self._pump.check()
+
+    def close(self) -> None:
+        for task in self._background:
+            task.cancel()
+        self._pump.close()
+        self._router.close()
+
+    def queue_output(self, live: _ClientRequest, output: Output) -> None:
+        """Keeps an output until the batch is complete."""
+        message = Output(
+            live.request_id,
+            output.position,
+            output.token_ids,
+            output.finish_reason,
+            output.stop_reason,
+            output.text,
+        )
+        self._outputs.setdefault(live.client, []).append(message)
+        if output.finish_reason is not None:
+            self._forget(live)
+
+    def fail(self, live: _ClientRequest, error: RequestFailed) -> None:
+        """Tells the client that a request ended with an error."""
+        if not live.ended:
+            self._forget(live)
+            self._router.fail(live.client, live.request_id, error.code, error.message)
+            self._pump.check()
+
+    def _welcome(self) -> Welcome | None:
+        world = self._requests.welcome
+        if world is None:
+            return None
+        return Welcome(
+            PROTOCOL_VERSION, 0, self._model, world.tp, world.pp, world.limits, world.eos_token_ids
+        )
+
+    def _drain(self) -> None:
+        for client in self._router.lost_clients():
+            for live in [live for key, live in self._live.items() if key[0] == client]:
+                self._cancel(live)
+        for client, message in self._router.drain():
+            if isinstance(message, Submit):
+                self._submit(client, message)
+            elif (running := self._live.get((client, message.request_id))) is not None:
+                self._cancel(running)
+
+    def _submit(self, client: bytes, message: Submit) -> None:
+        live = self._live[client, message.request_id] = _ClientRequest(self, client, message.request_id)
+        if message.prompt is None:
+            self._accept(live, message, message.prompt_token_ids)
+        elif message.prompt_token_ids:
+            self.fail(live, RequestFailed("invalid_request", "give prompt or prompt_token_ids, not both"))
+        elif len(message.prompt) <= LONG_TEXT:
+            self._encode_and_accept(live, message, message.prompt)
+        else:
+            task = asyncio.ensure_future(self._encode_long(live, message, message.prompt))
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+
+    def _encode_and_accept(self, live: _ClientRequest, message: Submit, prompt: str) -> None:
+        try:
+            prompt_token_ids = self._text.encode(prompt)
+        except ValueError as error:
+            self.fail(live, RequestFailed("invalid_request", str(error)))
+            return
+        self._accept(live, message, prompt_token_ids)
+
+    async def _encode_long(self, live: _ClientRequest, message: Submit, prompt: str) -> None:
+        try:
+            prompt_token_ids = await asyncio.to_thread(self._text.encode, prompt)
+        except ValueError as error:
+            self.fail(live, RequestFailed("invalid_request", str(error)))
+            return
+        if not live.ended:  # not cancelled meanwhile
+            self._accept(live, message, prompt_token_ids)
+
+    def _accept(self, live: _ClientRequest, message: Submit, prompt_token_ids: list[int]) -> None:
+        try:
+            live.request = self._requests.accept(
+                prompt_token_ids, message.params, message.stop, live, message.output_token_ids
+            )
+        except RequestFailed as error:
+            self.fail(live, error)
+
+    def _cancel(self, live: _ClientRequest) -> None:
+        if live.request is not None:
+            self._requests.cancel(live.request)
+        elif not live.ended:
+            self.queue_output(live, Output(live.request_id, 0, [], "cancelled", None, ""))
+            self._flush()
+
+    def _forget(self, live: _ClientRequest) -> None:
+        live.ended = True
+        self._live.pop((live.client, live.request_id), None)
+        self._router.finish(live.client, live.request_id)
+
+    def _flush(self) -> None:
+        if not self._outputs:
+            return
+        outputs, self._outputs = self._outputs, {}
+        self._batch += 1
+        epoch = self._requests.welcome.epoch if self._requests.welcome is not None else 0
+        for client, client_outputs in outputs.items():
+            self._router.send(client, Tokens(epoch, self._batch, client_outputs))
+        self._pump.check()

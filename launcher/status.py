@@ -1,0 +1,55 @@
+"""`phalanx status`: what /cluster answers, for people or as JSON. Reads only."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from launcher.http_client import get_json
+
+
+def status(url: str, as_json: bool) -> int:
+    """Prints it. 0 if a world is active, 1 if none is. Raises LauncherError if nothing answers."""
+    cluster = get_json(url, "/cluster")
+    worlds = cluster.get("worlds", [])
+    print(json.dumps(cluster, indent=2) if as_json else "\n".join(format_cluster(cluster)))
+    return 0 if any(world.get("state") == "active" for world in worlds) else 1
+
+
+def format_cluster(cluster: dict[str, Any]) -> list[str]:
+    """The lines for people."""
+    lines = []
+    for world in cluster.get("worlds", []):
+        shape = f"tp {world['tp']}, pp {world['pp']}"
+        lines.append(f"world {world['epoch']}  {world['state']}  {world['model']}  ({shape})")
+        rows = [("rank", "tp", "pp", "host", "pid", "guard", "state", "step", "heartbeat")]
+        rows += [
+            (
+                str(rank["rank"]),
+                str(rank["tp"]),
+                str(rank["pp"]),
+                str(rank["host"]),
+                str(rank["pid"]),
+                str(rank["guard_pid"]),
+                str(rank["state"]),
+                str(rank["step"]),
+                f"{1000 * rank['heartbeat_age_s']:.0f} ms",
+            )
+            for rank in world.get("ranks", [])
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append("  " + "  ".join(cells).rstrip())
+    if not lines:
+        lines.append("no world is there")
+    faults = cluster.get("faults", [])
+    if faults:
+        lines.append("last faults:")
+    for fault in faults[:5]:
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fault["at"]))
+        recovered = fault.get("recover_s")
+        end = f"served again after {recovered:.1f} s" if recovered is not None else "not recovered yet"
+        lines.append(f"  {at}  world {fault['epoch']}  {fault['kind']}: {fault['detail']}; {end}")
+    return lines

@@ -1,0 +1,61 @@
+"""Runs the supervisor over this folder's ranks and front: `deployment RUN_DIR TP`, until a signal comes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from launcher.children import child_environment, python_module
+from launcher.errors import LauncherError
+from launcher.launchers.mpirun import find_mpirun
+from launcher.logs import EventLog
+from launcher.run_dir import RunDir
+from launcher.serve import bind
+from launcher.stop_signals import StopSignals
+from launcher.supervisor import Supervisor
+from launcher.watch import adopt_orphans
+from launcher.worlds import WorldPlan
+
+
+def main(path: Path, tp: int) -> int:
+    adopt_orphans()
+    log = EventLog()
+    log.to_stderr()
+    run_dir = RunDir(path)
+    run_dir.remove_leftovers()
+    listener = bind("127.0.0.1", 0)
+    listener.listen()
+    plan = WorldPlan(
+        mpirun=find_mpirun(),
+        tp=tp,
+        pp=1,
+        cores=1,
+        rank_command=python_module("tests.recovery.small_world.rank"),
+        guard_command=python_module("launcher.guard"),
+        served_model_name="small",
+    )
+    front = [*python_module("tests.recovery.small_world.front"), f"ipc://{run_dir.control_socket}", str(path)]
+    with StopSignals() as stop:
+        print("started", flush=True)
+        try:
+            Supervisor(
+                plan=plan,
+                run_dir=run_dir,
+                front_command=front,
+                listener=listener,
+                environment=child_environment(),
+                log=log,
+                stop=stop,
+                on_progress=lambda world: None,
+                on_ready=lambda world, state: print(f"ready {world.epoch} {run_dir.run_id}", flush=True),
+            ).run()
+        except LauncherError as error:
+            print(f"phalanx: error: {error}", file=sys.stderr)
+            return error.exit_code
+        finally:
+            run_dir.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

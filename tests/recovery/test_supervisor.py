@@ -1,0 +1,275 @@
+"""The supervisor against every fault that real processes can have, around small ranks (see small_world)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+TP = 2
+
+
+class Deployment:
+    """One supervisor with its worlds, seen through the table that the front is sent."""
+
+    def __init__(self, run_dir: Path, behaviour: str = "") -> None:
+        self.run_dir = run_dir
+        self.errors = run_dir.parent / f"{run_dir.name}.stderr"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.recovery.small_world.deployment", str(run_dir), str(TP)],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "SMALL_WORLD": behaviour},
+            )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "started\n", self.errors.read_text()
+
+    def wait_ready(self) -> int:
+        """The epoch of the first world that serves."""
+        assert self.process.stdout is not None
+        word, epoch, self.run_id = self.process.stdout.readline().split()
+        assert word == "ready"
+        return int(epoch)
+
+    def table(self) -> dict[str, Any]:
+        try:
+            table: dict[str, Any] = json.loads((self.run_dir / "table.json").read_text())
+        except FileNotFoundError:
+            return {"worlds": [], "faults": [], "epoch": 0}
+        return table
+
+    def wait_active(self, above: int = 0, timeout_s: float = 20.0) -> dict[str, Any]:
+        """The active world, once there is one of a higher epoch and its faults are recovered."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            table = self.table()
+            recovered = all(fault["recover_s"] is not None for fault in table["faults"])
+            for world in table["worlds"]:
+                if world["state"] == "active" and world["epoch"] > above and recovered:
+                    assert isinstance(world, dict)
+                    return world
+            assert self.process.poll() is None, self.errors.read_text()
+            time.sleep(0.02)
+        raise AssertionError(f"no active world above {above}: {table}\n{self.errors.read_text()}")
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything under the supervisor."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def shm_folders(self) -> list[str]:
+        return [path.name for path in Path("/dev/shm").glob(f"phalanx-{self.run_id}-*")]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+
+Start = Callable[..., Deployment]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[Deployment] = []
+
+    def begin(behaviour: str = "") -> Deployment:
+        started.append(Deployment(tmp_path / "run", behaviour))
+        return started[-1]
+
+    yield begin
+    for deployment in started:
+        if deployment.process.poll() is None:
+            deployment.stop()
+
+
+def wait_gone(processes: list[psutil.Process], timeout_s: float = 5.0) -> list[psutil.Process]:
+    """Those that are still there after this time, zombies included."""
+    deadline = time.monotonic() + timeout_s
+    while (left := [p for p in processes if p.is_running()]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return left
+
+
+FAULTS = [
+    ("pid", 0, signal.SIGKILL, {"killed"}),
+    ("pid", 1, signal.SIGKILL, {"killed"}),
+    ("pid", 0, signal.SIGSTOP, {"frozen"}),
+    ("pid", 1, signal.SIGSTOP, {"frozen"}),
+    ("pid", 1, signal.SIGSEGV, {"killed"}),
+    ("guard_pid", 0, signal.SIGKILL, {"mpirun", "lost", "killed"}),
+    ("guard_pid", 1, signal.SIGSTOP, {"lost"}),
+    ("guard_pid", 1, signal.SIGTERM, {"killed"}),
+    ("mpirun", 0, signal.SIGKILL, {"mpirun"}),
+    ("mpirun", 0, signal.SIGTERM, {"mpirun", "killed"}),
+]
+
+
+def test_every_fault_is_recovered_and_nothing_is_left(start: Start) -> None:
+    deployment = start()
+    epoch = deployment.wait_ready()
+    for what, rank, number, kinds in FAULTS:
+        world = deployment.wait_active(above=epoch - 1)
+        ranks = world["ranks"]
+        guard = psutil.Process(ranks[0]["guard_pid"])
+        mpirun = guard.parent()
+        assert mpirun is not None
+        dead = [psutil.Process(entry[key]) for entry in ranks for key in ("pid", "guard_pid")] + [mpirun]
+        target = mpirun.pid if what == "mpirun" else ranks[rank][what]
+        began = time.time()
+        os.kill(target, number)
+        assert not wait_gone(dead), (what, number)
+        epoch += 1
+        deployment.wait_active(above=epoch - 1)
+        fault = deployment.table()["faults"][0]
+        assert fault["kind"] in kinds, fault
+        assert fault["epoch"] == epoch - 1
+        assert fault["at"] - began < 2.0
+        assert fault["recover_s"] < 10.0
+        if what == "pid":
+            assert fault["rank"] == rank and f"rank {rank}" in fault["detail"]
+        assert deployment.shm_folders() == [f"phalanx-{deployment.run_id}-{epoch}"]
+    everything = deployment.processes()
+    assert len(everything) == 2 + 2 * TP
+    assert deployment.stop() == 0
+    assert not [p for p in everything if p.is_running()]
+    assert deployment.shm_folders() == []
+
+
+def test_stopped_for_200_ms_is_no_fault(start: Start) -> None:
+    deployment = start()
+    deployment.wait_ready()
+    world = deployment.wait_active()
+    for entry in world["ranks"]:
+        for key in ("pid", "guard_pid"):
+            os.kill(entry[key], signal.SIGSTOP)
+            time.sleep(0.2)
+            os.kill(entry[key], signal.SIGCONT)
+            time.sleep(0.1)
+    time.sleep(0.5)
+    assert deployment.table()["faults"] == []
+
+
+def test_supervisor_that_was_stopped_itself_blames_nobody(start: Start) -> None:
+    deployment = start()
+    deployment.wait_ready()
+    deployment.wait_active()
+    deployment.process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    deployment.process.send_signal(signal.SIGCONT)
+    time.sleep(1.5)
+    assert deployment.table()["faults"] == []
+
+
+def test_gives_up_after_three_failed_starts(start: Start) -> None:
+    deployment = start("crash")
+    assert deployment.process.wait(30) == 1
+    errors = deployment.errors.read_text()
+    assert "3 worlds in a row did not start" in errors
+    assert "RuntimeError: the rank's own words" in errors
+    assert (deployment.run_dir / "epoch").read_text() == "4\n"
+
+
+def test_goes_on_after_one_failed_start(start: Start) -> None:
+    deployment = start("crash first")
+    assert deployment.wait_ready() == 2
+    assert deployment.stop() == 0
+
+
+def test_configuration_that_no_relaunch_can_help(start: Start) -> None:
+    deployment = start("config")
+    assert deployment.process.wait(30) == 1
+    assert deployment.errors.read_text().splitlines()[-1] == (
+        "phalanx: error: --kv-cache-memory 1 is too small"
+    )
+    assert "failed to start" not in deployment.errors.read_text()
+
+
+def test_front_that_cannot_start(start: Start) -> None:
+    deployment = start("front config")
+    assert deployment.process.wait(30) == 1
+    assert deployment.errors.read_text().splitlines()[-1] == "phalanx: error: --zmq tcp://x: is taken"
+
+
+def test_front_that_crashes_again_and_again(start: Start) -> None:
+    deployment = start("front crash")
+    assert deployment.process.wait(30) == 1
+    assert "the front ended 3 times in a row" in deployment.errors.read_text()
+
+
+def test_front_is_restarted_and_the_world_stays(start: Start) -> None:
+    deployment = start()
+    deployment.wait_ready()
+    world = deployment.wait_active()
+    front = next(p for p in deployment.processes() if "tests.recovery.small_world.front" in p.cmdline())
+    front.kill()
+    assert not wait_gone([front])
+    (deployment.run_dir / "table.json").unlink()
+    again = deployment.wait_active()
+    assert again["epoch"] == world["epoch"]
+    assert [entry["pid"] for entry in again["ranks"]] == [entry["pid"] for entry in world["ranks"]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_stop_in_mid_start(start: Start, number: int) -> None:
+    deployment = start("slow start")
+    time.sleep(0.5)
+    everything = deployment.processes()
+    assert len(everything) >= 2
+    began = time.monotonic()
+    assert deployment.stop(number) == 0
+    assert time.monotonic() - began < 5
+    assert not [p for p in everything if p.is_running()]
+
+
+def test_second_signal_cuts_the_grace_short(start: Start) -> None:
+    deployment = start("front ignores SIGTERM")
+    deployment.wait_ready()
+    everything = deployment.processes()
+    began = time.monotonic()
+    deployment.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert deployment.process.poll() is None
+    assert deployment.stop(signal.SIGINT) == 0
+    assert time.monotonic() - began < 3
+    assert not [p for p in everything if p.is_running()]
+
+
+def test_killed_supervisor_leaves_no_rank_and_the_next_one_tidies_up(start: Start) -> None:
+    deployment = start()
+    epoch = deployment.wait_ready()
+    deployment.wait_active()
+    everything = deployment.processes()
+    ranks = [p for p in everything if "tests.recovery.small_world.front" not in p.cmdline()]
+    deployment.process.kill()
+    deployment.process.wait()
+    assert not [p for p in wait_gone(ranks) if p.status() != psutil.STATUS_ZOMBIE]
+    assert deployment.shm_folders() == []
+    front = [p for p in everything if p not in ranks]
+    assert [p.is_running() for p in front] == [True]  # it has its own way to notice, which takes longer
+
+    again = start()
+    assert again.wait_ready() == epoch + 1
+    assert not [p for p in front if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert again.stop() == 0
+
+
+def test_two_supervisors_never_share_a_run_folder(start: Start) -> None:
+    deployment = start()
+    deployment.wait_ready()
+    second = subprocess.run(
+        [sys.executable, "-m", "tests.recovery.small_world.deployment", str(deployment.run_dir), "2"],
+        capture_output=True,
+        text=True,
+    )
+    assert second.returncode != 0 and f"pid {deployment.process.pid}" in second.stderr
+    assert deployment.wait_active()

