@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import signal
 import sys
 import traceback
@@ -15,15 +16,19 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from engine.plan import SequenceParams
+from engine.scheduling.scheduler import NewToken
+from engine.scheduling.sequence import Sequence
+from gateway.errors import EndpointError
+from gateway.protocol import Limits, Output, Submit
+from gateway.rank0 import Rank0Gateway
 from launcher.watch import Phase, ProgressPage, die_with_parent
 
 if TYPE_CHECKING:
+    # What imports torch is imported once the progress page says so: see _run.
     from engine.engine import Engine
-    from engine.scheduling.scheduler import NewToken
-    from engine.scheduling.sequence import Sequence
     from engine.step_loop import Key, Status
     from engine.world import World
-    from gateway.rank0 import Rank0Gateway
 
 EX_CONFIG = 78
 """sysexits.h: the configuration is wrong, trying again is useless."""
@@ -96,9 +101,6 @@ def _run(arguments: argparse.Namespace, page: ProgressPage) -> None:
 
 
 def _open_gateway(arguments: argparse.Namespace, world: World, engine: Engine) -> Rank0Gateway:
-    from gateway.protocol import Limits
-    from gateway.rank0 import Rank0Gateway
-
     return Rank0Gateway(
         arguments.gateway,
         arguments.epoch,
@@ -137,10 +139,6 @@ class _GatewayPort:
         self._of_client: dict[bytes, set[str]] = {}
 
     def receive(self, timeout_s: float) -> tuple[list[Sequence], list[Key]]:
-        from engine.plan import SequenceParams
-        from engine.scheduling.sequence import Sequence
-        from gateway.protocol import Submit
-
         arrivals: list[Sequence] = []
         cancelled: list[Key] = []
         for client in self._gateway.lost_clients():
@@ -150,26 +148,25 @@ class _GatewayPort:
             if not isinstance(message, Submit):
                 cancelled.append(key)
                 continue
-            params = message.params
             self._of_client.setdefault(client, set()).add(message.request_id)
-            arrivals.append(
-                Sequence(
-                    key=key,
-                    tokens=[*message.prompt_token_ids, *message.output_token_ids],
-                    num_prompt_tokens=len(message.prompt_token_ids),
-                    max_tokens=params.max_tokens,
-                    end_token_ids=frozenset() if params.ignore_eos else self._end_token_ids,
-                    stop_token_ids=frozenset(params.stop_token_ids),
-                    params=SequenceParams(
-                        params.temperature, params.top_p, params.top_k, params.seed, params.choice
-                    ),
-                )
-            )
+            arrivals.append(self._sequence(key, message))
         return arrivals, cancelled
 
-    def send(self, step: int, tokens: list[NewToken]) -> None:
-        from gateway.protocol import Output
+    def _sequence(self, key: Key, submit: Submit) -> Sequence:
+        params = submit.params
+        # The front gives every request a seed, which it journals; a bare client that gave none gets any.
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        return Sequence(
+            key=key,
+            tokens=[*submit.prompt_token_ids, *submit.output_token_ids],
+            num_prompt_tokens=len(submit.prompt_token_ids),
+            max_tokens=params.max_tokens,
+            end_token_ids=frozenset() if params.ignore_eos else self._end_token_ids,
+            stop_token_ids=frozenset(params.stop_token_ids),
+            params=SequenceParams(params.temperature, params.top_p, params.top_k, seed, params.choice),
+        )
 
+    def send(self, step: int, tokens: list[NewToken]) -> None:
         outputs = []
         for token in tokens:
             client, request_id = token.key
@@ -220,7 +217,6 @@ def _is_configuration(error: BaseException) -> bool:
     from engine.collectives.mpi import WorldShapeError
     from engine.engine import ConfigurationError
     from engine.models.errors import ModelError, ShardingError
-    from gateway.errors import EndpointError
 
     return isinstance(
         error, WorldShapeError | ConfigurationError | ModelError | ShardingError | EndpointError

@@ -77,7 +77,7 @@ class SingleRankGroup:
 class MpiTensorGroup:
     """Sums in float32 whatever the model's type: MPI has no bfloat16, and partial sums deserve the bits."""
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Comm) -> None:
         self._comm = comm
         self.size = comm.Get_size()
         self._rank = comm.Get_rank()
@@ -103,7 +103,7 @@ class MpiTensorGroup:
 class MpiLink:
     """Activations between neighbouring stages. A message in flight keeps its buffer alive here."""
 
-    def __init__(self, comm: MPI.Intracomm, peer: int) -> None:
+    def __init__(self, comm: MPI.Comm, peer: int) -> None:
         self._comm = comm
         self._peer = peer
         self._in_flight: deque[tuple[MPI.Request, torch.Tensor]] = deque()
@@ -121,7 +121,7 @@ class MpiLink:
 class MpiControl:
     """Plans from rank 0 to all, tokens from the sampler to rank 0, each on a communicator of its own."""
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Comm) -> None:
         self._plans = comm.Dup()
         self._tokens = comm.Dup()
         self._sampled: deque[tuple[MPI.Request, np.ndarray]] = deque()

@@ -6,6 +6,7 @@ The stage runner calls `SequenceTable.apply` once a plan. Layers read the result
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ class SequenceTable:
                 cuts.append(index)
         cuts.append(len(order))
         groups = []
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             rows = np.sort(order[first:last])
             group_lengths = lengths[rows]
             longest = int(group_lengths.max())

@@ -29,7 +29,7 @@ class HeadGroups:
         place = {
             head: g * self.group_size + i for g, heads in enumerate(members) for i, head in enumerate(heads)
         }
-        self._gather = torch.tensor(sum(padded, []), device=device)
+        self._gather = torch.tensor([head for heads in padded for head in heads], device=device)
         self._scatter = torch.tensor([place[head] for head in range(self.num_heads)], device=device)
         self.kv_of_head = torch.tensor(q_to_kv, device=device)
 

@@ -1,4 +1,4 @@
-"""What cannot work is refused at once: one clear line that names the flag or the remedy, and not exit code 0."""
+"""What cannot work is refused at once: one clear line that names flag or remedy, and never exit code 0."""
 
 from __future__ import annotations
 

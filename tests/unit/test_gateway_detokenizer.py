@@ -1,4 +1,4 @@
-"""Text from tokens, one at a time: together it is what decoding at once gives, and what has come out stays."""
+"""Text from tokens, one at a time: together it is what decoding at once gives, and what is out stays."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_unbatched_greedy_tokens_and_logits(world: World, engine: Engine, oracle
 def test_replayed_request_goes_on_as_if_nothing_had_happened(
     world: World, engine: Engine, oracle: References
 ) -> None:
-    emitted = {name: oracle.tokens[name][: 5 + 7 * name] for name in range(len(oracle.prompts))}
+    emitted = {name: oracle.tokens[name][: 40 + 3 * name] for name in range(len(oracle.prompts))}
     requests = [
         driver.request(name, prompt, NUM_TOKENS, output=emitted[name])
         for name, prompt in enumerate(oracle.prompts)
@@ -69,16 +69,18 @@ def test_preempted_request_goes_on_as_if_nothing_had_happened(
     world: World, engine: Engine, oracle: References
 ) -> None:
     names = [0, 1, 2, 3, 4, 5]
-    requests = [driver.request(name, oracle.prompts[name], NUM_TOKENS) for name in names]
-    # Room for about half of what the six sequences need at their ends.
-    run = driver.serve(world, engine, requests, kv_blocks=16)
+    requests = [driver.request(name, oracle.prompts[name], 32) for name in names]
+    # Room for all prompts, but not for what the six sequences need at their ends.
+    run = driver.serve(world, engine, requests, kv_blocks=12)
     if world.at.rank == 0:
         assert run.num_preemptions > 0, "the pool was meant to be too small"
         for name in names:
-            assert run.tokens[name] == oracle.tokens[name], f"prompt {name}"
+            assert run.tokens[name] == oracle.tokens[name][:32], f"prompt {name}"
 
 
 def test_bfloat16_perplexity_is_that_of_transformers(world: World, oracle: References) -> None:
+    if (world.at.tp, world.at.pp) not in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        pytest.skip("one shape of each kind says it; the others cost minutes")
     engine = driver.build(
         world, dtype="bfloat16", max_num_seqs=4, max_num_batched_tokens=512, kv_cache_bytes=128 * 2**20
     )

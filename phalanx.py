@@ -1,0 +1,181 @@
+"""Phalanx for Python: serve a model from a script, or generate offline. Both start the processes that
+`phalanx serve` starts, and end them.
+
+    import phalanx
+
+    with phalanx.serve("smollm2-135m-instruct", tp=2) as server:
+        print(server.url)
+
+    with phalanx.LLM("smollm2-135m-instruct", tp=2) as llm:
+        print(llm.generate(["Once upon a time"], phalanx.SamplingParams(max_tokens=32))[0].text)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from gateway.client import AsyncClient, Client, Generation, Prompt
+from gateway.protocol import SamplingParams
+
+__all__ = ["LLM", "AsyncClient", "Client", "Generation", "SamplingParams", "Server", "ServerError", "serve"]
+
+_READY = re.compile(r"^ready  (?P<url>\S+)  zmq (?P<zmq>\S+)  model (?P<model>\S+)")
+_STOP_TIMEOUT_S = 30.0
+
+
+class ServerError(Exception):
+    """The server did not start, or is gone. The text ends with the last lines that it printed."""
+
+
+class Server:
+    """A deployment of its own: supervisor, front and world, until `close`."""
+
+    def __init__(self, model: str | Path, *, show_progress: bool = False, **options: object) -> None:
+        """Starts `phalanx serve` and waits until it is ready.
+
+        `options` are the flags of `phalanx serve` with underscores: `tp=2`, `dtype="float32"`. Ports are free
+        ones unless they are given. Raises ServerError.
+        """
+        self._scratch = None if "run_dir" in options else tempfile.mkdtemp(prefix="phalanx-")
+        defaults = {"port": 0, "zmq": "tcp://127.0.0.1:*"}
+        if self._scratch is not None:
+            defaults["run_dir"] = str(Path(self._scratch, "run"))
+        command = [sys.executable, "-m", "launcher.cli", "serve", str(model)]
+        for name, value in {**defaults, **options}.items():
+            command += ["--" + name.replace("_", "-"), str(value)]
+        self._last_lines: deque[str] = deque(maxlen=20)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=None if show_progress else subprocess.PIPE,
+            text=True,
+            # Ctrl-C is for the caller, who closes the server in order.
+            start_new_session=True,
+        )
+        if self._process.stderr is not None:
+            threading.Thread(
+                target=self._last_lines.extend, args=(self._process.stderr,), daemon=True
+            ).start()
+        assert self._process.stdout is not None
+        ready = None
+        try:
+            while ready is None and (line := self._process.stdout.readline()):
+                ready = _READY.match(line)
+        except BaseException:
+            self.close()
+            raise
+        if ready is None:
+            code = self._process.wait()
+            self.close()
+            raise ServerError(f"phalanx serve ended with exit code {code}\n" + "".join(self._last_lines))
+        # Nobody reads on: drained, so that the server never waits for us.
+        threading.Thread(target=deque, args=(self._process.stdout, 0), daemon=True).start()
+        self.url = ready["url"]
+        """Base of the HTTP interfaces, without a path."""
+        self.zmq = ready["zmq"]
+        """ZeroMQ endpoint of the front."""
+        self.model = ready["model"]
+        """The name that requests give."""
+
+    def client(self) -> Client:
+        """A ZeroMQ client of this server, to be used as a context manager."""
+        return Client(self.zmq)
+
+    def close(self) -> None:
+        """Stops every process and waits for the end. Raises ServerError if they had ended by themselves."""
+        code = self._process.poll()
+        if code is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        if code:
+            raise ServerError(f"phalanx serve had ended with exit code {code}\n" + "".join(self._last_lines))
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            # The error that is under way says more than how the server took it.
+            with contextlib.suppress(ServerError):
+                self.close()
+
+
+def serve(model: str | Path, *, show_progress: bool = False, **options: object) -> Server:
+    """Serves a model until the returned server is closed; see Server."""
+    return Server(model, show_progress=show_progress, **options)
+
+
+class LLM:
+    """Offline generation: a server of its own, and a client."""
+
+    def __init__(self, model: str | Path, *, show_progress: bool = False, **options: object) -> None:
+        """See Server. Raises ServerError."""
+        self._server = serve(model, show_progress=show_progress, **options)
+        try:
+            self._client = self._server.client()
+            self._client.connect()
+        except BaseException:
+            self._server.close()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+        show_progress: bool = True,
+    ) -> list[Generation]:
+        """One generation for each prompt (text or token ids), in their order.
+
+        All prompts are submitted at once; the world batches them. Raises RequestFailed for a prompt that is
+        refused.
+        """
+        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        many: list[Prompt] = [prompts] if is_single else list(prompts)  # type: ignore[list-item,arg-type]
+        streams = [self._client.submit(prompt, params, stop=stop) for prompt in many]
+        columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=not show_progress, transient=True) as progress:
+            try:
+                return [stream.collect() for stream in progress.track(streams, description="generate")]
+            except BaseException:
+                for stream in streams:
+                    stream.cancel()
+                raise
+
+    def close(self) -> None:
+        """Ends the client and the server."""
+        self._client.close()
+        self._server.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
