@@ -8,6 +8,7 @@ rounds' ratios. Phalanx is measured at a ZeroMQ client of rank 0, so its schedul
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
 import time
@@ -66,16 +67,20 @@ def _measure(generate: Generate) -> dict[str, float]:
     return speeds
 
 
-def _prompt(sequence: int, length: int) -> list[int]:
-    """Ordinary token ids, other ones for each sequence."""
-    return [100 + (7919 * (sequence + 1) * (index + 1)) % 40000 for index in range(length)]
+def prompt(sequence: int, length: int, salt: int = 0) -> list[int]:
+    """Ordinary token ids, other ones for each sequence and salt."""
+    return [100 + (7919 * (sequence + 1) * (index + 1) + 104729 * salt) % 40000 for index in range(length)]
 
 
 def _phalanx(client: Client) -> Generate:
+    salts = itertools.count()
+
     def generate(sequences: int, prompt_tokens: int, new_tokens: int) -> float:
+        # Never the same prompt twice: nothing is to be found in the prefix cache.
+        salt = next(salts)
         params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
         begin = time.perf_counter()
-        streams = [client.submit(_prompt(i, prompt_tokens), params) for i in range(sequences)]
+        streams = [client.submit(prompt(i, prompt_tokens, salt), params) for i in range(sequences)]
         with ThreadPoolExecutor(sequences) as pool:
             done = list(pool.map(lambda stream: stream.collect(), streams))
         seconds = time.perf_counter() - begin

@@ -8,7 +8,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.offline import _prompt
+from benchmarks.offline import prompt
 
 
 def main(folder: str, threads: int) -> None:
@@ -16,7 +16,7 @@ def main(folder: str, threads: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     for line in sys.stdin:
         sequences, prompt_tokens, new_tokens = map(int, line.split())
-        ids = torch.tensor([_prompt(i, prompt_tokens) for i in range(sequences)])
+        ids = torch.tensor([prompt(i, prompt_tokens) for i in range(sequences)])
         begin = time.perf_counter()
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,

@@ -14,7 +14,8 @@ _LINE_INTERVAL_S = 0.5
 
 
 class Display(Protocol):
-    """`update` shows how far a task is (again and again, as often as it likes); `say` shows one line."""
+    """`update` shows how far a task is (again and again, as often as it likes); `say` shows one line; after
+    `finish` only `say` shows anything."""
 
     def __enter__(self) -> Display: ...
 
@@ -25,6 +26,8 @@ class Display(Protocol):
     def update(self, task: str, done: int, total: int | None, unit: str) -> None: ...
 
     def say(self, text: str) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 class PlainDisplay:
@@ -59,6 +62,9 @@ class PlainDisplay:
         with contextlib.suppress(OSError):  # nobody reads it any more
             print(text, file=self._stream, flush=True)
 
+    def finish(self) -> None:
+        return None
+
 
 class BarDisplay:
     """For terminals; without colour where the terminal or NO_COLOR says so."""
@@ -85,6 +91,7 @@ class BarDisplay:
             refresh_per_second=8,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._finished = False
 
     def __enter__(self) -> BarDisplay:
         self._progress.start()
@@ -96,13 +103,21 @@ class BarDisplay:
         self._progress.stop()
 
     def update(self, task: str, done: int, total: int | None, unit: str) -> None:
+        if self._finished:
+            return
         amount = _share(done, total, unit)
         if task not in self._tasks:
             self._tasks[task] = self._progress.add_task(task, total=total, amount=amount)
         self._progress.update(self._tasks[task], completed=done, total=total, amount=amount)
 
     def say(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False, markup=False)
+        with contextlib.suppress(OSError):
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def finish(self) -> None:
+        # The bars stay as they are; a thread that redraws them has nothing to do at rest.
+        self._finished = True
+        self._progress.stop()
 
 
 def choose_display() -> Display:
@@ -113,10 +128,7 @@ def choose_display() -> Display:
 
 
 def _share(done: int, total: int | None, unit: str) -> str:
-    return _amount(done, unit) if total is None else f"{_amount(done, unit)} of {_amount(total, unit)}"
-
-
-def _amount(number: int, unit: str) -> str:
     if unit == "B":
-        return f"{number / 1e6:.1f} MB"
-    return f"{number} {unit}".rstrip()
+        amount = f"{done / 1e6:.1f}"
+        return f"{amount} MB" if total is None else f"{amount} of {total / 1e6:.1f} MB"
+    return f"{done} {unit}" if total is None else f"{done} of {total} {unit}"

@@ -3,6 +3,7 @@ supervisor with what it found. Called by `cli`; must refuse at once, in one line
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -68,7 +69,7 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
             guard_command=python_module("launcher.guard"),
             served_model_name=name,
         )
-        listener.listen(_BACKLOG)
+        _listen(listener, settings)
         progress = _StartProgress(display)
         Supervisor(
             plan=plan,
@@ -79,7 +80,9 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
             log=log,
             stop=stop,
             on_progress=progress.show,
-            on_ready=lambda world, state: _say_ready(settings.host, port, world, state, prepared.path),
+            on_ready=lambda world, state: _say_ready(
+                display, settings.host, port, world, state, prepared.path
+            ),
         ).run()
         display.say("stopped")
     finally:
@@ -127,13 +130,24 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            message = f"port {port} on {host} is in use; choose another one with --port"
+            message = _port_in_use(host, port)
         elif error.errno == errno.EACCES:
             message = f"port {port} needs privileges; choose one above 1023 with --port"
         else:
             message = f"--host {host}: {error.strerror}; give an address of this machine"
         raise LauncherError(message) from None
     return listener
+
+
+def _listen(listener: socket.socket, settings: Settings) -> None:
+    try:
+        listener.listen(_BACKLOG)
+    except OSError:  # somebody bound the port as well while the model was being prepared, and was faster
+        raise LauncherError(_port_in_use(settings.host, settings.port)) from None
+
+
+def _port_in_use(host: str, port: int) -> str:
+    return f"port {port} on {host} is in use; choose another one with --port"
 
 
 def rank_command(settings: Settings, prepared: PreparedModel, name: str) -> list[str]:
@@ -198,20 +212,25 @@ class _StartProgress:
             self._told = (world.epoch, slowest)
             if slowest < Phase.LOADING or slowest is Phase.IDLE:
                 doing = "waiting for the front" if slowest is Phase.IDLE else slowest.name.lower()
-                self._display.say(f"world {world.epoch}: {world.size} ranks {doing}")
+                ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+                self._display.say(f"world {world.epoch}: {ranks} {doing}")
         done, total = world.load_progress
         if total:
             self._display.update("load", done, total, "B")
 
 
-def _say_ready(host: str, port: int, world: World, state: FrontState, model_dir: Path) -> None:
+def _say_ready(
+    display: Display, host: str, port: int, world: World, state: FrontState, model_dir: Path
+) -> None:
+    display.finish()
     if host in ("0.0.0.0", "::", ""):
         host = "127.0.0.1"
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     name = world.plan.served_model_name
     shape = f"(tp {world.plan.tp}, pp {world.plan.pp})"
-    print(f"ready  {url}  zmq {state.zmq}  model {name}  world {world.epoch} {shape}")
-    print(curl_line(url, name, model_dir), flush=True)
+    with contextlib.suppress(OSError):  # serving does not depend on somebody reading this
+        print(f"ready  {url}  zmq {state.zmq}  model {name}  world {world.epoch} {shape}")
+        print(curl_line(url, name, model_dir), flush=True)
 
 
 def curl_line(url: str, model: str, model_dir: Path) -> str:

@@ -20,7 +20,10 @@ class StopSignals:
         self._read_end, self._write_end = socket.socketpair()
         self._read_end.setblocking(False)
         self._write_end.setblocking(False)
-        self._old_handlers = {number: signal.signal(number, self._on_signal) for number in _NUMBERS}
+        # `nohup phalanx serve` goes on when its terminal is closed.
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        numbers = [number for number in _NUMBERS if not (ignored and number == signal.SIGHUP)]
+        self._old_handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         self._old_wakeup = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
         return self
 

@@ -84,7 +84,8 @@ class Supervisor:
         assert own_id is not None
         self._own_id = own_id
         self._world: World | None = None
-        self._next_epoch: int | None = None
+        self._epoch = 0
+        """The highest one handed out: that of the world that lives, or of the one that comes next."""
         self._start_at = 0.0
         self._failed_starts = 0
         self._was_ready = False
@@ -102,7 +103,7 @@ class Supervisor:
         try:
             self._front.start()
             self._run_dir.record(front=self._front.process)
-            self._next_epoch = self._run_dir.raise_epoch()
+            self._raise_epoch()
             while not self._stop.requested():
                 self._turn()
         finally:
@@ -174,9 +175,11 @@ class Supervisor:
 
     # ----------------------------------------------------------------- the world
 
+    def _raise_epoch(self) -> None:
+        self._epoch = self._run_dir.raise_epoch()
+
     def _start_world(self) -> None:
-        epoch = self._next_epoch if self._next_epoch is not None else self._run_dir.raise_epoch()
-        self._next_epoch = None
+        epoch = self._epoch
         world = World(epoch, self._plan, self._run_dir, self._link)
         guard = GuardEnvironment(
             endpoint=self._link.endpoint,
@@ -228,7 +231,7 @@ class Supervisor:
         world.abort(now)  # first of all: until it is dead it may still send tokens
         if self._stopping:
             return
-        self._next_epoch = self._run_dir.raise_epoch()
+        self._raise_epoch()
         if self._recovering_since is None:
             self._recovering_since = now
         self._log.error(
@@ -238,6 +241,7 @@ class Supervisor:
             kind=fault.kind,
             detail=fault.detail,
             detect_s=fault.detect_s,
+            last_line=next(iter(fault.last_lines.splitlines()[-1:]), None),
         )
         record = Fault(
             epoch=world.epoch,
@@ -292,14 +296,13 @@ class Supervisor:
 
     def _tell_front(self, now: float) -> None:
         worlds = [self._world] if self._world is not None else []
-        epoch = self._next_epoch or (self._world.epoch if self._world is not None else 0)
         identity = self._front.state.pid if self._front.state is not None else None
-        key = (epoch, identity, len(self._faults), *((w.epoch, w.state, len(w.ranks)) for w in worlds))
+        key = (self._epoch, identity, len(self._faults), *((w.epoch, w.state, len(w.ranks)) for w in worlds))
         if key == self._table_key and now - self._table_sent_at < TABLE_INTERVAL_S:
             return
         self._table_key = key
         self._table_sent_at = now
-        self._front.send(WorldTable(epoch, [world.entry(now) for world in worlds], self._faults))
+        self._front.send(WorldTable(self._epoch, [world.entry(now) for world in worlds], self._faults))
 
     # ----------------------------------------------------------------- the end
 

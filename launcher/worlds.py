@@ -13,14 +13,17 @@ from gateway.protocol import RankEntry, WorldEntry
 from launcher.guard import GuardEnvironment, last_lines
 from launcher.guard_link import GuardLink
 from launcher.launchers import mpirun
-from launcher.processes import ProcessId, all_processes, host_id, is_alive, kill, reap_orphan
+from launcher.processes import ProcessId, all_processes, host_id, is_alive, kill, read_stat, reap_orphan
 from launcher.run_dir import RunDir
 from launcher.watch import EXIT_CONFIG, Beat, FaultReport, GuardHello, Kill, Killed, Message, Phase
 
 BEATS_LOST_AFTER_S = 1.0
+BEATS_STARVED_AFTER_S = 5.0
+"""The same for a guard of this host whose process runs or sleeps as it should: on a crowded machine it may
+just have got no turn."""
 JOIN_TIMEOUT_S = 60.0
 """How long the guards of a world may take to report after mpirun was started."""
-STARTUP_STALL_S = 180.0
+STARTUP_STALL_S = 300.0
 """How long no rank of a starting world may write to its progress page. Joining MPI and importing write
 nothing while they run, so this is long."""
 ACKNOWLEDGE_S = 0.15
@@ -231,7 +234,7 @@ class World:
             return self.faults[0]
         for rank, watch in self.ranks.items():
             silent_s = now - watch.last_beat_at
-            if silent_s > BEATS_LOST_AFTER_S:
+            if silent_s > BEATS_LOST_AFTER_S and (silent_s > BEATS_STARVED_AFTER_S or not _runs_here(watch)):
                 detail = f"the guard of rank {rank} has been silent for {silent_s:.2f} s"
                 return WorldFault("lost", rank, watch.hello.host, detail, silent_s)
         if self._process is not None and (code := self._process.poll()) is not None:
@@ -351,6 +354,14 @@ class World:
 def final_fault(faults: Iterable[WorldFault]) -> WorldFault | None:
     """The report of a rank that says no relaunch can help, if there is one among the faults of a world."""
     return next((fault for fault in faults if fault.exit_code == EXIT_CONFIG), None)
+
+
+def _runs_here(watch: RankWatch) -> bool:
+    """Whether the guard is a process of this host that is neither dead nor stopped."""
+    if watch.hello.host_id != host_id():
+        return False
+    stat = read_stat(watch.guard.pid)
+    return stat is not None and stat.start == watch.guard.start and stat.state in "RSD"
 
 
 def _describe_exit(code: int) -> str:

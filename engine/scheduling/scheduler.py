@@ -13,7 +13,7 @@ from itertools import count
 from typing import Literal
 
 from engine.plan import Chunk, StepPlan
-from engine.scheduling.kv_blocks import BlockPool
+from engine.scheduling.kv_blocks import BlockPool, Digest, extend_digests
 from engine.scheduling.sequence import Sequence
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -158,8 +158,10 @@ class Scheduler:
             running.append(sequence)
             running.sort(key=lambda s: s.arrival)
             admitted.append((handle, sequence.params))
+            sequence.blocks = self.pool.share(self._shareable(sequence))
+            sequence.num_computed = len(sequence.blocks) * self.pool.block_size
             length = min(sequence.num_uncomputed, budget)
-            chunks.append(self._chunk(sequence, length))
+            chunks.append(self._chunk(sequence, length, shared_blocks=sequence.blocks))
             planned.append(sequence)
             budget -= length
 
@@ -179,8 +181,8 @@ class Scheduler:
         self._in_flight[slot] = planned[:num_decoding]
         for sequence in planned[:num_decoding]:
             sequence.num_computed += 1
+            self._publish(sequence)
         for sequence, chunk in zip(planned[num_decoding:], chunks, strict=True):
-            sequence.num_computed += len(chunk.token_ids)
             if chunk.samples:
                 self._in_flight[slot].append(sequence)
         self._busy[slot] = True
@@ -209,18 +211,36 @@ class Scheduler:
 
     # ------------------------------------------------------------------ inside
 
-    def _chunk(self, sequence: Sequence, length: int) -> Chunk:
+    def _chunk(self, sequence: Sequence, length: int, shared_blocks: list[int] | None = None) -> Chunk:
+        """Plans the next `length` tokens of a sequence. `shared_blocks` are those that an admitted one found."""
         start = sequence.num_computed
-        missing = self.pool.blocks_for(start + length) - len(sequence.blocks)
-        new_blocks = self.pool.take(missing)
-        sequence.blocks += new_blocks
+        fresh = self.pool.take(self.pool.blocks_for(start + length) - len(sequence.blocks))
+        new_blocks = [*(shared_blocks or []), *fresh]
+        sequence.blocks = sequence.blocks + fresh
+        sequence.num_computed += length
+        self._publish(sequence)
         return Chunk(
             handle=_handle(sequence),
             start=start,
             token_ids=sequence.tokens[start : start + length],
             new_blocks=new_blocks,
-            samples=start + length == len(sequence.tokens),
+            samples=sequence.num_uncomputed == 0,
         )
+
+    def _shareable(self, sequence: Sequence) -> list[Digest]:
+        """Digests of the full blocks of a sequence, but never all of its tokens: the last one must be computed,
+        since the next is drawn from it."""
+        num_blocks = (len(sequence.tokens) - 1) // self.pool.block_size
+        extend_digests(sequence.digests, sequence.tokens, num_blocks, self.pool.block_size)
+        return sequence.digests[:num_blocks]
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Offers the blocks that this step fills to others."""
+        num_full = sequence.num_computed // self.pool.block_size
+        extend_digests(sequence.digests, sequence.tokens, num_full, self.pool.block_size)
+        for index in range(sequence.num_published, num_full):
+            self.pool.publish(sequence.blocks[index], sequence.digests[index])
+        sequence.num_published = num_full
 
     def _may_admit(self, slot: int) -> bool:
         if not self.waiting or not self._free_handles:
@@ -232,7 +252,9 @@ class Scheduler:
             return False
         # The whole of it must fit now, and one block more for each that runs: to admit a sequence only to
         # preempt it a step later would compute its prompt twice.
-        needed = self.pool.blocks_for(len(self.waiting[0].tokens) + 1)
+        candidate = self.waiting[0]
+        found, kept = self.pool.peek(self._shareable(candidate))
+        needed = self.pool.blocks_for(len(candidate.tokens) + 1) - found + kept
         return needed <= self.pool.num_free - self._unallocated() - self.num_running
 
     def _unallocated(self) -> int:
@@ -270,7 +292,6 @@ class Scheduler:
         """Takes a sequence's blocks; it is computed again from its tokens when there is room."""
         self._leave(sequence)
         self.num_preemptions += 1
-        sequence.num_computed = 0
         index = 0
         while index < len(self.waiting) and self.waiting[index].arrival < sequence.arrival:
             index += 1
@@ -280,6 +301,7 @@ class Scheduler:
         self.running[sequence.slot].remove(sequence)
         self.pool.give_back(sequence.blocks)
         sequence.blocks = []
+        sequence.num_computed = sequence.num_published = 0
         handle = _handle(sequence)
         self._released.append(handle)
         self._free_handles.append(handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.plan import SequenceParams
+from engine.scheduling.kv_blocks import Digest
 
 
 @dataclass(eq=False)
@@ -28,6 +29,10 @@ class Sequence:
     """Order of arrival, kept through preemption."""
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    digests: list[Digest] = field(default_factory=list)
+    """Contents of the full blocks of `tokens`, as far as they were needed."""
+    num_published: int = 0
+    """Leading blocks whose content the pool knows."""
     handle: int | None = None
     """Its number inside the world while it runs; None while it waits."""
     slot: int = 0

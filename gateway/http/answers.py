@@ -228,7 +228,7 @@ class TextAnswerBuilder(Answer):
     def _event(self, choices: list[TextChoice], usage: Usage | None = None) -> bytes:
         return b"data: %b\n\n" % self._encode(choices, usage or self._chunk_usage())
 
-    def _encode(self, choices: list[TextChoice], usage: Usage | None | UnsetType) -> bytes:
+    def _encode(self, choices: list[TextChoice], usage: Usage | UnsetType | None) -> bytes:
         answer = TextAnswer(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
         return _encode(answer)
 

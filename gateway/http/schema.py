@@ -118,6 +118,7 @@ _Request = TypeVar("_Request", bound=CommonRequest)
 def decode_request(body: bytes, kind: type[_Request]) -> _Request:
     """The request of a body. Raises ApiError for broken JSON or UTF-8, wrong types, unserved fields."""
     try:
+        body.decode()  # msgspec does not look into the fields that it skips
         request = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         text = str(error)

@@ -29,33 +29,46 @@ def scheduler(num_blocks: int = 32, num_slots: int = 1, max_num_seqs: int = 4, b
 
 
 class Ranks:
-    """What the other ranks would know from the plans alone: it must always be enough, and never contradict."""
+    """What the other ranks would know from the plans alone: it must always be enough, and never contradict.
+
+    Each cache slot remembers the whole context that its keys were computed from.
+    """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.tables: dict[int, list[int]] = {}
         self.computed: dict[int, int] = {}
+        self.cache: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    def apply(self, plan: StepPlan) -> None:
+    def apply(self, plan: StepPlan, tokens_of: dict[int, list[int]]) -> None:
         for handle in plan.released:
             del self.tables[handle], self.computed[handle]
         for handle, _ in plan.admitted:
             assert handle not in self.tables, "a handle was given out twice"
-            self.tables[handle], self.computed[handle] = [], 0
+            self.tables[handle], self.computed[handle] = [], -1
         for row, block in plan.decode_blocks:
             self.tables[plan.decode_handles[row]].append(block)
-        for handle in plan.decode_handles:
-            self._compute(handle, self.computed[handle], 1)
+        for handle, token in zip(plan.decode_handles, plan.decode_tokens, strict=True):
+            self._compute(handle, self.computed[handle], [token], tokens_of[handle])
         for chunk in plan.chunks:
             self.tables[chunk.handle] += chunk.new_blocks
-            self._compute(chunk.handle, chunk.start, len(chunk.token_ids))
-        held = [block for table in self.tables.values() for block in table]
-        assert len(held) == len(set(held)), "a block belongs to two sequences"
+            self._compute(chunk.handle, chunk.start, chunk.token_ids, tokens_of[chunk.handle])
+        # All keys of a step are written before anything attends.
+        for handle in [*plan.decode_handles, *(chunk.handle for chunk in plan.chunks)]:
+            for position in range(self.computed[handle]):
+                read = self.cache[self._slot(handle, position)]
+                assert read == tuple(tokens_of[handle][: position + 1]), "a slot holds another context"
 
-    def _compute(self, handle: int, start: int, count: int) -> None:
-        assert start == self.computed[handle], "a token was skipped or computed twice"
-        assert start + count <= len(self.tables[handle]) * self.block_size, "a token has no block"
-        self.computed[handle] = start + count
+    def _compute(self, handle: int, start: int, new: list[int], tokens: list[int]) -> None:
+        # An admitted sequence may start behind blocks that were there.
+        assert self.computed[handle] in (start, -1), "a token was skipped or computed twice"
+        for position, token in enumerate(new, start):
+            assert tokens[position] == token
+            self.cache[self._slot(handle, position)] = tuple(tokens[: position + 1])
+        self.computed[handle] = start + len(new)
+
+    def _slot(self, handle: int, position: int) -> tuple[int, int]:
+        return self.tables[handle][position // self.block_size], position % self.block_size
 
 
 requests = st.tuples(st.integers(1, 40), st.integers(1, 30))
@@ -104,7 +117,10 @@ def test_nothing_leaks_starves_or_exceeds_the_budget(
         plan_or_none = subject.schedule(slot)
         if plan_or_none is not None:
             assert plan_or_none.num_tokens <= budget
-            ranks.apply(plan_or_none)
+            ranks.apply(
+                plan_or_none,
+                {s.handle: s.tokens for many in subject.running for s in many if s.handle is not None},
+            )
             outstanding[slot] = plan_or_none
         slot = (slot + 1) % num_slots
     assert set(ended) == set(expected)
@@ -180,3 +196,58 @@ def test_a_block_cannot_be_given_back_twice() -> None:
     pool.give_back(blocks)
     with pytest.raises(ValueError, match="twice"):
         pool.give_back(blocks)
+
+
+def _run_alone(subject: Scheduler, one: Sequence) -> list[StepPlan]:
+    subject.add(one)
+    plans = []
+    while (plan := subject.schedule(0)) is not None:
+        plans.append(plan)
+        list(subject.complete(0, [3] * len(plan.sampling_handles)))
+    return plans
+
+
+def test_a_second_request_computes_only_what_differs() -> None:
+    subject = Scheduler(BlockPool(200, 4), SchedulerLimits(400, 4, 400), 1)
+    prefix = list(range(100, 300))
+    for name, tail in enumerate(([1, 2, 3], [4, 5, 6])):
+        tokens = prefix + tail
+        one = Sequence((b"c", str(name)), list(tokens), len(tokens), 5, frozenset(), frozenset(), PARAMS)
+        plans = _run_alone(subject, one)
+        assert plans[0].num_tokens == (len(tokens) if name == 0 else len(tail))
+    assert subject.pool.num_hit_tokens == len(prefix)
+    subject.check_idle()
+
+
+def test_the_same_prompt_again_computes_its_last_block_only() -> None:
+    subject = Scheduler(BlockPool(200, 4), SchedulerLimits(400, 4, 400), 1)
+    tokens = list(range(100, 140))
+    for name, computed in enumerate((40, 4)):
+        one = Sequence((b"c", str(name)), list(tokens), len(tokens), 1, frozenset(), frozenset(), PARAMS)
+        assert _run_alone(subject, one)[0].num_tokens == computed
+
+
+def test_requests_that_come_together_share_their_prompt() -> None:
+    subject = Scheduler(BlockPool(200, 4), SchedulerLimits(400, 8, 400), 1)
+    tokens = list(range(100, 142))
+    for name in range(4):
+        subject.add(Sequence((b"c", str(name)), list(tokens), 42, 5, frozenset(), frozenset(), PARAMS))
+    plan = subject.schedule(0)
+    assert plan is not None
+    assert [len(chunk.token_ids) for chunk in plan.chunks] == [42, 2, 2, 2]
+    assert subject.pool.num_used == 10 + 4
+
+
+def test_content_is_forgotten_least_recently_used_first_and_only_when_room_is_needed() -> None:
+    subject = Scheduler(BlockPool(9, 4), SchedulerLimits(36, 1, 36), 1)
+
+    def computed(first: int, name: int) -> int:
+        tokens = list(range(first, first + 13))
+        one = Sequence((b"c", str(name)), tokens, 13, 1, frozenset(), frozenset(), PARAMS)
+        return _run_alone(subject, one)[0].num_tokens
+
+    assert [computed(first, name) for name, first in enumerate((100, 200, 100))] == [13, 13, 1]
+    # A third content needs four blocks; three are free, so the end of the 200s is forgotten, not the 100s.
+    assert computed(300, 3) == 13
+    assert computed(100, 4) == 1
+    assert computed(200, 5) > 1
