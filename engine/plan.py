@@ -16,6 +16,20 @@ _HEADER_INTS = 10
 _STOP = 1
 
 
+class LogitShaping(msgspec.Struct, frozen=True, array_like=True):
+    """Changes to a row's logits that depend on the tokens before it. Semantics as vLLM documents them."""
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    """Output tokens before which `ending_token_ids` are not drawn."""
+    ending_token_ids: list[int] = []
+    bad_words: list[list[int]] = []
+    """Token sequences that are never completed."""
+
+
 class SequenceParams(msgspec.Struct, frozen=True, array_like=True):
     """What the sampler must know of a sequence; travels once, when the sequence is admitted."""
 
@@ -24,6 +38,15 @@ class SequenceParams(msgspec.Struct, frozen=True, array_like=True):
     top_k: int
     seed: int
     choice: int
+    min_p: float = 0.0
+    num_logprobs: int = -1
+    """Alternatives to report with each token; -1 reports nothing, 0 the token's own log-probability."""
+    num_prompt_logprobs: int = -1
+    """The same for each token of the prompt but the first."""
+    num_prompt_tokens: int = 0
+    shaping: LogitShaping | None = None
+    skipped_tokens: list[int] = []
+    """With `shaping`: tokens whose blocks were found in the cache, so that no chunk brings them."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +59,34 @@ class Chunk:
     token_ids: list[int]
     new_blocks: list[int]
     """Appended to the sequence's block table."""
-    samples: bool
-    """Whether this is the last chunk, so that the next token is drawn from its last row."""
+    next_token: int | None
+    """The token after the chunk; None if this is the last chunk, and it is to be drawn from the last row."""
+
+    @property
+    def samples(self) -> bool:
+        return self.next_token is None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, of the model's own distribution: before penalties and temperature."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 is the most likely token."""
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """What the sampler sends to rank 0 for a plan."""
+
+    token_ids: list[int]
+    """In the order of `StepPlan.sampling_handles`."""
+    logprobs: list[TokenLogprobs | None] = []
+    """As `token_ids`; empty when no sequence asked."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    """By handle: of the chunk's prompt tokens, from the one after its first on."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +146,8 @@ class PlanCodec:
             words = np.frombuffer(packed + bytes(-len(packed) % 4), dtype=np.int32)
             body += (handle, len(packed), *words.tolist())
         for chunk in plan.chunks:
-            body += (
-                chunk.handle,
-                chunk.start,
-                len(chunk.token_ids),
-                len(chunk.new_blocks),
-                int(chunk.samples),
-            )
+            following = -1 if chunk.next_token is None else chunk.next_token
+            body += (chunk.handle, chunk.start, len(chunk.token_ids), len(chunk.new_blocks), following)
             body += chunk.new_blocks
             body += chunk.token_ids
         self._rows[plan.slot] = plan.sampling_handles
@@ -144,9 +188,10 @@ class PlanCodec:
             admitted.append((handle, self._params_decoder.decode(words.tobytes()[:num_bytes])))
         chunks = []
         for _ in range(num_chunks):
-            handle, start, num_tokens, num_new_blocks, samples = reader.take(5)
+            handle, start, num_tokens, num_new_blocks, following = reader.take(5)
             new_blocks = reader.take(num_new_blocks)
-            chunks.append(Chunk(handle, start, reader.take(num_tokens), new_blocks, bool(samples)))
+            next_token = None if following < 0 else following
+            chunks.append(Chunk(handle, start, reader.take(num_tokens), new_blocks, next_token))
         plan = StepPlan(
             step=step,
             slot=slot,

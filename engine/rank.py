@@ -16,11 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from engine.plan import SequenceParams
+from engine.plan import LogitShaping, SequenceParams, TokenLogprobs
 from engine.scheduling.scheduler import NewToken
 from engine.scheduling.sequence import Sequence
 from gateway.errors import EndpointError
 from gateway.protocol import Limits, Output, Submit
+from gateway.protocol import TokenLogprobs as WireLogprobs
 from gateway.rank0 import Rank0Gateway
 from launcher.watch import Phase, ProgressPage, die_with_parent
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.step_loop import Key, Status
     from engine.world import World
+
+_NO_SHAPING = LogitShaping()
 
 EX_CONFIG = 78
 """sysexits.h: the configuration is wrong, trying again is useless."""
@@ -154,16 +157,39 @@ class _GatewayPort:
 
     def _sequence(self, key: Key, submit: Submit) -> Sequence:
         params = submit.params
-        # The front gives every request a seed, which it journals; a bare client that gave none gets any.
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        end_token_ids = frozenset() if params.ignore_eos else self._end_token_ids
+        stop_token_ids = frozenset(params.stop_token_ids)
+        shaping = LogitShaping(
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=params.logit_bias,
+            min_tokens=params.min_tokens,
+            ending_token_ids=sorted(end_token_ids | stop_token_ids) if params.min_tokens else [],
+            bad_words=params.bad_words,
+        )
         return Sequence(
             key=key,
             tokens=[*submit.prompt_token_ids, *submit.output_token_ids],
             num_prompt_tokens=len(submit.prompt_token_ids),
             max_tokens=params.max_tokens,
-            end_token_ids=frozenset() if params.ignore_eos else self._end_token_ids,
-            stop_token_ids=frozenset(params.stop_token_ids),
-            params=SequenceParams(params.temperature, params.top_p, params.top_k, seed, params.choice),
+            end_token_ids=end_token_ids,
+            stop_token_ids=stop_token_ids,
+            params=SequenceParams(
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k,
+                # The front gives every request a seed, which it journals; a bare client that gave none gets any.
+                seed=secrets.randbits(63) if params.seed is None else params.seed,
+                choice=params.choice,
+                min_p=params.min_p,
+                num_logprobs=-1 if params.logprobs is None else params.logprobs,
+                num_prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+                num_prompt_tokens=len(submit.prompt_token_ids),
+                shaping=None if shaping == _NO_SHAPING else shaping,
+            ),
+            priority=submit.priority,
+            prompt_logprobs=None if params.prompt_logprobs is None else [],
         )
 
     def send(self, step: int, tokens: list[NewToken]) -> None:
@@ -195,7 +221,13 @@ class _GatewayPort:
             num_preemptions=status.num_preemptions,
             prompt_tokens=status.prompt_tokens,
             generation_tokens=status.generation_tokens,
+            prefix_cache_queries=status.prefix_cache_queries,
+            prefix_cache_hits=status.prefix_cache_hits,
         )
+
+
+def _to_wire(entry: TokenLogprobs) -> WireLogprobs:
+    return WireLogprobs(entry.token_id, entry.logprob, entry.rank, entry.top_token_ids, entry.top_logprobs)
 
 
 def _die(error: BaseException) -> None:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Protocol
 
+import msgspec
+
 from engine.execution.stage import StageRunner
-from engine.plan import PlanCodec, StepPlan
+from engine.plan import PlanCodec, StepPlan, StepResult
 from engine.scheduling.scheduler import NewToken, Refused, Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.world import World
@@ -35,6 +37,9 @@ class Status:
     prompt_tokens: int
     """Tokens of prompts (and of replayed or preempted sequences) computed so far."""
     generation_tokens: int
+    prefix_cache_queries: int
+    """Prompt tokens looked up in the prefix cache, and those found there."""
+    prefix_cache_hits: int
 
 
 class RequestPort(Protocol):
@@ -71,6 +76,7 @@ class Leader:
         self._port = port
         self._sign = sign
         self._codec = PlanCodec(world.at.pp)
+        self._decoder = msgspec.msgpack.Decoder(StepResult)
         self._outstanding: dict[int, StepPlan] = {}
         self._stopping = False
         self._step = 0
@@ -87,8 +93,7 @@ class Leader:
             self._take_requests()
             if slot in self._outstanding:
                 plan = self._outstanding.pop(slot)
-                tokens = self._world.control.receive_tokens(slot, len(plan.sampling_handles))
-                self._deliver(plan, tokens.tolist())
+                self._deliver(plan, self._decoder.decode(self._world.control.receive_result(slot)))
             if self._stopping and not self._outstanding:
                 break
             next_plan = None if self._stopping else self._scheduler.schedule(slot)
@@ -116,16 +121,16 @@ class Leader:
         self._step = plan.step
         self._sign.stepping(plan.step)
         self._world.control.broadcast_plan(self._codec.encode(plan))
-        tokens = self._runner.run(plan)
+        result = self._runner.run(plan)
         self._prompt_tokens += sum(len(chunk.token_ids) for chunk in plan.chunks)
-        if tokens is not None:
-            self._deliver(plan, tokens)
+        if result is not None:
+            self._deliver(plan, result)
         else:
             self._outstanding[plan.slot] = plan
 
-    def _deliver(self, plan: StepPlan, tokens: list[int]) -> None:
-        self._generation_tokens += len(tokens)
-        self._port.send(plan.step, list(self._scheduler.complete(plan.slot, tokens)))
+    def _deliver(self, plan: StepPlan, result: StepResult) -> None:
+        self._generation_tokens += len(result.token_ids)
+        self._port.send(plan.step, list(self._scheduler.complete(plan.slot, result)))
         self._port.report(self._status())
 
     def _status(self) -> Status:
@@ -139,18 +144,21 @@ class Leader:
             num_preemptions=scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            prefix_cache_queries=scheduler.pool.num_queried_tokens,
+            prefix_cache_hits=scheduler.pool.num_hit_tokens,
         )
 
 
 def follow(world: World, runner: StageRunner, sign: ProgressSign) -> None:
     """Every rank but 0: plans come, steps are computed, until the plan that says stop."""
     codec = PlanCodec(world.at.pp)
+    encoder = msgspec.msgpack.Encoder()
     while True:
         sign.idle()
         plan = codec.decode(world.control.receive_plan())
         if plan.stop:
             return
         sign.stepping(plan.step)
-        tokens = runner.run(plan)
-        if tokens is not None:
-            world.control.send_tokens(plan.slot, tokens)
+        result = runner.run(plan)
+        if result is not None:
+            world.control.send_result(plan.slot, encoder.encode(result))

@@ -48,6 +48,23 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     the front's journal, in the engine, in a replay) there is always a number."""
     choice: Annotated[int, Meta(ge=0, lt=2**16)] = 0
     """Which of the request's `n` choices this is."""
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    """Tokens less likely than this share of the most likely one are not drawn."""
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    logit_bias: dict[int, Annotated[float, Meta(ge=-100.0, le=100.0)]] = field(default_factory=dict)
+    """Token id to what is added to its logit."""
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    """Output tokens before which neither end nor stop tokens are drawn."""
+    bad_words: Annotated[list[Annotated[list[TokenId], Meta(min_length=1)]], Meta(max_length=256)] = field(
+        default_factory=list
+    )
+    """Token sequences that are never completed."""
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    """Alternatives to report with each token; 0 reports the token's own log-probability."""
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    """The same for each prompt token but the first; all of them come with the first output token."""
     ignore_eos: bool = False
     """The end token is sampled and fed back like any other, and ends nothing."""
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = field(default_factory=list)
@@ -82,6 +99,8 @@ class Submit(Struct, frozen=True, tag="submit", tag_field="type", omit_defaults=
     params: SamplingParams = field(default_factory=SamplingParams)
     stop: Annotated[list[str], Meta(max_length=16)] = field(default_factory=list)
     """Stop strings; only the front takes them."""
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
+    """Lower is served first; first come first served within one."""
 
 
 class Cancel(Struct, frozen=True, tag="cancel", tag_field="type"):
@@ -125,6 +144,17 @@ class Welcome(Struct, frozen=True, tag="welcome", tag_field="type"):
     eos_token_ids: list[int]
 
 
+class TokenLogprobs(Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, of the model's own distribution: before penalties and temperature."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 is the most likely token."""
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
 class Output(Struct, frozen=True, array_like=True):
     """New tokens of one request. Encoded as an array; later versions may add elements at its end."""
 
@@ -137,6 +167,10 @@ class Output(Struct, frozen=True, array_like=True):
     """The stop token id or the stop string that ended it; None for an end token and for other ends."""
     text: str | None = None
     """New text, from the front only; characters that are not complete yet are held back."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One entry for each of `token_ids`, when asked for."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the prompt's tokens from the second on; with the first output token, when asked for."""
 
 
 class Tokens(Struct, frozen=True, tag="tokens", tag_field="type"):
@@ -186,6 +220,9 @@ class Stats(Struct, frozen=True, tag="stats", tag_field="type"):
     """Prompt tokens computed since the world started."""
     generation_tokens: int
     """Tokens sampled since the world started."""
+    prefix_cache_queries: int = 0
+    """Prompt tokens looked up in the prefix cache since the world started, and those found there."""
+    prefix_cache_hits: int = 0
 
 
 ServerMessage = Welcome | Tokens | Failed | Pong | Stats

@@ -120,6 +120,8 @@ class Rank0Gateway:
         num_preemptions: int,
         prompt_tokens: int,
         generation_tokens: int,
+        prefix_cache_queries: int = 0,
+        prefix_cache_hits: int = 0,
     ) -> None:
         """Notes the state of the engine; it goes to every client when it changed, at most every
         STATS_INTERVAL_S. Cheap: call it after every step; a waiting `receive` sends the last one when due."""
@@ -133,6 +135,8 @@ class Rank0Gateway:
             num_preemptions,
             prompt_tokens,
             generation_tokens,
+            prefix_cache_queries,
+            prefix_cache_hits,
         )
         self._flush_stats()
 

@@ -42,7 +42,7 @@ class Link(Protocol):
 
 
 class Control(Protocol):
-    """Small integer messages between rank 0 and the others, on communicators of their own."""
+    """Small messages between rank 0 and the others, on communicators of their own."""
 
     def broadcast_plan(self, plan: np.ndarray) -> None:
         """Rank 0: sends a plan (int32) to every rank, without waiting for them."""
@@ -52,12 +52,12 @@ class Control(Protocol):
         """Other ranks: the next plan. Busy at first, then asleep for up to 1.5 ms at a time."""
         ...
 
-    def send_tokens(self, slot: int, tokens: list[int]) -> None:
-        """Sampler: the sampled ids of this slot's plan, to rank 0. Sent even when there are none."""
+    def send_result(self, slot: int, result: bytes) -> None:
+        """Sampler: what this slot's plan brought, to rank 0. Sent for every plan."""
         ...
 
-    def receive_tokens(self, slot: int, count: int) -> np.ndarray:
-        """Rank 0: `count` sampled ids of this slot's plan."""
+    def receive_result(self, slot: int) -> bytes:
+        """Rank 0: what this slot's plan brought."""
         ...
 
     def agree_min(self, value: int) -> int:

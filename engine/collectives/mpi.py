@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from engine.world import Coordinates, World
 PLAN_HEAD_INTS = 256
 """A broadcast carries this many int32 (1 KiB, 3.3 us between two ranks); a longer plan continues in a second
 one of exactly the rest. A steady step of 64 sequences fits into the head."""
+
+_Found = TypeVar("_Found")
 
 _SPIN_S = 0.002
 _SLEEP_MIN_S, _SLEEP_MAX_S = 20e-6, 1.5e-3
@@ -119,12 +123,13 @@ class MpiLink:
 
 
 class MpiControl:
-    """Plans from rank 0 to all, tokens from the sampler to rank 0, each on a communicator of its own."""
+    """Plans from rank 0 to all, results from the sampler to rank 0, each on a communicator of its own."""
 
     def __init__(self, comm: MPI.Comm) -> None:
         self._plans = comm.Dup()
-        self._tokens = comm.Dup()
-        self._sampled: deque[tuple[MPI.Request, np.ndarray]] = deque()
+        self._results = comm.Dup()
+        self._status = MPI.Status()
+        self._sent_results: deque[tuple[MPI.Request, bytes]] = deque()
         self._outstanding: deque[tuple[MPI.Request, np.ndarray]] = deque()
         # More ranks than cores: a rank that waits gives its core to one that works.
         self._crowded = comm.Get_size() > len(os.sched_getaffinity(0))
@@ -144,26 +149,28 @@ class MpiControl:
 
     def receive_plan(self) -> np.ndarray:
         head = np.empty(PLAN_HEAD_INTS, dtype=np.int32)
-        self._wait(self._plans.Ibcast(head, root=0))
+        self._wait(self._plans.Ibcast(head, root=0).Test)
         length = int(head[0])
         if length <= PLAN_HEAD_INTS:
             return head[:length]
         plan = np.empty(length, dtype=np.int32)
         plan[:PLAN_HEAD_INTS] = head
-        self._wait(self._plans.Ibcast(plan[PLAN_HEAD_INTS:], root=0))
+        self._wait(self._plans.Ibcast(plan[PLAN_HEAD_INTS:], root=0).Test)
         return plan
 
-    def send_tokens(self, slot: int, tokens: list[int]) -> None:
-        while self._sampled and self._sampled[0][0].Test():
-            self._sampled.popleft()
-        buffer = np.array(tokens, dtype=np.int32)
-        self._sampled.append((self._tokens.Isend(buffer, dest=0, tag=slot), buffer))
+    def send_result(self, slot: int, result: bytes) -> None:
+        while self._sent_results and self._sent_results[0][0].Test():
+            self._sent_results.popleft()
+        self._sent_results.append((self._results.Isend([result, MPI.BYTE], dest=0, tag=slot), result))
 
-    def receive_tokens(self, slot: int, count: int) -> np.ndarray:
-        tokens = np.empty(count, dtype=np.int32)
-        # The sampler is the only rank that sends on this communicator.
-        self._wait(self._tokens.Irecv(tokens, source=MPI.ANY_SOURCE, tag=slot))
-        return tokens
+    def receive_result(self, slot: int) -> bytes:
+        # The sampler is the only rank that sends on this communicator; the size is in the message.
+        message = self._wait(
+            lambda: self._results.Improbe(source=MPI.ANY_SOURCE, tag=slot, status=self._status)
+        )
+        result = bytearray(self._status.Get_count(MPI.BYTE))
+        message.Recv([result, MPI.BYTE])
+        return bytes(result)
 
     def agree_min(self, value: int) -> int:
         smallest = np.array([value], dtype=np.int64)
@@ -177,12 +184,15 @@ class MpiControl:
         self._plans.Barrier()
         MPI.Finalize()
 
-    def _wait(self, request: MPI.Request) -> None:
-        """Tests without pause for the length of a short gap between steps, then with growing naps: a world at
+    def _wait(self, arrived: Callable[[], _Found | None]) -> _Found:
+        """Asks without pause for the length of a short gap between steps, then with growing naps: a world at
         rest costs next to nothing, and wakes within two milliseconds."""
         asleep_from = time.perf_counter() + _SPIN_S
         nap_s = _SLEEP_MIN_S
-        while not request.Test():
+        while True:
+            found = arrived()
+            if found:
+                return found
             if time.perf_counter() < asleep_from:
                 if self._crowded:
                     os.sched_yield()

@@ -39,6 +39,17 @@ class ChunkContext:
 
 
 @dataclass(frozen=True)
+class PromptRows:
+    """Rows of a chunk whose next tokens are known and whose log-probabilities were asked for."""
+
+    handle: int
+    begin: int
+    targets: list[int]
+    """The token after each row, from row `begin` on."""
+    num_logprobs: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """The tokens of one step, decode rows first, then the chunks one after another."""
 
@@ -55,6 +66,9 @@ class Batch:
     sampling_params: list[SequenceParams]
     sampling_positions: list[int]
     """Absolute position of each token that will be drawn."""
+    sampling_history: list[list[int] | None]
+    """All tokens before the one drawn, for rows with logit shaping; the table's own lists, not to be changed."""
+    prompt_rows: list[PromptRows]
 
     @property
     def num_tokens(self) -> int:
@@ -71,14 +85,19 @@ class SequenceTable:
         self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_computed = np.zeros(max_num_seqs, dtype=np.int64)
         self._params: dict[int, SequenceParams] = {}
+        self._history: dict[int, list[int]] = {}
+        """Every token so far, of sequences with logit shaping only."""
         self._offsets = np.arange(block_size, dtype=np.int64)
 
     def apply(self, plan: StepPlan) -> Batch:
         """Brings the table up to the plan and builds its batch."""
         for handle in plan.released:
             self._params.pop(handle, None)
+            self._history.pop(handle, None)
         for handle, params in plan.admitted:
             self._params[handle] = params
+            if params.shaping is not None:
+                self._history[handle] = list(params.skipped_tokens)
             self._num_blocks[handle] = 0
             self._num_computed[handle] = 0
         for row, block in plan.decode_blocks:
@@ -93,7 +112,13 @@ class SequenceTable:
         groups = self._decode_groups(handles, decode_positions + 1)
         self._num_computed[handles] = decode_positions + 1
 
+        if self._history:
+            for handle, token in zip(plan.decode_handles, plan.decode_tokens, strict=True):
+                if handle in self._history:
+                    self._history[handle].append(token)
+
         chunks = []
+        prompt_rows = []
         sampling_rows = list(range(len(handles)))
         sampling_positions = (decode_positions + 1).tolist()
         for chunk in plan.chunks:
@@ -107,6 +132,13 @@ class SequenceTable:
             earlier = self._tensor(context) if chunk.start else None
             chunks.append(ChunkContext(begin, end, chunk.start, earlier))
             self._num_computed[chunk.handle] = stop
+            if chunk.handle in self._history:
+                self._history[chunk.handle] += chunk.token_ids
+            params = self._params[chunk.handle]
+            if params.num_prompt_logprobs >= 0:
+                following = [*chunk.token_ids[1:], *([] if chunk.next_token is None else [chunk.next_token])]
+                targets = following[: max(0, params.num_prompt_tokens - 1 - chunk.start)]
+                prompt_rows.append(PromptRows(chunk.handle, begin, targets, params.num_prompt_logprobs))
             if chunk.samples:
                 sampling_rows.append(end - 1)
                 sampling_positions.append(stop)
@@ -119,6 +151,8 @@ class SequenceTable:
             sampling_rows=self._tensor(np.array(sampling_rows, dtype=np.int64)),
             sampling_params=[self._params[handle] for handle in plan.sampling_handles],
             sampling_positions=sampling_positions,
+            sampling_history=[self._history.get(handle) for handle in plan.sampling_handles],
+            prompt_rows=prompt_rows,
         )
 
     def _decode_groups(self, handles: np.ndarray, lengths: np.ndarray) -> list[DecodeGroup]:

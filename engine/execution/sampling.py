@@ -27,6 +27,7 @@ def sample(logits: torch.Tensor, params: list[SequenceParams], positions: list[i
     rows.div_(torch.tensor([p.temperature for p in of_rows], device=rows.device).unsqueeze(1))
     _keep_top_k(rows, [p.top_k for p in of_rows])
     probabilities = torch.softmax(rows, dim=-1)
+    _keep_min_p(probabilities, [p.min_p for p in of_rows])
     _keep_top_p(probabilities, [p.top_p for p in of_rows])
     uniform = [_uniform(p.seed, p.choice, positions[row]) for p, row in zip(of_rows, drawn, strict=True)]
     # Inverse transform in token order: a change in the last bits of the logits moves the borders of the
@@ -53,6 +54,14 @@ def _keep_top_k(logits: torch.Tensor, top_k: list[int]) -> None:
         if 0 < k < logits.shape[1]:
             threshold = torch.topk(logits[row], k).values[-1]
             logits[row].masked_fill_(logits[row] < threshold, float("-inf"))
+
+
+def _keep_min_p(probabilities: torch.Tensor, min_p: list[float]) -> None:
+    """Sets to zero, in place, what is less likely than min_p times the most likely token (arXiv 2407.01082)."""
+    for row, p in enumerate(min_p):
+        if p > 0.0:
+            threshold = p * probabilities[row].max()
+            probabilities[row].masked_fill_(probabilities[row] < threshold, 0.0)
 
 
 def _keep_top_p(probabilities: torch.Tensor, top_p: list[float]) -> None:

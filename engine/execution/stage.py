@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from engine.execution.batch import Batch, SequenceTable
+from engine.execution.batch import Batch, PromptRows, SequenceTable
 from engine.execution.kv_cache import KVCache
+from engine.execution.logprobs import token_logprobs
 from engine.execution.sampling import sample
+from engine.execution.shaping import shape
 from engine.models.decoder import DecoderStage
-from engine.plan import StepPlan
+from engine.plan import StepPlan, StepResult, TokenLogprobs
 from engine.world import World
+
+PROMPT_LOGPROB_ROWS = 64
+"""Rows of logits that prompt log-probabilities hold at a time."""
 
 
 class StageRunner:
@@ -33,18 +38,23 @@ class StageRunner:
         """Columns of the logits that each tensor-parallel rank holds."""
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> list[int] | None:
-        """The sampled ids in the order of `plan.sampling_handles` at the sampler; None at every other rank."""
+    def run(self, plan: StepPlan) -> StepResult | None:
+        """What the plan brought at the sampler; None at every other rank."""
         batch = self._table.apply(plan)
-        logits = self.forward(batch)
-        return None if logits is None else self.draw(logits, batch)
-
-    def draw(self, logits: torch.Tensor, batch: Batch) -> list[int]:
-        """Tokens from `logits` `[num_sampled, vocab_size]`, which it may overwrite."""
-        return sample(logits, batch.sampling_params, batch.sampling_positions)
+        hidden = self.forward(batch)
+        if hidden is None:
+            return None
+        # Every rank of the last stage computes its columns of the logits; the sampler gathers them.
+        prompt_logprobs = {rows.handle: self._prompt_logprobs(hidden, rows) for rows in batch.prompt_rows}
+        logits = self.logits(hidden, batch.sampling_rows)
+        if logits is None:
+            return None
+        token_ids, logprobs = self.draw(logits, batch)
+        return StepResult(token_ids, logprobs, prompt_logprobs)
 
     def forward(self, batch: Batch) -> torch.Tensor | None:
-        """Logits `[num_sampled, vocab_size]` float32 at the sampler; None at every other rank."""
+        """Hidden states `[num_tokens, hidden_size]` float32 after the last layer; None at earlier stages, which
+        have sent theirs on."""
         world, stage = self._world, self._stage
         if world.previous_stage is None:
             hidden = stage.embed(batch.token_ids)
@@ -55,7 +65,40 @@ class StageRunner:
         if world.next_stage is not None:
             world.next_stage.send(hidden)
             return None
-        if not len(batch.sampling_rows):
-            return hidden.new_empty(0, sum(self._vocab_widths)) if world.at.is_sampler else None
-        local = stage.logits(hidden.index_select(0, batch.sampling_rows))
-        return world.tensor_group.gather(local, self._vocab_widths)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+        """Logits `[len(rows), vocab_size]` float32 at the sampler; None at the other ranks of the last stage."""
+        if not len(rows):
+            return hidden.new_empty(0, sum(self._vocab_widths)) if self._world.at.is_sampler else None
+        local = self._stage.logits(hidden.index_select(0, rows))
+        return self._world.tensor_group.gather(local, self._vocab_widths)
+
+    def draw(self, logits: torch.Tensor, batch: Batch) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Tokens from `logits` `[num_sampled, vocab_size]`, which are overwritten, and what was asked about them."""
+        asking = [row for row, params in enumerate(batch.sampling_params) if params.num_logprobs >= 0]
+        raw = logits[asking] if asking else None
+        for row, history in enumerate(batch.sampling_history):
+            params = batch.sampling_params[row]
+            if history is not None and params.shaping is not None:
+                shape(logits[row], params.shaping, history, params.num_prompt_tokens)
+        token_ids = sample(logits, batch.sampling_params, batch.sampling_positions)
+        if raw is None:
+            return token_ids, []
+        num_top = [batch.sampling_params[row].num_logprobs for row in asking]
+        answers = token_logprobs(raw, [token_ids[row] for row in asking], num_top)
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        for row, answer in zip(asking, answers, strict=True):
+            logprobs[row] = answer
+        return token_ids, logprobs
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, rows: PromptRows) -> list[TokenLogprobs]:
+        """In pieces: the logits of a whole prompt would take gigabytes."""
+        found: list[TokenLogprobs] = []
+        for begin in range(0, len(rows.targets), PROMPT_LOGPROB_ROWS):
+            targets = rows.targets[begin : begin + PROMPT_LOGPROB_ROWS]
+            first = rows.begin + begin
+            logits = self.logits(hidden, torch.arange(first, first + len(targets), device=hidden.device))
+            if logits is not None:
+                found += token_logprobs(logits, targets, [rows.num_logprobs] * len(targets))
+        return found

@@ -6,13 +6,16 @@ the slot's last plan computed is complete before its next one is made.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
-from engine.plan import Chunk, StepPlan
+import msgspec
+
+from engine.plan import Chunk, SequenceParams, StepPlan, StepResult, TokenLogprobs
 from engine.scheduling.kv_blocks import BlockPool, Digest, extend_digests
 from engine.scheduling.sequence import Sequence
 
@@ -39,6 +42,9 @@ class NewToken:
     """None when the sequence was cancelled."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """All of them, with the first token."""
 
 
 class Refused(Exception):
@@ -86,7 +92,7 @@ class Scheduler:
             )
         sequence.arrival = next(self._arrivals)
         self._by_key[sequence.key] = sequence
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=_rank)
 
     def cancel(self, key: tuple[bytes, str]) -> NewToken | None:
         """Ends a sequence now, or when its step is complete. The answer is None if that comes later with
@@ -156,10 +162,10 @@ class Scheduler:
             handle = self._free_handles.pop()
             sequence.handle, sequence.slot = handle, slot
             running.append(sequence)
-            running.sort(key=lambda s: s.arrival)
-            admitted.append((handle, sequence.params))
+            running.sort(key=_rank)
             sequence.blocks = self.pool.share(self._shareable(sequence))
             sequence.num_computed = len(sequence.blocks) * self.pool.block_size
+            admitted.append((handle, _params_to_send(sequence)))
             length = min(sequence.num_uncomputed, budget)
             chunks.append(self._chunk(sequence, length, shared_blocks=sequence.blocks))
             planned.append(sequence)
@@ -188,13 +194,17 @@ class Scheduler:
         self._busy[slot] = True
         return plan
 
-    def complete(self, slot: int, sampled: list[int]) -> Iterator[NewToken]:
-        """Takes the ids that the slot's plan sampled, in the order of `StepPlan.sampling_handles`."""
+    def complete(self, slot: int, result: StepResult) -> Iterator[NewToken]:
+        """Takes what the slot's plan brought."""
         self._busy[slot] = False
         in_flight, self._in_flight[slot] = self._in_flight[slot], []
-        for sequence, token_id in zip(in_flight, sampled, strict=True):
+        for sequence in self.running[slot] if result.prompt_logprobs else ():
+            if sequence.prompt_logprobs is not None and sequence.handle in result.prompt_logprobs:
+                sequence.prompt_logprobs += result.prompt_logprobs[sequence.handle]
+        logprobs = result.logprobs or [None] * len(in_flight)
+        for sequence, token_id, token_logprobs in zip(in_flight, result.token_ids, logprobs, strict=True):
             if not sequence.cancelled:
-                yield self._append(sequence, token_id)
+                yield self._append(sequence, token_id, token_logprobs)
         for sequence in [s for s in self.running[slot] if s.cancelled]:
             yield self._end_cancelled(sequence)
 
@@ -224,12 +234,14 @@ class Scheduler:
             start=start,
             token_ids=sequence.tokens[start : start + length],
             new_blocks=new_blocks,
-            samples=sequence.num_uncomputed == 0,
+            next_token=sequence.tokens[start + length] if sequence.num_uncomputed else None,
         )
 
     def _shareable(self, sequence: Sequence) -> list[Digest]:
         """Digests of the full blocks of a sequence, but never all of its tokens: the last one must be computed,
-        since the next is drawn from it."""
+        since the next is drawn from it; and none of a prompt whose log-probabilities are wanted."""
+        if sequence.prompt_logprobs is not None:
+            return []
         num_blocks = (len(sequence.tokens) - 1) // self.pool.block_size
         extend_digests(sequence.digests, sequence.tokens, num_blocks, self.pool.block_size)
         return sequence.digests[:num_blocks]
@@ -278,10 +290,10 @@ class Scheduler:
                 for slot, sequences in enumerate(self.running)
                 if not self._busy[slot]
                 for other in sequences
-                if other.arrival > sequence.arrival and other.blocks and other not in planned
+                if other.rank > sequence.rank and other.blocks and other not in planned
             ]
             if victims:
-                self._preempt(max(victims, key=lambda other: other.arrival))
+                self._preempt(max(victims, key=_rank))
                 continue
             if not planned and not any(self._busy):
                 self._preempt(sequence)
@@ -292,10 +304,9 @@ class Scheduler:
         """Takes a sequence's blocks; it is computed again from its tokens when there is room."""
         self._leave(sequence)
         self.num_preemptions += 1
-        index = 0
-        while index < len(self.waiting) and self.waiting[index].arrival < sequence.arrival:
-            index += 1
-        self.waiting.insert(index, sequence)
+        if sequence.prompt_logprobs:
+            sequence.prompt_logprobs = []
+        insort(self.waiting, sequence, key=_rank)
 
     def _leave(self, sequence: Sequence) -> None:
         self.running[sequence.slot].remove(sequence)
@@ -316,10 +327,11 @@ class Scheduler:
             sequence = self.running[slot].pop()
             sequence.slot = least
             self.running[least].append(sequence)
-            self.running[least].sort(key=lambda s: s.arrival)
+            self.running[least].sort(key=_rank)
 
-    def _append(self, sequence: Sequence, token_id: int) -> NewToken:
+    def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> NewToken:
         position = sequence.num_output_tokens
+        prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
         sequence.tokens.append(token_id)
         reason: FinishReason | None = None
         stop_token_id = None
@@ -335,7 +347,7 @@ class Scheduler:
         if reason is not None:
             self._leave(sequence)
             del self._by_key[sequence.key]
-        return NewToken(sequence.key, position, token_id, reason, stop_token_id)
+        return NewToken(sequence.key, position, token_id, reason, stop_token_id, logprobs, prompt_logprobs)
 
     def _end_cancelled(self, sequence: Sequence) -> NewToken:
         if sequence.handle is None:
@@ -344,6 +356,21 @@ class Scheduler:
             self._leave(sequence)
         del self._by_key[sequence.key]
         return NewToken(sequence.key, sequence.num_output_tokens, None, "cancelled")
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
+
+
+def _params_to_send(sequence: Sequence) -> SequenceParams:
+    params = sequence.params
+    if params.num_prompt_logprobs >= 0 and sequence.prompt_logprobs is None:
+        # They were sent with the first token; this is a sequence that comes back.
+        params = msgspec.structs.replace(params, num_prompt_logprobs=-1)
+    if params.shaping is not None:
+        skipped = sequence.tokens[: sequence.num_computed]
+        params = msgspec.structs.replace(params, skipped_tokens=skipped)
+    return params
 
 
 def _handle(sequence: Sequence) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.plan import SequenceParams
+from engine.plan import SequenceParams, TokenLogprobs
 from engine.scheduling.kv_blocks import Digest
 
 
@@ -25,8 +25,12 @@ class Sequence:
     """Tokens of the model that end the text; empty with ignore_eos."""
     stop_token_ids: frozenset[int]
     params: SequenceParams
+    priority: int = 0
+    """Lower comes first."""
     arrival: int = 0
     """Order of arrival, kept through preemption."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Collected until the first new token, then sent with it; None when nobody asked."""
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     digests: list[Digest] = field(default_factory=list)
@@ -37,6 +41,11 @@ class Sequence:
     """Its number inside the world while it runs; None while it waits."""
     slot: int = 0
     cancelled: bool = False
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place in the order of service: priority, then first come first served."""
+        return self.priority, self.arrival
 
     @property
     def num_output_tokens(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -75,6 +77,7 @@ def test_killed_supervisor(tiny_model: Path, tmp_path: Path) -> None:
         assert httpx.get(f"{again.url}/health/ready").status_code == 200
 
 
+@pytest.mark.slow
 def test_front_ends_without_a_supervisor(tiny_model: Path, tmp_path: Path) -> None:
     with serve(tiny_model, tmp_path) as served:
         front = served.front()
@@ -96,9 +99,6 @@ def test_ready_lines(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_curl_line_works_when_pasted(tiny_model: Path, tmp_path: Path) -> None:
-    import json
-    import subprocess
-
     with serve(tiny_model, tmp_path) as served:
         pasted = subprocess.run(["bash", "-c", served.curl_line], capture_output=True, text=True, timeout=60)
         answer = json.loads(pasted.stdout)

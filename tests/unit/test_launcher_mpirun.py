@@ -35,6 +35,11 @@ def test_ranks_yield_only_where_cores_are_short() -> None:
     assert "OMPI_MCA_mpi_yield_when_idle" not in make(OPEN_MPI, 2, 2)
 
 
+def test_threads_do_not_spin_for_long() -> None:
+    assert make(OPEN_MPI, 2, 4)["GOMP_SPINCOUNT"] == "1000"
+    assert make(OPEN_MPI, 2, 4, {"GOMP_SPINCOUNT": "5"})["GOMP_SPINCOUNT"] == "5"
+
+
 def test_folders_are_the_worlds_own_and_the_users_choices_stay() -> None:
     variables = make(OPEN_MPI, 1, 1, {"OMPI_MCA_btl": "tcp,self", "OMP_NUM_THREADS": "7", "TMPDIR": "/x"})
     assert variables["OMPI_MCA_btl"] == "tcp,self"

@@ -26,7 +26,7 @@ def plans(draw: st.DrawFn, num_slots: int) -> StepPlan:
     others = st.integers(64, 127)
     chunks = [
         Chunk(handle, draw(st.integers(0, 8000)), draw(st.lists(tokens, min_size=1, max_size=300)),
-              draw(st.lists(st.integers(0, 10**6), max_size=20)), draw(st.booleans()))
+              draw(st.lists(st.integers(0, 10**6), max_size=20)), draw(st.none() | tokens))
         for handle in draw(st.lists(others, unique=True, max_size=3))
     ]  # fmt: skip
     return StepPlan(
@@ -63,6 +63,6 @@ def test_a_steady_step_costs_one_int_for_each_sequence() -> None:
 
 def test_a_sequence_that_samples_its_first_token_stays_without_being_named() -> None:
     codec = PlanCodec(1)
-    codec.encode(StepPlan(1, 0, chunks=[Chunk(5, 0, [1, 2, 3], [0], samples=True)]))
+    codec.encode(StepPlan(1, 0, chunks=[Chunk(5, 0, [1, 2, 3], [0], None)]))
     header = len(PlanCodec(1).encode(StepPlan(1, 0)))
     assert len(codec.encode(StepPlan(2, 0, decode_handles=[5], decode_tokens=[9]))) == header + 1

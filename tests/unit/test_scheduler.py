@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.plan import SequenceParams, StepPlan
+from engine.plan import SequenceParams, StepPlan, StepResult
 from engine.scheduling.kv_blocks import BlockPool
 from engine.scheduling.scheduler import Refused, Scheduler, SchedulerLimits
 from engine.scheduling.sequence import Sequence
@@ -107,7 +107,7 @@ def test_nothing_leaks_starves_or_exceeds_the_budget(
         if slot in outstanding:
             plan = outstanding.pop(slot)
             drawn = [END if choices.random() < 0.03 else 3 for _ in plan.sampling_handles]
-            for token in subject.complete(slot, drawn):
+            for token in subject.complete(slot, StepResult(drawn)):
                 if token.token_id is not None:
                     assert token.position == received[token.key]
                     received[token.key] += 1
@@ -137,13 +137,13 @@ def test_running_streams_are_never_stalled_by_a_long_prompt() -> None:
     subject = scheduler(budget=8)
     subject.add(sequence(0, 3, 20))
     subject.schedule(0)
-    list(subject.complete(0, [3]))
+    list(subject.complete(0, StepResult([3])))
     subject.add(sequence(1, 60, 5))
     for _ in range(8):
         plan = subject.schedule(0)
         assert plan is not None
         assert len(plan.decode_handles) >= 1, "the running stream must be in every step"
-        list(subject.complete(0, [3] * len(plan.sampling_handles)))
+        list(subject.complete(0, StepResult([3] * len(plan.sampling_handles))))
 
 
 def test_the_oldest_is_never_preempted() -> None:
@@ -157,7 +157,7 @@ def test_the_oldest_is_never_preempted() -> None:
             break
         oldest = min(subject.running[0], key=lambda s: s.arrival)
         computed = oldest.num_computed
-        for token in subject.complete(0, [3] * len(plan.sampling_handles)):
+        for token in subject.complete(0, StepResult([3] * len(plan.sampling_handles))):
             if token.finish_reason:
                 finished.append(token.key[1])
         assert oldest.num_computed >= computed or oldest.key[1] in finished
@@ -170,7 +170,7 @@ def test_ends() -> None:
     subject.add(sequence(0, 2, 10))
     subject.add(sequence(1, 2, 10, stop=frozenset({9})))
     subject.schedule(0)
-    ends = {token.key[1]: token for token in subject.complete(0, [END, 9])}
+    ends = {token.key[1]: token for token in subject.complete(0, StepResult([END, 9]))}
     assert (ends["0"].finish_reason, ends["0"].stop_token_id) == ("stop", None)
     assert (ends["1"].finish_reason, ends["1"].stop_token_id) == ("stop", 9)
 
@@ -203,7 +203,7 @@ def _run_alone(subject: Scheduler, one: Sequence) -> list[StepPlan]:
     plans = []
     while (plan := subject.schedule(0)) is not None:
         plans.append(plan)
-        list(subject.complete(0, [3] * len(plan.sampling_handles)))
+        list(subject.complete(0, StepResult([3] * len(plan.sampling_handles))))
     return plans
 
 

@@ -11,7 +11,7 @@ import torch
 from engine.engine import Engine, EngineSettings, build_engine
 from engine.execution.batch import Batch
 from engine.execution.stage import StageRunner
-from engine.plan import SequenceParams
+from engine.plan import SequenceParams, TokenLogprobs
 from engine.scheduling.scheduler import NewToken, Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.step_loop import Key, Leader, Status, follow
@@ -33,10 +33,11 @@ def request(
     max_tokens: int,
     temperature: float = 0.0,
     output: list[int] | None = None,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    priority: int = 0,
+    **params: object,
 ) -> Sequence:
     """A request whose seed is its name, so that the sampler, too, can tell whose row it sees."""
+    every = {"top_p": 1.0, "top_k": 0, "choice": 0, "num_prompt_tokens": len(prompt), **params}
     return Sequence(
         key=(b"test", str(name)),
         tokens=prompt + (output or []),
@@ -44,7 +45,9 @@ def request(
         max_tokens=max_tokens,
         end_token_ids=frozenset(),
         stop_token_ids=frozenset(),
-        params=SequenceParams(temperature, top_p, top_k, name, 0),
+        params=SequenceParams(temperature=temperature, seed=name, **every),  # type: ignore[arg-type]
+        priority=priority,
+        prompt_logprobs=[] if "num_prompt_logprobs" in params else None,
     )
 
 
@@ -61,6 +64,7 @@ class _Port:
         self._cancel_after = cancel_after
         self.tokens: dict[Key, list[int]] = {sequence.key: [] for sequence in requests}
         self.ends: dict[Key, str] = {}
+        self.news: list[NewToken] = []
         self.stop: Callable[[], None]
 
     def receive(self, timeout_s: float) -> tuple[list[Sequence], list[Key]]:
@@ -74,6 +78,7 @@ class _Port:
     def send(self, step: int, tokens: list[NewToken]) -> None:
         for token in tokens:
             received = self.tokens[token.key]
+            self.news.append(token)
             if token.token_id is not None:
                 assert token.position == len(received) + self.offset(token.key), (
                     "a position is missing or repeated"
@@ -103,6 +108,9 @@ class Run:
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, str] = {}
         self.num_preemptions = 0
+        self.num_hit_tokens = 0
+        self.news: list[NewToken] = []
+        """Everything that rank 0 sent, in order."""
         self.logits: dict[tuple[int, int], np.ndarray] = {}
         """By (name of the request, absolute position): filled at the sampler."""
 
@@ -137,6 +145,8 @@ def serve(
     run.tokens = {int(key[1]): tokens for key, tokens in port.tokens.items()}
     run.ends = {int(key[1]): end for key, end in port.ends.items()}
     run.num_preemptions = scheduler.num_preemptions
+    run.num_hit_tokens = scheduler.pool.num_hit_tokens
+    run.news = port.news
     return run
 
 
@@ -147,7 +157,7 @@ class _Recorder(StageRunner):
         self.__dict__.update(runner.__dict__)
         self._run = run
 
-    def draw(self, logits: torch.Tensor, batch: Batch) -> list[int]:
+    def draw(self, logits: torch.Tensor, batch: Batch) -> tuple[list[int], list[TokenLogprobs | None]]:
         for row, (params, position) in enumerate(
             zip(batch.sampling_params, batch.sampling_positions, strict=True)
         ):

@@ -1,0 +1,154 @@
+"""`phalanx status`, `chat`, `pull` and `doctor` against a deployment that runs, and the bars on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.recovery.served import Served
+from tests.tiny_models import make_tiny_llama
+
+COMMAND = [sys.executable, "-m", "launcher.cli"]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny", max_model_len=4096)
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    flags = ["--tp", "2", "--kv-cache-memory", "16MiB"]
+    with Served(str(tiny_model), tmp_path_factory.mktemp("run"), *flags) as deployment:
+        yield deployment
+
+
+def phalanx(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=120)
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        pid, self._descriptor = pty.fork()
+        if pid == 0:
+            os.execve(COMMAND[0], [*COMMAND, *arguments], {**os.environ, "TERM": "xterm", **environment})
+        self._pid = pid
+        self.output = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._descriptor, text.encode())
+
+    def read_until(self, pattern: str, timeout_s: float = 60.0) -> str:
+        """Everything up to the end of the pattern, which is taken away."""
+        deadline = time.monotonic() + timeout_s
+        while not (found := re.search(pattern, self.output)):
+            assert time.monotonic() < deadline, self.output
+            if select.select([self._descriptor], [], [], 0.1)[0]:
+                try:
+                    self.output += os.read(self._descriptor, 65536).decode(errors="replace")
+                except OSError:  # the other end is closed
+                    assert re.search(pattern, self.output), self.output
+        text, self.output = self.output[: found.end()], self.output[found.end() :]
+        return text
+
+    def wait(self) -> int:
+        """Its exit code."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if select.select([self._descriptor], [], [], 0.1)[0]:
+                try:
+                    self.output += os.read(self._descriptor, 65536).decode(errors="replace")
+                except OSError:
+                    break
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+def test_status(served: Served) -> None:
+    answer = phalanx("status", "--url", served.url)
+    assert answer.returncode == 0, answer.stderr
+    lines = answer.stdout.splitlines()
+    assert lines[0].startswith("world 1  active  tiny  (tp 2, pp 1)")
+    assert [line.split()[0] for line in lines[1:4]] == ["rank", "0", "1"]
+    cluster = json.loads(phalanx("status", "--json", "--url", served.url).stdout)
+    assert len(cluster["worlds"][0]["ranks"]) == 2
+
+
+def test_commands_say_it_when_nothing_is_served() -> None:
+    for command in (["status"], ["chat"]):
+        answer = phalanx(*command, "--url", "http://127.0.0.1:1")
+        assert answer.returncode == 1 and answer.stdout == ""
+        assert answer.stderr.startswith("phalanx: error: http://127.0.0.1:1 does not answer")
+        assert len(answer.stderr.splitlines()) == 1
+    assert "not a URL" in phalanx("status", "--url", "nowhere").stderr
+
+
+def test_chat_through_a_pipe(served: Served) -> None:
+    answer = phalanx("chat", "--url", served.url, "--max-tokens", "8", stdin="hello\n\nand you?\n")
+    assert answer.returncode == 0 and answer.stderr == ""
+    assert answer.stdout.count("\n") >= 2
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(served: Served) -> None:
+    terminal = Terminal("chat", "--url", served.url, "--max-tokens", "4000", "--temperature", "1")
+    terminal.read_until(r"\n> ")
+    terminal.type("hello\n")
+    terminal.read_until(r"hello\r\n.{20}")
+    terminal.type("\x03")
+    terminal.read_until(r"\n> ", timeout_s=10)
+    deadline = time.monotonic() + 10
+    while served.cluster()["worlds"][0]["ranks"][0]["state"] != "idle":
+        assert time.monotonic() < deadline, "the engine still works for an answer that nobody reads"
+        time.sleep(0.1)
+    terminal.type("\x03")
+    terminal.read_until(r"> ")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+
+
+def test_pull(tiny_model: Path) -> None:
+    answer = phalanx("pull", str(tiny_model))
+    assert answer.returncode == 0, answer.stderr
+    assert Path(answer.stdout.strip()) == tiny_model
+    missing = phalanx("pull", str(tiny_model / "nothing-here"))
+    assert missing.returncode != 0 and missing.stderr.startswith("phalanx: error: ")
+
+
+def test_doctor() -> None:
+    answer = phalanx("doctor", "--port", "1")
+    assert answer.returncode == 0, answer.stdout
+    for part in ("python", "mpirun", "mpi world", "cores", "memory", "/dev/shm", "model cache", "torch"):
+        assert re.search(rf"^\w+ +{part} ", answer.stdout, re.MULTILINE), part
+    assert re.search(r"^ok +mpi world +2 ranks", answer.stdout, re.MULTILINE)
+
+
+def test_doctor_without_mpirun() -> None:
+    answer = phalanx("doctor", "--mpirun", "/nowhere")
+    assert answer.returncode == 1
+    assert re.search(r"^missing +mpirun .*\n +-> install Open MPI", answer.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_bars_on_a_terminal(tiny_model: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    flags = ["--port", "0", "--zmq", "tcp://127.0.0.1:*", "--run-dir", str(tmp_path)]
+    terminal = Terminal("serve", str(tiny_model), "--kv-cache-memory", "16MiB", *flags, **environment)
+    shown = terminal.read_until(r"ready  http://.*\n.*curl .*\n")
+    assert "load" in shown and "world 1: 1 rank" in shown
+    assert ("━" in shown) == (environment.get("TERM") != "dumb")
+    assert ("\x1b[3" in shown) == (environment == {})
+    assert terminal.output == ""
+    time.sleep(0.5)
+    terminal.type("\x03")
+    assert terminal.wait() == 0
+    assert terminal.output.replace("^C", "").split() == ["stopped"]
