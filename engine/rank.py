@@ -51,6 +51,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(arguments: argparse.Namespace, page: ProgressPage) -> None:
     page.enter(Phase.IMPORTING)
+    # Read when OpenMP is loaded. Threads that spin for milliseconds hold up the ones that they wait for wherever
+    # cores are shared with anything else.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import torch
 
     from engine.collectives.mpi import join_world

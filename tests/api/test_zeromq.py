@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -72,13 +73,18 @@ def test_what_is_refused(zmq_endpoint: str) -> None:
 
 def test_the_document_s_example_works(zmq_endpoint: str, tmp_path: Path) -> None:
     """The program in the document is run as it stands there, with the server's endpoint."""
-    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
-    program = next(block for block in blocks if "import msgpack" in block)
-    program = program.replace("tcp://127.0.0.1:5555", zmq_endpoint)
+    [program] = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    if importlib.util.find_spec("msgpack") is None:
+        # msgspec speaks the same wire format.
+        shim = "from msgspec.msgpack import decode as unpackb, encode as packb\n"
+        (tmp_path / "msgpack.py").write_text(shim)
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program.replace("tcp://127.0.0.1:5555", zmq_endpoint)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     with Client(zmq_endpoint) as client:
-        expected = client.generate(STORY, GREEDY).text
-    assert result.stdout.strip() == (STORY + expected).strip()
-    assert list(itertools.islice(result.stdout, 1)) == ["O"]
+        assert result.stdout == STORY + client.generate(STORY, GREEDY).text + "\n"
