@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace, page: ProgressPage) -> None:
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     page.enter(Phase.JOINING)
     world = join_world(arguments.tp, arguments.pp, cuda)
-    torch.set_num_threads(arguments.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    torch.set_num_threads(arguments.threads or _default_threads(world.local_size))
     page.enter(Phase.LOADING)
     settings = EngineSettings(
         model_dir=arguments.model,
@@ -104,6 +104,12 @@ def _run(arguments: argparse.Namespace, page: ProgressPage) -> None:
         gateway.close()
     page.enter(Phase.STOPPING)
     world.control.close()
+
+
+def _default_threads(local_size: int) -> int:
+    """What the user set, else an even share of the cores that this process may run on."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() else max(1, len(os.sched_getaffinity(0)) // local_size)
 
 
 def _open_gateway(arguments: argparse.Namespace, world: World, engine: Engine) -> Rank0Gateway:
@@ -286,7 +292,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--threads",
         type=int,
         default=0,
-        help="compute threads of this rank (default: cores / ranks of the host)",
+        help="compute threads of this rank (default: OMP_NUM_THREADS, else cores / ranks of the host)",
     )
     parser.add_argument(
         "--max-model-len", type=int, default=0, help="tokens of prompt and output (default: the model's)"

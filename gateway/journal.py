@@ -31,6 +31,7 @@ class JournalEntry:
     params: SamplingParams
     """With the seed that is used: a request without one got it from the front."""
     stop: list[str]
+    priority: int
     accepted_at: float
     """Unix time in seconds."""
     output_token_ids: list[int] = field(default_factory=list)

@@ -121,6 +121,14 @@ class FrontMetrics:
                 "Requests that the active world's scheduler put back.",
                 stats.num_preemptions if stats else 0,
             ),
+            "prefix_cache_queries": (
+                "Prompt tokens that the active world looked up in its prefix cache.",
+                stats.prefix_cache_queries if stats else 0,
+            ),
+            "prefix_cache_hits": (
+                "Prompt tokens that the active world found there.",
+                stats.prefix_cache_hits if stats else 0,
+            ),
         }
         for name, (text, value) in both.items():
             for prefix in ("phalanx_", "vllm:"):

@@ -11,6 +11,8 @@ import itertools
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from gateway.errors import RequestFailed
 from gateway.journal import Journal, JournalEntry, PositionError
 from gateway.live_request import Request, Sink, World
@@ -108,6 +110,7 @@ class Requests:
         stop: list[str],
         sink: Sink,
         output_token_ids: list[int] | None = None,
+        priority: int = 0,
     ) -> Request:
         """Takes a request on, from now on it is not lost. Its outputs go to `sink`, never before this
         returns.
@@ -123,7 +126,7 @@ class Requests:
         params = with_seed(params)
         request_id = f"r{next(self._numbers)}"
         entry = JournalEntry(
-            request_id, prompt_token_ids, params, stop, time.time(), list(output_token_ids or ())
+            request_id, prompt_token_ids, params, stop, priority, time.time(), list(output_token_ids or ())
         )
         request = Request(entry, sink, self._text.stream(stop))
         for token_id in entry.output_token_ids:
@@ -247,6 +250,7 @@ class Requests:
                 prompt_token_ids=entry.prompt_token_ids,
                 output_token_ids=entry.output_token_ids,
                 params=entry.params,
+                priority=entry.priority,
             )
         )
 
@@ -264,12 +268,16 @@ class Requests:
             if error.got > error.expected:
                 self._resubmit(request)
                 return None
-            token_ids = token_ids[error.expected - error.got :]
+            repeated = error.expected - error.got
+            token_ids = token_ids[repeated:]
             if not token_ids and output.finish_reason is None:
                 return None
             self._journal.append(request.request_id, error.expected, token_ids)
-            output = Output(
-                output.request_id, error.expected, token_ids, output.finish_reason, output.stop_reason
+            output = msgspec.structs.replace(
+                output,
+                position=error.expected,
+                token_ids=token_ids,
+                logprobs=output.logprobs and output.logprobs[repeated:],
             )
         if output.finish_reason == "cancelled":
             # Not on our word, or its id would be gone: the client still waits for its tokens.
@@ -318,7 +326,14 @@ class Requests:
         request.sink.output(
             request,
             Output(
-                request.request_id, output.position, token_ids, finish_reason, stop_reason, "".join(pieces)
+                request.request_id,
+                output.position,
+                token_ids,
+                finish_reason,
+                stop_reason,
+                "".join(pieces),
+                output.logprobs and output.logprobs[: len(token_ids)],
+                output.prompt_logprobs,
             ),
         )
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from gateway.errors import RequestFailed
 from gateway.live_request import Request
 from gateway.protocol import PROTOCOL_VERSION, Output, Submit, Tokens, Welcome
@@ -77,14 +79,7 @@ class ZmqServer:
 
     def queue_output(self, live: _ClientRequest, output: Output) -> None:
         """Keeps an output until the batch is complete."""
-        message = Output(
-            live.request_id,
-            output.position,
-            output.token_ids,
-            output.finish_reason,
-            output.stop_reason,
-            output.text,
-        )
+        message = msgspec.structs.replace(output, request_id=live.request_id)
         self._outputs.setdefault(live.client, []).append(message)
         if output.finish_reason is not None:
             self._forget(live)
@@ -147,7 +142,12 @@ class ZmqServer:
     def _accept(self, live: _ClientRequest, message: Submit, prompt_token_ids: list[int]) -> None:
         try:
             live.request = self._requests.accept(
-                prompt_token_ids, message.params, message.stop, live, message.output_token_ids
+                prompt_token_ids,
+                message.params,
+                message.stop,
+                live,
+                message.output_token_ids,
+                message.priority,
             )
         except RequestFailed as error:
             self.fail(live, error)

@@ -20,7 +20,7 @@ import openai
 import pytest
 
 from gateway.client import Client, ConnectionLost, RequestFailed, SamplingParams
-from gateway.protocol import Limits, Output, Submit
+from gateway.protocol import Limits, Output, Submit, TokenLogprobs
 from gateway.rank0 import Rank0Gateway
 from tests.echo_world import END_TOKEN, ROOT, EchoCluster, echo_tokens, write_text_folder
 
@@ -261,6 +261,25 @@ def test_a_request_that_rank_0_cancels_by_itself_goes_on(cluster: EchoCluster) -
         assert second.output_token_ids == [70]
         world.send(client, Output(second.request_id, 1, [71, 72], "length"))
         assert stream.collect().token_ids == [70, 71, 72]
+    world.gateway.close()
+
+
+def test_what_the_front_does_not_use_itself_passes_through(cluster: EchoCluster) -> None:
+    world = DrivenWorld(cluster)
+    params = SamplingParams(max_tokens=4, seed=1, logprobs=2, frequency_penalty=0.5, logit_bias={5: 1.0})
+    with Client(cluster.zmq) as zmq_client:
+        stream = zmq_client.submit("ab", params, stop=["!#"])
+        client, submit = world.next_submit()
+        assert submit.params == params
+        logprobs = [TokenLogprobs(3 + n, -0.5 - n, 1, [7], [-1.0]) for n in range(4)]
+        prompt = [TokenLogprobs(68, -2.0, 3, [], [])]
+        world.send(client, Output(submit.request_id, 0, [4], logprobs=logprobs[:1], prompt_logprobs=prompt))
+        first = next(stream)
+        assert (first.logprobs, first.prompt_logprobs) == (logprobs[:1], prompt)
+        # The stop string is complete with the second of these; what follows never was.
+        world.send(client, Output(submit.request_id, 1, [3, 5, 6], "length", logprobs=logprobs[1:]))
+        last = next(stream)
+        assert (last.token_ids, last.logprobs, last.finish_reason) == ([3, 5], logprobs[1:3], "stop")
     world.gateway.close()
 
 

@@ -9,7 +9,7 @@ from gateway.protocol import SamplingParams
 
 
 def entry(request_id: str) -> JournalEntry:
-    return JournalEntry(request_id, [1, 2], SamplingParams(seed=7), ["END"], 1000.0)
+    return JournalEntry(request_id, [1, 2], SamplingParams(seed=7), ["END"], 0, 1000.0)
 
 
 def test_tokens_are_appended_in_order() -> None:

@@ -1,0 +1,150 @@
+"""Writes the README's numbers from benchmarks/results/*.json, between two marker comments; never by hand.
+
+`python -m benchmarks.table`. A benchmark without a result file is left out. With `--check` nothing is written: the
+exit code is 1 if the README does not say what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.common import RESULTS, ROOT, median
+
+README = ROOT / "README.md"
+BEGIN = "<!-- numbers: written by `python -m benchmarks.table`, do not edit -->"
+END = "<!-- end of numbers -->"
+
+Result = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    arguments = parser.parse_args()
+    text = README.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"{README.name} lacks one of the markers {BEGIN} and {END}")
+    written = f"{before}{BEGIN}\n\n{render()}\n{END}{after}"
+    if arguments.check:
+        return 0 if written == text else 1
+    README.write_text(written)
+    return 0
+
+
+def render() -> str:
+    """Everything between the markers."""
+    sections = []
+    for name, (title, rows_of) in SECTIONS.items():
+        file = RESULTS / f"{name}.json"
+        if file.is_file():
+            result = json.loads(file.read_text())
+            sections.append(f"**{title(result)}** {_measured_on(result)}\n\n{rows_of(result)}\n")
+    return "\n".join(sections) or "Not measured yet.\n"
+
+
+def _measured_on(result: Result) -> str:
+    machine = result["machine"]
+    return (
+        f"({machine['cores_used']} cores of {machine['cpu']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, {machine['date']})"
+    )
+
+
+# --------------------------------------------------------------------------- one table for each benchmark
+
+
+def _offline(result: Result) -> str:
+    speeds, ratios = result["tokens_per_second"], result["ratio_to_transformers"]
+    columns = ["", "transformers"]
+    for name in ratios:
+        columns += [name, "ratio"]
+    rows = []
+    for work, peer in speeds["transformers"].items():
+        row = [work, _number(median(peer))]
+        for name, ratio in ratios.items():
+            row += [_number(median(speeds[name][work])), _ratio(ratio[work])]
+        rows.append(row)
+    return _table(columns, rows)
+
+
+def _serve(result: Result) -> str:
+    rows = []
+    for clients, http in result["http"].items():
+        zmq, ratio = result["zmq"][clients], result["ratio_http_to_zmq"][clients]
+        load = f"{clients} client{'s' * (clients != '1')}"
+        for what, label in (
+            ("time_to_first_token", "to first token, ms p50 / p99"),
+            ("time_between_tokens", "between tokens, ms p50 / p99"),
+        ):
+            rows.append([f"{load}: {label}", _spread(http[what]), _spread(zmq[what]), _ratio(ratio[what])])
+        what = "tokens_per_second"
+        rows.append([f"{load}: tokens/s", _number(http[what]), _number(zmq[what]), _ratio(ratio[what])])
+    return _table(["", "HTTP", "ZeroMQ client", "ratio"], rows)
+
+
+def _startup(result: Result) -> str:
+    first, later = result["first_s"], result["later_median_s"]
+    rows = [
+        [f"{part}: {what}", _number(first[part]), _number(later[part])]
+        for part, what in result["parts"].items()
+    ]
+    rows.insert(-1, ["**ready**", f"**{_number(first['ready'])}**", f"**{_number(later['ready'])}**"])
+    rows.append(["first token, from the start on", _number(first["first"]), _number(later["first"])])
+    peers, ratios = result["peers_s"], result["ratio_to_peers"]
+    transformers, torch = median(peers["transformers"]), median(peers["import torch"])
+    return _table(["seconds", "first start", f"later (median of {len(result['later_s'])})"], rows) + (
+        f"\n\nIn the same run transformers took {_number(transformers)} s to its first token "
+        f"(ratio {_ratio(ratios['transformers'])}), and a bare `import torch` {_number(torch)} s "
+        f"(ready takes {_ratio(ratios['import torch'])} times as long)."
+    )
+
+
+def _control_plane(result: Result) -> str:
+    rows = [
+        [f"{ranks} ranks: {part}", _number(times["p50"]), _number(times["p99"])]
+        for ranks, parts in result["plan_us"].items()
+        for part, times in parts.items()
+    ]
+    return _table(["microseconds", "p50", "p99"], rows) + (
+        f"\n\nA world at rest uses {max(result['idle_percent_of_a_core']):.1f} % of a core for each rank, and its "
+        f"first token comes {_number(result['wake_ms_p50'])} ms (p50) later than in a world that is awake."
+    )
+
+
+SECTIONS: dict[str, tuple[Callable[[Result], str], Callable[[Result], str]]] = {
+    "offline": (lambda result: "Tokens per second, SmolLM2-135M in bfloat16.", _offline),
+    "serve": (lambda result: f"Serving, tp {result['tp']}.", _serve),
+    "startup": (lambda result: f"Start of `phalanx serve`, tp {result['tp']}.", _startup),
+    "control_plane": (lambda result: "A step's plan for 32 decoding sequences.", _control_plane),
+}
+"""By the name of the result file: title and table."""
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    rule = ["---"] + ["--:"] * (len(columns) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, rule, *rows])
+
+
+def _number(value: float) -> str:
+    """Three digits, or all of a larger number."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _spread(value: dict[str, float]) -> str:
+    return f"{_number(value['p50'])} / {_number(value['p99'])}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
