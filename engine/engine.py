@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.execution.batch import SequenceTable
+from engine.execution.grammar import Grammars
 from engine.execution.kv_cache import (
     BLOCK_SIZE,
     DEFAULT_MEMORY_SHARE,
@@ -19,6 +20,7 @@ from engine.execution.kv_cache import (
     block_bytes,
     free_memory_bytes,
 )
+from engine.execution.sampler import Sampler
 from engine.execution.stage import StageRunner
 from engine.models.config import ModelConfig
 from engine.models.decoder import DecoderStage
@@ -93,6 +95,10 @@ def build_engine(
             f"--max-model-len {max_model_len} is beyond the model's own length of {config.max_model_len}"
         )
     limits = SchedulerLimits(max_model_len, settings.max_num_seqs, settings.max_num_batched_tokens)
+    sampler = None
+    if at.is_sampler:
+        grammars = Grammars(settings.model_dir / "tokenizer.json", config.vocab_size, config.eos_token_ids)
+        sampler = Sampler(grammars)
     # Before the weights are there, so that every rank of a host sees the same amount.
     num_blocks = world.control.agree_min(
         _num_blocks(
@@ -122,7 +128,10 @@ def build_engine(
     table = SequenceTable(limits.max_num_seqs, max_model_len, BLOCK_SIZE, device)
     widths = [len(other.vocab) for other in shapes[at.pp_rank]]
     return Engine(
-        config, StageRunner(world, stage, cache, table, config.hidden_size, widths), limits, num_blocks
+        config,
+        StageRunner(world, stage, cache, table, config.hidden_size, widths, sampler),
+        limits,
+        num_blocks,
     )
 
 

@@ -47,6 +47,10 @@ class SequenceParams(msgspec.Struct, frozen=True, array_like=True):
     shaping: LogitShaping | None = None
     skipped_tokens: list[int] = []
     """With `shaping`: tokens whose blocks were found in the cache, so that no chunk brings them."""
+    grammar: str | None = None
+    """What the output must match, as llguidance writes it."""
+    output_token_ids: list[int] = []
+    """With `grammar`: output tokens so far."""
 
 
 @dataclass(frozen=True)

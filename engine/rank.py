@@ -196,6 +196,7 @@ class _GatewayPort:
                 num_prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
                 num_prompt_tokens=len(submit.prompt_token_ids),
                 shaping=None if shaping == _NO_SHAPING else shaping,
+                grammar=params.grammar,
             ),
             priority=submit.priority,
             prompt_logprobs=None if params.prompt_logprobs is None else [],

@@ -65,6 +65,8 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     """Alternatives to report with each token; 0 reports the token's own log-probability."""
     prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     """The same for each prompt token but the first; all of them come with the first output token."""
+    grammar: Annotated[str, Meta(max_length=1_000_000)] | None = None
+    """What the output must match: a grammar as llguidance takes it (Lark, or its JSON form)."""
     ignore_eos: bool = False
     """The end token is sampled and fed back like any other, and ends nothing."""
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = field(default_factory=list)

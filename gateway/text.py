@@ -7,7 +7,9 @@ import and nothing of it is needed here.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,14 @@ from gateway.detokenizer import (
 )
 from gateway.errors import ModelFilesError
 
+LONG_TEXT = 8192
+"""Characters; longer texts are encoded in a thread, since the front's loop has streams to serve."""
+
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TextTooLong(ValueError):
+    """A text that is so long that no look at it is needed to know that it has too many tokens."""
 
 
 class TextModel:
@@ -59,8 +68,12 @@ class TextModel:
         template = None if source is None else ChatTemplate(source, special_tokens)
         return cls(tokenizer, template)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. Raises ValueError for text that is no valid Unicode (lone surrogates)."""
+    def encode(self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
+        """Token ids of a text. Raises ValueError for text that is no valid Unicode (lone surrogates), and
+        TextTooLong for one that certainly has more than `at_most` tokens: megabytes of text would take seconds
+        to encode, only to be refused. (A text that is too long by less is encoded.)"""
+        if at_most is not None and len(text) > LONG_TEXT and len(text) > at_most * self._longest_token:
+            raise TextTooLong(f"the prompt has {len(text)} characters, which are more than {at_most} tokens")
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except (UnicodeEncodeError, TypeError):
@@ -71,17 +84,26 @@ class TextModel:
         """The text of a whole sequence, without special tokens."""
         return str(self._tokenizer.decode(list(token_ids)))
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer. Raises ChatTemplateError.
+    def encode_chat(self, messages: list[Message], *, at_most: int | None = None) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer. Raises ChatTemplateError, and what
+        `encode` raises.
 
         The template writes its special tokens itself, so that none are added."""
         if self.chat_template is None:
             raise ModelFilesError("this model has no chat template; use /v1/completions")
-        return self.encode(self.chat_template.render(messages), add_special_tokens=False)
+        return self.encode(self.chat_template.render(messages), add_special_tokens=False, at_most=at_most)
 
     def stream(self, stops: Sequence[str] = ()) -> TextStream:
         """The text of a new request. Raises ValueError for an empty stop string."""
         return TextStream(self._detokenizer(), stops)
+
+    @cached_property
+    def _longest_token(self) -> float:
+        """Characters of text that one token can stand for at most; infinite if that is not known."""
+        if self._byte_table is None or self._tokenizer.normalizer is not None:
+            return math.inf
+        # In a byte-level vocabulary a token has a character for each byte of text.
+        return max(map(len, self._tokenizer.get_vocab()), default=math.inf)
 
     def _detokenizer(self) -> Detokenizer:
         if self._byte_table is not None:

@@ -16,10 +16,7 @@ from gateway.protocol import PROTOCOL_VERSION, Output, Submit, Tokens, Welcome
 from gateway.requests import Requests
 from gateway.router import Router
 from gateway.sockets import ReadPump
-from gateway.text import TextModel
-
-LONG_TEXT = 8192
-"""Characters; longer prompts are tokenized in a thread, since the loop has streams to serve."""
+from gateway.text import LONG_TEXT, TextModel
 
 
 class _ClientRequest:
@@ -124,7 +121,7 @@ class ZmqServer:
 
     def _encode_and_accept(self, live: _ClientRequest, message: Submit, prompt: str) -> None:
         try:
-            prompt_token_ids = self._text.encode(prompt)
+            prompt_token_ids = self._text.encode(prompt, at_most=self._max_model_len())
         except ValueError as error:
             self.fail(live, RequestFailed("invalid_request", str(error)))
             return
@@ -132,12 +129,16 @@ class ZmqServer:
 
     async def _encode_long(self, live: _ClientRequest, message: Submit, prompt: str) -> None:
         try:
-            prompt_token_ids = await asyncio.to_thread(self._text.encode, prompt)
+            at_most = self._max_model_len()
+            prompt_token_ids = await asyncio.to_thread(self._text.encode, prompt, at_most=at_most)
         except ValueError as error:
             self.fail(live, RequestFailed("invalid_request", str(error)))
             return
         if not live.ended:  # not cancelled meanwhile
             self._accept(live, message, prompt_token_ids)
+
+    def _max_model_len(self) -> int | None:
+        return self._requests.welcome.limits.max_model_len if self._requests.welcome is not None else None
 
     def _accept(self, live: _ClientRequest, message: Submit, prompt_token_ids: list[int]) -> None:
         try:

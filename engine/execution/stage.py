@@ -7,8 +7,7 @@ import torch
 from engine.execution.batch import Batch, PromptRows, SequenceTable
 from engine.execution.kv_cache import KVCache
 from engine.execution.logprobs import token_logprobs
-from engine.execution.sampling import sample
-from engine.execution.shaping import shape
+from engine.execution.sampler import Sampler
 from engine.models.decoder import DecoderStage
 from engine.plan import StepPlan, StepResult, TokenLogprobs
 from engine.world import World
@@ -28,7 +27,10 @@ class StageRunner:
         table: SequenceTable,
         hidden_size: int,
         vocab_widths: list[int],
+        sampler: Sampler | None,
     ) -> None:
+        self.sampler = sampler
+        """At the sampling rank only."""
         self._world = world
         self._stage = stage
         self._cache = cache
@@ -41,6 +43,8 @@ class StageRunner:
     def run(self, plan: StepPlan) -> StepResult | None:
         """What the plan brought at the sampler; None at every other rank."""
         batch = self._table.apply(plan)
+        if self.sampler is not None:
+            self.sampler.apply(plan)
         hidden = self.forward(batch)
         if hidden is None:
             return None
@@ -49,7 +53,8 @@ class StageRunner:
         logits = self.logits(hidden, batch.sampling_rows)
         if logits is None:
             return None
-        token_ids, logprobs = self.draw(logits, batch)
+        assert self.sampler is not None, "logits arrived at a rank that does not sample"
+        token_ids, logprobs = self.sampler.draw(logits, batch, plan)
         return StepResult(token_ids, logprobs, prompt_logprobs)
 
     def forward(self, batch: Batch) -> torch.Tensor | None:
@@ -73,24 +78,6 @@ class StageRunner:
             return hidden.new_empty(0, sum(self._vocab_widths)) if self._world.at.is_sampler else None
         local = self._stage.logits(hidden.index_select(0, rows))
         return self._world.tensor_group.gather(local, self._vocab_widths)
-
-    def draw(self, logits: torch.Tensor, batch: Batch) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Tokens from `logits` `[num_sampled, vocab_size]`, which are overwritten, and what was asked about them."""
-        asking = [row for row, params in enumerate(batch.sampling_params) if params.num_logprobs >= 0]
-        raw = logits[asking] if asking else None
-        for row, history in enumerate(batch.sampling_history):
-            params = batch.sampling_params[row]
-            if history is not None and params.shaping is not None:
-                shape(logits[row], params.shaping, history, params.num_prompt_tokens)
-        token_ids = sample(logits, batch.sampling_params, batch.sampling_positions)
-        if raw is None:
-            return token_ids, []
-        num_top = [batch.sampling_params[row].num_logprobs for row in asking]
-        answers = token_logprobs(raw, [token_ids[row] for row in asking], num_top)
-        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
-        for row, answer in zip(asking, answers, strict=True):
-            logprobs[row] = answer
-        return token_ids, logprobs
 
     def _prompt_logprobs(self, hidden: torch.Tensor, rows: PromptRows) -> list[TokenLogprobs]:
         """In pieces: the logits of a whole prompt would take gigabytes."""

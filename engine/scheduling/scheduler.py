@@ -370,6 +370,9 @@ def _params_to_send(sequence: Sequence) -> SequenceParams:
     if params.shaping is not None:
         skipped = sequence.tokens[: sequence.num_computed]
         params = msgspec.structs.replace(params, skipped_tokens=skipped)
+    if params.grammar is not None:
+        output = sequence.tokens[sequence.num_prompt_tokens :]
+        params = msgspec.structs.replace(params, output_token_ids=output)
     return params
 
 

@@ -36,12 +36,9 @@ from gateway.http.streams import ClientGone, Collector, EventQueue, EventStream,
 from gateway.protocol import Limits, SamplingParams
 from gateway.rank0 import check_prompt, with_seed
 from gateway.requests import Requests
-from gateway.text import TextModel
+from gateway.text import LONG_TEXT, TextModel, TextTooLong
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
-LONG_TEXT = 8192
-"""Characters; longer prompts are tokenized in a thread, since the loop has streams to serve."""
-
 STARTED_AT = int(time.time())
 
 _T = TypeVar("_T")
@@ -72,13 +69,12 @@ class OpenAI:
         limit = asked_max_tokens(request.max_completion_tokens, "max_completion_tokens")
         if limit is None:
             limit = asked_max_tokens(request.max_tokens, "max_tokens")
-        sampling_params(request, 1)  # refuse early: what follows may wait for a world
-        try:
-            size = sum(len(message["content"]) for message in messages)
-            prompt = await self._in_thread(size, lambda: self.text.encode_chat(messages))
-        except (ChatTemplateError, ModelFilesError, ValueError) as error:
-            raise ApiError(400, str(error), param="messages") from None
+        _check_parameters(request)
         limits = await self._limits()
+        size = sum(len(message["content"]) for message in messages)
+        prompt = await self._encode(
+            size, "messages", lambda: self.text.encode_chat(messages, at_most=limits.max_model_len)
+        )
         if limit is None:
             limit = max(1, min(limits.max_model_len, limits.kv_cache_tokens) - len(prompt))
         return await self._answer(http, request, [prompt], limit, limits, "messages", ChatAnswerBuilder)
@@ -88,21 +84,19 @@ class OpenAI:
         request = decode_request(await read_body(http, self.max_body_bytes), CompletionRequest)
         check_common(request, self.model)
         limit = asked_max_tokens(request.max_tokens, "max_tokens") or COMPLETION_MAX_TOKENS
-        sampling_params(request, limit)
         prompts = completion_prompts(request)
-        try:
-            size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-            encoded = await self._in_thread(
-                size,
-                lambda: [
-                    self.text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
-                ],
-            )
-        except ValueError as error:
-            raise ApiError(400, str(error), param="prompt") from None
-        return await self._answer(
-            http, request, encoded, limit, await self._limits(), "prompt", TextAnswerBuilder
-        )
+        _check_parameters(request)
+        limits = await self._limits()
+
+        def encode() -> list[list[int]]:
+            return [
+                self.text.encode(prompt, at_most=limits.max_model_len) if isinstance(prompt, str) else prompt
+                for prompt in prompts
+            ]
+
+        size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        encoded = await self._encode(size, "prompt", encode)
+        return await self._answer(http, request, encoded, limit, limits, "prompt", TextAnswerBuilder)
 
     async def list_models(self) -> Response:
         """GET /v1/models."""
@@ -173,9 +167,14 @@ class OpenAI:
         except RequestFailed as error:
             raise from_failure(error) from None
 
-    async def _in_thread(self, size: int, function: Callable[[], _T]) -> _T:
-        """Runs what takes long for long texts where it disturbs nobody."""
-        return await asyncio.to_thread(function) if size > LONG_TEXT else function()
+    async def _encode(self, size: int, param: str, function: Callable[[], _T]) -> _T:
+        """Runs an encoding of so many characters, in a thread if they are many. Raises ApiError."""
+        try:
+            return await asyncio.to_thread(function) if size > LONG_TEXT else function()
+        except TextTooLong as error:
+            raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
+        except (ChatTemplateError, ModelFilesError, ValueError) as error:
+            raise ApiError(400, str(error), param=param) from None
 
     def _describe_model(self) -> dict[str, object]:
         known = self.requests.welcome
@@ -188,6 +187,13 @@ class OpenAI:
             "parent": None,
             "max_model_len": known.limits.max_model_len if known is not None else None,
         }
+
+
+def _check_parameters(request: CommonRequest) -> None:
+    """Refuses what is wrong in itself, before anything waits for a world. Raises ApiError."""
+    sampling_params(request, 1)
+    num_choices(request)
+    stop_strings(request)
 
 
 def _params_of_choices(request: CommonRequest, max_tokens: int, num_prompts: int) -> list[SamplingParams]:

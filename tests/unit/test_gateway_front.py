@@ -469,11 +469,16 @@ def test_zmq_clients_are_told_what_is_wrong(
 def test_long_texts_are_tokenized_aside_and_may_be_cancelled(cluster: EchoCluster) -> None:
     serve(cluster)
     with Client(cluster.zmq) as client:
-        stream = client.submit("z" * 1_000_000, SamplingParams(max_tokens=5))
+        # Not more characters than 4096 of the longest token could be: they have to be counted.
+        stream = client.submit("z" * 40_000, SamplingParams(max_tokens=5))
         stream.cancel()
         assert stream.collect().finish_reason == "cancelled"
-        with pytest.raises(RequestFailed, match="maximum length"):
-            client.generate("z" * 100_000)
+        with pytest.raises(RequestFailed, match="the prompt has 40000 tokens"):
+            client.generate("z" * 40_000)
+        start = time.monotonic()
+        with pytest.raises(RequestFailed, match="5000000 characters, which are more than 4096 tokens"):
+            client.generate("z" * 5_000_000)
+        assert time.monotonic() - start < 1
 
 
 @pytest.fixture(scope="module")

@@ -271,6 +271,8 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (CHAT, chat(logit_bias={"5": 1}), "logit_bias", "not supported"),
         (CHAT, chat(modalities=["text", "audio"]), "modalities", "not supported"),
         (CHAT, chat("x" * 600), "messages", "maximum length of this model is 500"),
+        (CHAT, chat("x" * 9000), "messages", "which are more than 500 tokens"),
+        (TEXT, {"prompt": ["a", "x" * 9000]}, "prompt", "which are more than 500 tokens"),
         (CHAT, chat("x", max_tokens=490), "messages", "maximum length of this model is 500"),
         (CHAT, chat("x", max_tokens=450), "messages", "KV cache holds 400"),
         (CHAT, chat("x", max_tokens=10**30), "messages", "maximum length"),

@@ -87,10 +87,10 @@ def test_unknown_keys_are_ignored() -> None:
 
 
 def test_outputs_may_grow_at_their_end() -> None:
-    frame = msgspec.msgpack.encode(
-        {"type": "tokens", "epoch": 1, "step": 1, "outputs": [["a", 0, [5], None, None, None, "new"]]}
-    )
-    assert decode_server_message(frame) == Tokens(1, 1, [Output("a", 0, [5])])
+    output = Output("a", 0, [5])
+    grown = [*msgspec.to_builtins(output), "new", {"newer": 1}]
+    frame = msgspec.msgpack.encode({"type": "tokens", "epoch": 1, "step": 1, "outputs": [grown]})
+    assert decode_server_message(frame) == Tokens(1, 1, [output])
 
 
 @pytest.mark.parametrize(

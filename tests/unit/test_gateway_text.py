@@ -10,7 +10,7 @@ import pytest
 
 from gateway.chat_template import ChatTemplate, ChatTemplateError
 from gateway.errors import ModelFilesError
-from gateway.text import TextModel
+from gateway.text import TextModel, TextTooLong
 from tests.echo_world import write_text_folder
 
 TEMPLATES = {
@@ -139,3 +139,13 @@ def test_missing_and_broken_files_are_named(folder: Path, tmp_path: Path) -> Non
 def test_text_that_is_no_unicode_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="surrogate"):
         TextModel.from_folder(folder).encode("a\ud800b")
+
+
+def test_a_text_that_is_certainly_too_long_is_not_encoded(folder: Path) -> None:
+    text = TextModel.from_folder(folder)
+    longest = len("<|endoftext|>")
+    assert len(text.encode("z" * longest * 1000, at_most=1000)) == longest * 1000  # may be: it is looked at
+    with pytest.raises(TextTooLong, match="13001 characters, which are more than 1000 tokens"):
+        text.encode("z" * (longest * 1000 + 1), at_most=1000)
+    with pytest.raises(TextTooLong):
+        text.encode_chat([{"role": "user", "content": "z" * 100_000}], at_most=1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 
 from engine.engine import Engine, EngineSettings, build_engine
 from engine.execution.batch import Batch
-from engine.execution.stage import StageRunner
-from engine.plan import SequenceParams, TokenLogprobs
+from engine.execution.sampler import Sampler
+from engine.plan import SequenceParams, StepPlan, TokenLogprobs
 from engine.scheduling.scheduler import NewToken, Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.step_loop import Key, Leader, Status, follow
@@ -125,7 +126,10 @@ def serve(
 ) -> Run:
     """Runs all requests to their ends on every rank, and checks that nothing is left behind."""
     run = Run()
-    runner = _Recorder(engine.runner, run) if record_logits else engine.runner
+    runner = engine.runner
+    if record_logits and runner.sampler is not None:
+        runner = copy(runner)
+        runner.sampler = _Recorder(engine.runner.sampler, run)
     if world.at.rank != 0:
         follow(world, runner, _Sign())
         return run
@@ -150,16 +154,18 @@ def serve(
     return run
 
 
-class _Recorder(StageRunner):
-    """The same runner, keeping the logits that tokens are drawn from."""
+class _Recorder(Sampler):
+    """The same sampler, keeping the logits that tokens are drawn from."""
 
-    def __init__(self, runner: StageRunner, run: Run) -> None:
-        self.__dict__.update(runner.__dict__)
+    def __init__(self, sampler: Sampler, run: Run) -> None:
+        self.__dict__.update(sampler.__dict__)
         self._run = run
 
-    def draw(self, logits: torch.Tensor, batch: Batch) -> tuple[list[int], list[TokenLogprobs | None]]:
+    def draw(
+        self, logits: torch.Tensor, batch: Batch, plan: StepPlan
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
         for row, (params, position) in enumerate(
             zip(batch.sampling_params, batch.sampling_positions, strict=True)
         ):
             self._run.logits[params.seed, position] = logits[row].numpy().copy()
-        return super().draw(logits, batch)
+        return super().draw(logits, batch, plan)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
+import llguidance
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from engine.engine import Engine
 from engine.plan import LogitShaping
 from engine.world import World
+from tests import references
 from tests.references import References
 from tests.world import driver
 
@@ -84,3 +89,36 @@ def test_prefix_cache_changes_nothing_but_the_work(world: World, engine: Engine,
             assert run.tokens[name] == oracle.tokens[7][:12]
         assert run.tokens[9] == oracle.tokens[7][4:12]
         assert run.num_hit_tokens >= 2 * (len(prompt) // 16 - 1) * 16
+
+
+def test_grammar_is_followed_and_a_replay_goes_on_inside_it(
+    world: World, engine: Engine, oracle: References
+) -> None:
+    grammar = llguidance.LLMatcher.grammar_from_regex(r"[A-Z][a-z]{3,8}: [0-9]{4}-[0-9]{2}(, [a-z]{2,8}){3}")
+    end = frozenset(engine.config.eos_token_ids)
+
+    def ask(output: list[int]) -> driver.Sequence:
+        sequence = driver.request(3, oracle.prompts[4], 60, 0.8, output=output, grammar=grammar)
+        sequence.end_token_ids = end
+        return sequence
+
+    whole = driver.serve(world, engine, [ask([]), driver.request(5, oracle.prompts[5], 12)])
+    replay = driver.serve(world, engine, [ask(whole.tokens.get(3, [])[:6])])
+    if world.at.rank == 0:
+        assert whole.tokens[5] == oracle.tokens[5][:12], "a neighbour's grammar must not matter"
+        assert replay.tokens[3] == whole.tokens[3][6:]
+        assert whole.ends[3] == "stop"
+        tokenizer = Tokenizer.from_file(str(references.model_folder() / "tokenizer.json"))
+        text = tokenizer.decode(whole.tokens[3])
+        assert re.fullmatch(r"[A-Z][a-z]{3,8}: [0-9]{4}-[0-9]{2}(, [a-z]{2,8}){3}", text), text
+
+
+def test_broken_grammar_ends_the_request_and_nothing_else(
+    world: World, engine: Engine, oracle: References
+) -> None:
+    broken = driver.request(0, oracle.prompts[0], 20, grammar="start: (")
+    broken.end_token_ids = frozenset(engine.config.eos_token_ids)
+    run = driver.serve(world, engine, [broken, driver.request(1, oracle.prompts[1], 12)])
+    if world.at.rank == 0:
+        assert run.ends[0] == "stop"
+        assert run.tokens[1] == oracle.tokens[1][:12]

@@ -1,0 +1,90 @@
+"""Structured output: which tokens a sequence's grammar allows next.
+
+Lives at the sampler. A grammar's state is rebuilt from the output tokens, so that it survives preemption and the
+world. Grammars are those of llguidance (Lark, or its JSON form for schemas); the front makes and checks them.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import llguidance
+import llguidance.numpy
+import numpy as np
+import torch
+
+from engine.plan import StepPlan
+
+
+class GrammarError(Exception):
+    """A grammar that cannot be used. The text says where it is wrong."""
+
+
+class Grammars:
+    """The tokenizer that grammars are matched against, and the states of the sequences that have one."""
+
+    def __init__(self, tokenizer_file: Path, vocab_size: int, end_token_ids: tuple[int, ...]) -> None:
+        self._vocab_size = vocab_size
+        self._end_token_ids = list(end_token_ids)
+        self._tokenizer_file = tokenizer_file
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._matchers: dict[int, llguidance.LLMatcher] = {}
+        self._mask = llguidance.numpy.allocate_token_bitmask(1, vocab_size)
+        # Building the tokenizer's tree takes 0.3 s: beside the loading of weights, not in the first such step.
+        self._builder = threading.Thread(target=self._build, name="grammar-tokenizer", daemon=True)
+        self._builder.start()
+
+    def check(self, grammar: str) -> None:
+        """Raises GrammarError for a grammar that this model cannot follow."""
+        problem = llguidance.LLMatcher.validate_grammar(grammar, self._wait())
+        if problem and not problem.startswith("WARNING"):
+            raise GrammarError(f"the grammar is not valid: {problem}")
+
+    def apply(self, plan: StepPlan) -> None:
+        """Forgets the states of released sequences and makes those of admitted ones."""
+        for handle in plan.released:
+            self._matchers.pop(handle, None)
+        for handle, params in plan.admitted:
+            if params.grammar is not None:
+                matcher = llguidance.LLMatcher(self._wait(), params.grammar, log_level=0)
+                matcher.consume_tokens(params.output_token_ids)
+                self._matchers[handle] = matcher
+
+    def constrain(self, logits: torch.Tensor, handle: int) -> None:
+        """Sets what the sequence's grammar forbids to -inf, in its row of logits `[vocab_size]`."""
+        matcher = self._matchers.get(handle)
+        if matcher is None:
+            return
+        if matcher.is_error() or matcher.is_stopped():
+            # Complete, or too complex to go on with: nothing but the end may follow.
+            allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
+            allowed[self._end_token_ids] = True
+        else:
+            llguidance.numpy.fill_next_token_bitmask(matcher, self._mask, 0)
+            bits = np.unpackbits(self._mask[0].view(np.uint8), bitorder="little")[: self._vocab_size]
+            allowed = torch.from_numpy(bits).bool()
+        allowed = allowed.to(logits.device)
+        logits.masked_fill_(~allowed, float("-inf"))
+        if not torch.isfinite(logits).any():
+            # A minimum length or bad words forbade all that the grammar allows; the grammar is the stronger promise.
+            logits[allowed] = 0.0
+
+    def advance(self, handle: int, token_id: int) -> None:
+        """Notes the token that was drawn."""
+        matcher = self._matchers.get(handle)
+        if matcher is not None and not matcher.is_stopped():
+            matcher.consume_token(token_id)
+
+    def _build(self) -> None:
+        self._tokenizer = llguidance.LLTokenizer(
+            str(self._tokenizer_file), n_vocab=self._vocab_size, eos_token=self._end_token_ids
+        )
+
+    def _wait(self) -> llguidance.LLTokenizer:
+        self._builder.join()
+        if self._tokenizer is None:
+            raise GrammarError(
+                f"structured output needs a tokenizer, and {self._tokenizer_file} cannot be read"
+            )
+        return self._tokenizer
