@@ -22,6 +22,11 @@ class TensorGroup(Protocol):
         after; `partial` has its shape, in any float type, and may be overwritten."""
         ...
 
+    def reduced(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum of `partial` over the ranks, float32 and the same on every rank. `partial`, in any float type
+        and the same shape everywhere, may be overwritten, and the result may be its memory."""
+        ...
+
     def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
         """Columns of all ranks side by side, float32, at the group's first rank; None at the others.
 

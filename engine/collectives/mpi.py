@@ -74,6 +74,9 @@ class SingleRankGroup:
     def add_reduced(self, total: torch.Tensor, partial: torch.Tensor) -> None:
         total.add_(partial)
 
+    def reduced(self, partial: torch.Tensor) -> torch.Tensor:
+        return partial.float()
+
     def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
         return local
 
@@ -87,9 +90,12 @@ class MpiTensorGroup:
         self._rank = comm.Get_rank()
 
     def add_reduced(self, total: torch.Tensor, partial: torch.Tensor) -> None:
+        total.add_(self.reduced(partial))
+
+    def reduced(self, partial: torch.Tensor) -> torch.Tensor:
         partial = partial.float()
         self._comm.Allreduce(MPI.IN_PLACE, partial.numpy(), MPI.SUM)
-        total.add_(partial)
+        return partial
 
     def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
         num_rows = local.shape[0]

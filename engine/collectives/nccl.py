@@ -45,9 +45,12 @@ class NcclTensorGroup:
         self._is_first = at.tp_rank == 0
 
     def add_reduced(self, total: torch.Tensor, partial: torch.Tensor) -> None:
+        total.add_(self.reduced(partial))
+
+    def reduced(self, partial: torch.Tensor) -> torch.Tensor:
         partial = partial.float()
         dist.all_reduce(partial, group=self._group)
-        total.add_(partial)
+        return partial
 
     def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
         # NCCL gathers equal shapes only; shares of the vocabulary differ by a few columns.

@@ -6,63 +6,65 @@ does not know how to compute exactly is refused by name.
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from engine.models.config_keys import Keys, read_keys
 from engine.models.errors import ModelError
+from engine.models.families import FAMILIES, AttentionBias, Family, Norms, QueryKeyNorm, is_turned
+from engine.models.rope_config import RopeConfig, read_rope
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 """Names as they stand under `architectures` in config.json."""
 
 SUPPORTED_DTYPES = ("float32", "bfloat16")
 """What a world computes in; `--dtype auto` is the dtype of the config."""
 
-ROPE_SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn")
 
-_SCALINGS_WITH_ORIGINAL_LENGTH = ("llama3", "yarn")
+class Activation(Enum):
+    """What the gate of an MLP goes through."""
+
+    SILU = "silu"
+    GELU_TANH = "gelu_pytorch_tanh"
+    """GELU in its approximation by tanh (arXiv 1606.08415)."""
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """A rotary embedding, with the scaling that stretches it over longer contexts.
+class ExpertConfig:
+    """A mixture of experts in place of each MLP."""
 
-    Formulas: RoFormer (arXiv 2104.09864), YaRN (arXiv 2309.00071), and the Llama 3.1 release for `llama3`.
-    """
-
-    theta: float
-    scaling: str = "none"
-    """One of ROPE_SCALINGS."""
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    """`llama3` only, as `high_freq_factor`."""
-    high_freq_factor: float = 4.0
-    original_max_position: int = 0
-    """Positions that the model was trained on before scaling. 0 where the scaling does not use it."""
-    beta_fast: float = 32.0
-    """`yarn` only, as `beta_slow` and `truncate`."""
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
-    """What cosine and sine are multiplied with."""
+    count: int
+    per_token: int
+    """How many of them each token is routed to."""
+    normalized: bool
+    """The weights of a token's experts are scaled to a sum of 1."""
+    block: str
+    """The module that holds router and experts in the model's files."""
+    projections: tuple[str, str, str]
+    """What the files call gate, up and down."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The facts about a decoder of the Llama family. Sizes are those of the whole model, before any cut."""
+    """The facts about a decoder. Sizes are those of the whole model, before any cut.
+
+    What most models leave as it is has a default: that of the Llama family.
+    """
 
     architecture: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    """Columns of the MLP; with experts, of each of them."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
     rope: RopeConfig
+    """Of every layer that `ropes` does not name."""
     tie_word_embeddings: bool
     attention_bias: bool
     """Query, key and value projections have a bias."""
@@ -77,6 +79,28 @@ class ModelConfig:
     dtype: str = "bfloat16"
     """What `--dtype auto` means for this model."""
 
+    ropes: tuple[RopeConfig | None, ...] = ()
+    """By layer, where layers differ; None is a layer that turns nothing. Empty: `rope` everywhere."""
+    windows: tuple[int | None, ...] = ()
+    """By layer, how many tokens back one can look, itself counted; None is all of them. Empty: all everywhere."""
+    norms: Norms = Norms.BEFORE
+    norm_offset: float = 0.0
+    """Is added to the weights of all norms."""
+    query_key_norm: QueryKeyNorm = QueryKeyNorm.NONE
+    activation: Activation = Activation.SILU
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    """What attention and MLP add to the residual stream is multiplied with it."""
+    attention_scale: float | None = None
+    """Products of queries and keys are multiplied with it; None: 1 / sqrt(head_dim)."""
+    attention_soft_cap: float | None = None
+    """Those products become cap * tanh(x / cap); so do the logits with `logit_soft_cap`."""
+    logit_divisor: float = 1.0
+    logit_soft_cap: float | None = None
+    fused_projections: bool = False
+    """The files hold q, k and v as one tensor, and gate and up."""
+    experts: ExpertConfig | None = None
+
     @classmethod
     def from_folder(cls, path: Path) -> ModelConfig:
         """Reads config.json and, where there is one, generation_config.json.
@@ -86,18 +110,13 @@ class ModelConfig:
         file = path / "config.json"
         if not file.is_file():
             raise ModelError(f"{path} is not a model folder: it has no config.json")
-        keys = _Keys(file, _read_json(file))
+        keys = read_keys(file)
         architecture = _architecture(keys)
-        if keys.data.get("quantization_config"):
-            raise ModelError(
-                f"{file}: quantization_config is set, and quantized weights are not supported; "
-                "take the model's unquantized weights"
-            )
-        activation = keys.data.get("hidden_act", "silu")
-        if activation not in ("silu", "swish"):
-            raise ModelError(f"{file}: hidden_act {activation!r} is not supported; supported is silu")
+        family = FAMILIES[architecture]
+        _refuse_what_is_not_computed(keys)
 
         hidden_size = keys.integer("hidden_size")
+        num_layers = keys.integer("num_hidden_layers")
         num_heads = keys.integer("num_attention_heads")
         num_kv_heads = keys.integer("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
@@ -105,39 +124,39 @@ class ModelConfig:
                 f"{file}: num_attention_heads {num_heads} is not a multiple of "
                 f"num_key_value_heads {num_kv_heads}"
             )
-        if keys.data.get("head_dim") is None and hidden_size % num_heads:
-            raise ModelError(
-                f"{file}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, "
-                "and head_dim is missing"
-            )
-        head_dim = keys.integer("head_dim", hidden_size // num_heads)
-        if head_dim % 2:
-            raise ModelError(f"{file}: head_dim {head_dim} is odd; a rotary embedding needs an even one")
-
+        head_dim = _head_dim(keys, hidden_size, num_heads)
+        has_bias = family.attention_bias is AttentionBias.BY_FILE and keys.boolean("attention_bias", False)
+        windows = _windows(keys, family, num_layers)
         max_position = keys.integer("max_position_embeddings", 2048)
-        rope = _rope(keys, max_position)
-        is_llama = architecture == "LlamaForCausalLM"
-        attention_bias = keys.boolean("attention_bias", False)
+        rope, ropes = _ropes(keys, family, windows, max_position, head_dim)
         vocab_size = keys.integer("vocab_size")
         return cls(
             architecture=architecture,
             vocab_size=vocab_size,
             hidden_size=hidden_size,
-            intermediate_size=keys.integer("intermediate_size"),
-            num_layers=keys.integer("num_hidden_layers"),
+            intermediate_size=keys.integer(family.experts.columns if family.experts else "intermediate_size"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
             rope=rope,
-            tie_word_embeddings=keys.boolean("tie_word_embeddings", False),
-            # Llama's flag gives all four projections a bias; Qwen 2 has one on q, k and v, flag or no flag.
-            attention_bias=architecture == "Qwen2ForCausalLM" or (is_llama and attention_bias),
-            attention_output_bias=is_llama and attention_bias,
-            mlp_bias=is_llama and keys.boolean("mlp_bias", False),
-            max_model_len=_max_model_len(keys, architecture, max_position, rope),
+            tie_word_embeddings=keys.boolean("tie_word_embeddings", family.tied),
+            attention_bias=has_bias or family.attention_bias is AttentionBias.QKV,
+            attention_output_bias=has_bias,
+            mlp_bias=family.mlp_bias and keys.boolean("mlp_bias", False),
+            max_model_len=_max_model_len(max_position, rope),
             bos_token_id=next(iter(keys.token_ids("bos_token_id", vocab_size)), None),
             eos_token_ids=_eos_token_ids(path, keys, vocab_size),
+            ropes=ropes,
+            windows=windows,
+            norms=family.norms,
+            norm_offset=family.norm_offset,
+            query_key_norm=family.query_key_norm,
+            activation=_activation(keys, family),
+            fused_projections=family.fused_projections,
+            experts=_experts(keys, family),
+            **_scales(keys, family, hidden_size),
         )
 
     def resolve_dtype(self, flag: str) -> str:
@@ -150,75 +169,16 @@ class ModelConfig:
             )
         return flag
 
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """The rotary embedding of a layer; None: it has none."""
+        return self.ropes[layer] if self.ropes else self.rope
 
-class _Keys:
-    """A JSON object whose values are checked as they are taken; every refusal names file and key."""
-
-    def __init__(self, file: Path, data: dict[str, Any]) -> None:
-        self.file = file
-        self.data = data
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._value(key, default)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"{self.file}: {key} is {value!r}; it has to be a whole number of at least 1")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-            or value <= 0
-        ):
-            raise ModelError(f"{self.file}: {key} is {value!r}; it has to be a number above 0")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            raise ModelError(f"{self.file}: {key} is {value!r}; it has to be true or false")
-        return value
-
-    def token_ids(self, key: str, vocab_size: int) -> list[int]:
-        value = self.data.get(key)
-        if value is None:
-            return []
-        ids = value if isinstance(value, list) else [value]
-        # -1 stands for "none" in files that older tools wrote.
-        ids = [token for token in ids if token != -1]
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-                raise ModelError(
-                    f"{self.file}: {key} holds {token!r}; a token id lies between 0 and {vocab_size - 1}"
-                )
-        return ids
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self.data.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise ModelError(f"{self.file}: {key} is missing")
-        return value
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens back a layer can look, the token itself counted; None: all."""
+        return self.windows[layer] if self.windows else None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{file} does not hold a JSON object")
-    return data
-
-
-def _architecture(keys: _Keys) -> str:
+def _architecture(keys: Keys) -> str:
     names = keys.data.get("architectures")
     allowed = ", ".join(SUPPORTED_ARCHITECTURES)
     if not isinstance(names, list) or not names:
@@ -229,91 +189,134 @@ def _architecture(keys: _Keys) -> str:
     raise ModelError(f"{keys.file}: architecture {names[0]} is not supported; supported are {allowed}")
 
 
-def _rope(keys: _Keys, max_position: int) -> RopeConfig:
+def _refuse_what_is_not_computed(keys: Keys) -> None:
+    if keys.data.get("quantization_config"):
+        raise ModelError(
+            f"{keys.file}: quantization_config is set, and quantized weights are not supported; "
+            "take the model's unquantized weights"
+        )
+    if keys.data.get("use_bidirectional_attention"):
+        raise ModelError(
+            f"{keys.file}: use_bidirectional_attention is set; such a model encodes text and generates none"
+        )
+
+
+def _head_dim(keys: Keys, hidden_size: int, num_heads: int) -> int:
+    if keys.data.get("head_dim") is None and hidden_size % num_heads:
+        raise ModelError(
+            f"{keys.file}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, "
+            "and head_dim is missing"
+        )
+    head_dim = keys.integer("head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise ModelError(f"{keys.file}: head_dim {head_dim} is odd; a rotary embedding needs an even one")
+    return head_dim
+
+
+def _activation(keys: Keys, family: Family) -> Activation:
+    key, default = family.activation
+    name = keys.data.get(key) or default
+    name = {"swish": "silu"}.get(name, name)
+    allowed = [activation.value for activation in Activation]
+    if name not in allowed:
+        raise ModelError(f"{keys.file}: {key} {name!r} is not supported; supported are {', '.join(allowed)}")
+    return Activation(name)
+
+
+def _windows(keys: Keys, family: Family, num_layers: int) -> tuple[int | None, ...]:
+    if family.sliding is None or keys.data.get("sliding_window", family.window) is None:
+        return ()
+    if family.window_switch and not keys.boolean("use_sliding_window", False):
+        return ()
+    window = keys.integer("sliding_window", family.window)
+    types = None
+    if family.layer_types:
+        types = keys.choices("layer_types", ("full_attention", "sliding_attention"), num_layers)
+    if types is None:
+        slides = [family.sliding(keys, layer) for layer in range(num_layers)]
+    else:
+        slides = [kind == "sliding_attention" for kind in types]
+    return tuple(window if sliding else None for sliding in slides) if any(slides) else ()
+
+
+def _ropes(
+    keys: Keys, family: Family, windows: tuple[int | None, ...], max_position: int, head_dim: int
+) -> tuple[RopeConfig, tuple[RopeConfig | None, ...]]:
+    """The model's rotary embedding, and those of its layers where they differ."""
     # `rope_parameters` is what transformers 5 writes, with theta inside; `rope_scaling` beside a
     # `rope_theta` is the older form, and wins in transformers where both are there.
     raw = keys.data.get("rope_scaling") or keys.data.get("rope_parameters") or {}
-    if not isinstance(raw, dict) or any(isinstance(value, dict) for value in raw.values()):
+    local: Any = {}
+    if family.has_local_rope and isinstance(raw, dict) and "full_attention" in raw:
+        raw, local = raw["full_attention"], raw.get("sliding_attention")
+    for part in (raw, local):
+        if not isinstance(part, dict) or any(isinstance(value, dict) for value in part.values()):
+            raise ModelError(
+                f"{keys.file}: rope_parameters has to be one flat object"
+                + (" or one each for full_attention and sliding_attention" if family.has_local_rope else "")
+            )
+    rope = read_rope(keys, raw, max_position, head_dim, family.rope_theta, family.partial_rotary)
+    num_layers = keys.integer("num_hidden_layers")
+    if family.has_local_rope and windows:
+        theta = keys.number("rope_local_base_freq", 10000.0)
+        local_rope = read_rope(
+            Keys(keys.file, {}), local, max_position, head_dim, default_theta=theta, partial=False
+        )
+        return rope, tuple(rope if window is None else local_rope for window in windows)
+    if family.has_unturned_layers:
+        turned = [is_turned(keys, layer) for layer in range(num_layers)]
+        return rope, () if all(turned) else tuple(rope if turns else None for turns in turned)
+    return rope, ()
+
+
+def _experts(keys: Keys, family: Family) -> ExpertConfig | None:
+    names = family.experts
+    if names is None:
+        return None
+    if keys.data.get("mlp_only_layers") or keys.integer("decoder_sparse_step", 1) != 1:
         raise ModelError(
-            f"{keys.file}: rope_parameters has to be one flat object; one a layer type is not supported"
+            f"{keys.file}: mlp_only_layers or decoder_sparse_step gives some layers no experts; "
+            "supported are models that have them in every layer"
         )
-    rope = _Keys(keys.file, raw)
-    theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0))
-    scaling = raw.get("rope_type", raw.get("type")) or "default"
-    if scaling == "default":
-        scaling = "none"
-    if scaling not in ROPE_SCALINGS:
-        allowed = ", ".join(["default", *ROPE_SCALINGS[1:]])
-        raise ModelError(f"{keys.file}: rope_type {scaling!r} is not supported; supported are {allowed}")
-    partial = rope.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise ModelError(f"{keys.file}: partial_rotary_factor {partial} is not supported; supported is 1.0")
-    if scaling == "none":
-        return RopeConfig(theta)
-    if scaling == "dynamic":
-        return RopeConfig(theta, scaling, rope.number("factor"), original_max_position=max_position)
-    if scaling == "linear":
-        return RopeConfig(theta, scaling, rope.number("factor"))
-
-    original = keys.integer(
-        "original_max_position_embeddings", rope.integer("original_max_position_embeddings", max_position)
-    )
-    if scaling == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if low >= high:
-            raise ModelError(f"{keys.file}: low_freq_factor {low} has to lie below high_freq_factor {high}")
-        return RopeConfig(
-            theta,
-            scaling,
-            rope.number("factor"),
-            low_freq_factor=low,
-            high_freq_factor=high,
-            original_max_position=original,
-        )
-    factor = rope.number("factor", max_position / original)
-    return RopeConfig(
-        theta,
-        scaling,
-        factor,
-        original_max_position=original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        truncate=rope.boolean("truncate", True),
-        attention_factor=_yarn_attention_factor(raw, rope, factor),
-    )
+    count, per_token = keys.integer(names.count), keys.integer("num_experts_per_tok")
+    if per_token > count:
+        raise ModelError(f"{keys.file}: num_experts_per_tok {per_token} is above {names.count} {count}")
+    normalized = names.always_normalized or keys.boolean("norm_topk_prob", False)
+    return ExpertConfig(count, per_token, normalized, names.block, names.projections)
 
 
-def _yarn_attention_factor(raw: dict[str, Any], rope: _Keys, factor: float) -> float:
-    """The temperature of YaRN, section 3.4; DeepSeek's variant gives it as the ratio of two."""
+def _scales(keys: Keys, family: Family, hidden_size: int) -> dict[str, Any]:
+    """The fields of ModelConfig that scale or cap something."""
+    scales: dict[str, Any] = {}
+    if family.multipliers:
+        scales["embedding_multiplier"] = keys.number("embedding_multiplier", 1.0)
+        scales["residual_multiplier"] = keys.number("residual_multiplier", 1.0)
+        scales["attention_scale"] = keys.number("attention_multiplier", 1.0)
+        scales["logit_divisor"] = keys.number("logits_scaling", 1.0)
+    if family.scaled_embedding:
+        scales["embedding_multiplier"] = hidden_size**0.5
+    if family.query_scalar:
+        scales["attention_scale"] = keys.number("query_pre_attn_scalar", 256) ** -0.5
+    if family.soft_caps is not None:
+        attention, logits = family.soft_caps
+        scales["attention_soft_cap"] = keys.optional_number("attn_logit_softcapping", attention)
+        scales["logit_soft_cap"] = keys.optional_number("final_logit_softcapping", logits)
+    return scales
 
-    def magnitude(scale: float) -> float:
-        return 1.0 if factor <= 1.0 else 0.1 * scale * math.log(factor) + 1.0
 
-    if raw.get("attention_factor") is not None:
-        return rope.number("attention_factor")
-    if raw.get("mscale") and raw.get("mscale_all_dim"):
-        return magnitude(rope.number("mscale")) / magnitude(rope.number("mscale_all_dim"))
-    return magnitude(1.0)
-
-
-def _max_model_len(keys: _Keys, architecture: str, max_position: int, rope: RopeConfig) -> int:
-    length = max_position
+def _max_model_len(max_position: int, rope: RopeConfig) -> int:
     if rope.scaling == "yarn":
         # Files that switch YaRN on by hand leave max_position_embeddings at the original length.
-        length = max(length, int(rope.original_max_position * rope.factor))
-    window = keys.data.get("sliding_window")
-    if architecture == "Qwen2ForCausalLM" and not keys.data.get("use_sliding_window"):
-        window = None
-    if window is not None and architecture != "LlamaForCausalLM":
-        # Attention is computed over the whole context, which is the same thing up to the window's length.
-        length = min(length, keys.integer("sliding_window"))
-    return length
+        return max(max_position, int(rope.original_max_position * rope.factor))
+    if rope.scaling == "longrope":
+        return min(max_position, rope.original_max_position)
+    return max_position
 
 
-def _eos_token_ids(path: Path, keys: _Keys, vocab_size: int) -> tuple[int, ...]:
+def _eos_token_ids(path: Path, keys: Keys, vocab_size: int) -> tuple[int, ...]:
     ids: list[int] = []
     generation = path / "generation_config.json"
     if generation.is_file():
-        ids += _Keys(generation, _read_json(generation)).token_ids("eos_token_id", vocab_size)
+        ids += read_keys(generation).token_ids("eos_token_id", vocab_size)
     ids += keys.token_ids("eos_token_id", vocab_size)
     return tuple(dict.fromkeys(ids))

@@ -27,7 +27,7 @@ from engine.models.shard_cache import FolderUse
 from engine.models.sharding import LocalTensor, SourceSlice
 from engine.models.source_files import SourceFiles, check_tensor
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """To be raised whenever the bytes of a shard file change for the same source and shape."""
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate, pairwise
 
-from engine.models.config import ModelConfig
+from engine.models.config import ExpertConfig, ModelConfig
 from engine.models.errors import ShardingError
+from engine.models.families import Norms, QueryKeyNorm
 
 _ALIGNMENT = 16
 """Columns and rows are handed out in multiples of this: a tile of AMX, or two registers of AVX-512."""
@@ -31,7 +32,10 @@ class RankShape:
     """The KV heads that `q_heads` touches; neighbours hold the same one where its group spans both."""
     q_to_kv: tuple[int, ...]
     """For each local query head the local index of its KV head."""
+    counted_kv_heads: range
+    """The KV heads among `kv_heads` whose first query head is here: over the ranks, each is counted once."""
     mlp_columns: range
+    """With experts, of each of them."""
     vocab: range
     has_embedding: bool
     has_head: bool
@@ -70,6 +74,7 @@ def shard_world(config: ModelConfig, tp: int, pp: int) -> list[list[RankShape]]:
                 q_heads=heads[tp_rank],
                 kv_heads=_touched_kv_heads(config, heads[tp_rank]),
                 q_to_kv=_q_to_kv(config, heads[tp_rank]),
+                counted_kv_heads=_counted_kv_heads(config, heads[tp_rank]),
                 mlp_columns=columns[tp_rank],
                 vocab=vocab[tp_rank],
                 has_embedding=pp_rank == 0,
@@ -111,16 +116,21 @@ def _q_to_kv(config: ModelConfig, heads: range) -> tuple[int, ...]:
     return tuple(head // group - first for head in heads)
 
 
+def _counted_kv_heads(config: ModelConfig, heads: range) -> range:
+    group = config.num_heads // config.num_kv_heads
+    return range(-(-heads.start // group), -(-heads.stop // group))
+
+
 def _cut_columns(config: ModelConfig, heads: list[range]) -> list[range]:
     """Deals out the MLP's columns so that attention and MLP together are even over the ranks.
 
     Work is counted in weight elements of a layer: that is what a rank reads, and twice that is what it
-    computes, for every token.
+    computes, for every token. Of experts those count that a token is routed to.
     """
     unit = _ALIGNMENT
     while unit > 1 and (config.intermediate_size % unit or config.intermediate_size // unit < len(heads)):
         unit //= 2
-    unit_work = 3 * unit * config.hidden_size
+    unit_work = 3 * unit * config.hidden_size * _mlps_per_token(config)
     # A rank without any column would be one more case for the kernels: each gets one unit, if there are
     # enough of them.
     first = 1 if config.intermediate_size // unit >= len(heads) else 0
@@ -141,9 +151,13 @@ def attention_work(config: ModelConfig, heads: range) -> int:
 
 
 def layer_work(config: ModelConfig) -> int:
-    """Weight elements of one whole layer."""
+    """Weight elements of one whole layer, of experts those that a token is routed to."""
     attention = attention_work(config, range(config.num_heads))
-    return attention + 3 * config.intermediate_size * config.hidden_size
+    return attention + 3 * config.intermediate_size * config.hidden_size * _mlps_per_token(config)
+
+
+def _mlps_per_token(config: ModelConfig) -> int:
+    return 1 if config.experts is None else config.experts.per_token
 
 
 def _cut_layers(config: ModelConfig, pp: int) -> list[range]:
@@ -202,6 +216,8 @@ class Source:
     cut: Cut
     shape: tuple[str, ...]
     """Its whole shape, in names that `_size` knows."""
+    after: tuple[str, ...] = ()
+    """What lies before the part that is meant, along the rule's axis, where files hold several as one."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +227,7 @@ class TensorRule:
     local_name: str
     place: Place
     axis: int
-    """The axis that `Cut` cuts. With several sources it is 0, the axis along which they are fused."""
+    """The axis that `Cut` cuts. Several sources are fused along axis 0, whichever it is."""
     sources: tuple[Source, ...]
     on_first_rank_only: bool = False
     """Only tp_rank 0 holds it: what is added after the ranks' partial sums may be added once only."""
@@ -243,62 +259,133 @@ class LocalTensor:
 
 
 def tensor_rules(config: ModelConfig) -> tuple[TensorRule, ...]:
-    """The table for the Llama family: every weight that the decoder reads, whatever the world's shape."""
-    attention, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
+    """The table: every weight that the decoder reads, whatever the world's shape."""
+    table = ("vocab", "hidden")
+    embedding = Source("model.embed_tokens.weight", Cut.VOCAB, table)
+    head = embedding if config.tie_word_embeddings else Source("lm_head.weight", Cut.VOCAB, table)
+    return (
+        TensorRule("embed.weight", Place.EMBEDDING, 0, (embedding,)),
+        *_norm_rules(config, "attention_norm"),
+        *_attention_rules(config),
+        *_norm_rules(config, "attention_post_norm"),
+        *_norm_rules(config, "mlp_norm"),
+        *(_mlp_rules(config) if config.experts is None else _expert_rules(config.experts)),
+        *_norm_rules(config, "mlp_post_norm"),
+        TensorRule("norm.weight", Place.HEAD, 0, (Source("model.norm.weight", Cut.WHOLE, ("hidden",)),)),
+        TensorRule("head.weight", Place.HEAD, 0, (head,)),
+    )
+
+
+_LOCAL = "layers.{layer}."
+_LAYER = "model.layers.{layer}."
+
+
+def _attention_rules(config: ModelConfig) -> list[TensorRule]:
+    attention = f"{_LAYER}self_attn."
 
     def qkv(kind: str, *tail: str) -> tuple[Source, ...]:
+        if config.fused_projections:
+            name, shape = f"{attention}qkv_proj.{kind}", ("q and kv", *tail)
+            return (
+                Source(name, Cut.Q_HEADS, shape),
+                Source(name, Cut.KV_HEADS, shape, after=("q",)),
+                Source(name, Cut.KV_HEADS, shape, after=("q", "kv")),
+            )
         return (
             Source(f"{attention}q_proj.{kind}", Cut.Q_HEADS, ("q", *tail)),
             Source(f"{attention}k_proj.{kind}", Cut.KV_HEADS, ("kv", *tail)),
             Source(f"{attention}v_proj.{kind}", Cut.KV_HEADS, ("kv", *tail)),
         )
 
+    output = Source(f"{attention}o_proj.weight", Cut.Q_HEADS, ("hidden", "q"))
+    rules = [
+        TensorRule(f"{_LOCAL}qkv.weight", Place.LAYER, 0, qkv("weight", "hidden")),
+        TensorRule(f"{_LOCAL}output.weight", Place.LAYER, 1, (output,)),
+    ]
+    if config.attention_bias:
+        rules.append(TensorRule(f"{_LOCAL}qkv.bias", Place.LAYER, 0, qkv("bias")))
+    if config.attention_output_bias:
+        bias = Source(f"{attention}o_proj.bias", Cut.WHOLE, ("hidden",))
+        rules.append(TensorRule(f"{_LOCAL}output.bias", Place.LAYER, 0, (bias,), True))
+    if config.query_key_norm is not QueryKeyNorm.NONE:
+        # One weight for all heads, or one for each element of the projection, cut as that is.
+        is_shared = config.query_key_norm is QueryKeyNorm.HEAD
+        for letter, cut, size in (("q", Cut.Q_HEADS, "q"), ("k", Cut.KV_HEADS, "kv")):
+            name = f"{attention}{letter}_norm.weight"
+            source = Source(name, Cut.WHOLE, ("head",)) if is_shared else Source(name, cut, (size,))
+            rules.append(TensorRule(f"{_LOCAL}{letter}_norm.weight", Place.LAYER, 0, (source,)))
+    return rules
+
+
+def _mlp_rules(config: ModelConfig) -> list[TensorRule]:
+    mlp = f"{_LAYER}mlp."
+
     def gate_up(kind: str, *tail: str) -> tuple[Source, ...]:
+        if config.fused_projections:
+            name, shape = f"{mlp}gate_up_proj.{kind}", ("gate and up", *tail)
+            return (
+                Source(name, Cut.MLP_COLUMNS, shape),
+                Source(name, Cut.MLP_COLUMNS, shape, after=("columns",)),
+            )
         return (
             Source(f"{mlp}gate_proj.{kind}", Cut.MLP_COLUMNS, ("columns", *tail)),
             Source(f"{mlp}up_proj.{kind}", Cut.MLP_COLUMNS, ("columns", *tail)),
         )
 
-    def whole(name: str) -> tuple[Source, ...]:
-        return (Source(name, Cut.WHOLE, ("hidden",)),)
-
-    table = ("vocab", "hidden")
-    embedding = Source("model.embed_tokens.weight", Cut.VOCAB, table)
-    head = embedding if config.tie_word_embeddings else Source("lm_head.weight", Cut.VOCAB, table)
-    output = Source(f"{attention}o_proj.weight", Cut.Q_HEADS, ("hidden", "q"))
     down = Source(f"{mlp}down_proj.weight", Cut.MLP_COLUMNS, ("hidden", "columns"))
-    layer = "layers.{layer}."
     rules = [
-        TensorRule("embed.weight", Place.EMBEDDING, 0, (embedding,)),
-        TensorRule(
-            f"{layer}attention_norm.weight",
-            Place.LAYER,
-            0,
-            whole("model.layers.{layer}.input_layernorm.weight"),
-        ),
-        TensorRule(f"{layer}qkv.weight", Place.LAYER, 0, qkv("weight", "hidden")),
-        TensorRule(f"{layer}output.weight", Place.LAYER, 1, (output,)),
-        TensorRule(
-            f"{layer}mlp_norm.weight",
-            Place.LAYER,
-            0,
-            whole("model.layers.{layer}.post_attention_layernorm.weight"),
-        ),
-        TensorRule(f"{layer}gate_up.weight", Place.LAYER, 0, gate_up("weight", "hidden")),
-        TensorRule(f"{layer}down.weight", Place.LAYER, 1, (down,)),
-        TensorRule("norm.weight", Place.HEAD, 0, whole("model.norm.weight")),
-        TensorRule("head.weight", Place.HEAD, 0, (head,)),
+        TensorRule(f"{_LOCAL}gate_up.weight", Place.LAYER, 0, gate_up("weight", "hidden")),
+        TensorRule(f"{_LOCAL}down.weight", Place.LAYER, 1, (down,)),
     ]
-    if config.attention_bias:
-        rules.append(TensorRule(f"{layer}qkv.bias", Place.LAYER, 0, qkv("bias")))
-    if config.attention_output_bias:
-        rules.append(
-            TensorRule(f"{layer}output.bias", Place.LAYER, 0, whole(f"{attention}o_proj.bias"), True),
-        )
     if config.mlp_bias:
-        rules.append(TensorRule(f"{layer}gate_up.bias", Place.LAYER, 0, gate_up("bias")))
-        rules.append(TensorRule(f"{layer}down.bias", Place.LAYER, 0, whole(f"{mlp}down_proj.bias"), True))
-    return tuple(rules)
+        bias = Source(f"{mlp}down_proj.bias", Cut.WHOLE, ("hidden",))
+        rules.append(TensorRule(f"{_LOCAL}gate_up.bias", Place.LAYER, 0, gate_up("bias")))
+        rules.append(TensorRule(f"{_LOCAL}down.bias", Place.LAYER, 0, (bias,), True))
+    return rules
+
+
+def _expert_rules(experts: ExpertConfig) -> list[TensorRule]:
+    """Every rank holds the router and some columns of each expert. The experts lie one after another:
+    `gate_up` is [count * 2 * columns, hidden], `down` [count * hidden, columns]."""
+    block = f"{_LAYER}{experts.block}."
+    gate, up, down = experts.projections
+    every = [f"{block}experts.{expert}." for expert in range(experts.count)]
+
+    def columns(expert: str, name: str) -> Source:
+        return Source(f"{expert}{name}.weight", Cut.MLP_COLUMNS, ("columns", "hidden"))
+
+    gate_up = tuple(columns(expert, name) for expert in every for name in (gate, up))
+    downs = tuple(
+        Source(f"{expert}{down}.weight", Cut.MLP_COLUMNS, ("hidden", "columns")) for expert in every
+    )
+    router = Source(f"{block}gate.weight", Cut.WHOLE, ("experts", "hidden"))
+    return [
+        TensorRule(f"{_LOCAL}router.weight", Place.LAYER, 0, (router,)),
+        TensorRule(f"{_LOCAL}experts_gate_up.weight", Place.LAYER, 0, gate_up),
+        TensorRule(f"{_LOCAL}experts_down.weight", Place.LAYER, 1, downs),
+    ]
+
+
+_NORM_SOURCES = {
+    Norms.BEFORE: {"attention_norm": "input", "mlp_norm": "post_attention"},
+    Norms.AFTER: {"attention_post_norm": "post_attention", "mlp_post_norm": "post_feedforward"},
+    Norms.AROUND: {
+        "attention_norm": "input",
+        "attention_post_norm": "post_attention",
+        "mlp_norm": "pre_feedforward",
+        "mlp_post_norm": "post_feedforward",
+    },
+}
+"""Local names of a layer's norms, and what comes before `_layernorm` in the files."""
+
+
+def _norm_rules(config: ModelConfig, local: str) -> list[TensorRule]:
+    """The rule of a norm, if the model has it."""
+    name = _NORM_SOURCES[config.norms].get(local)
+    if name is None:
+        return []
+    source = Source(f"{_LAYER}{name}_layernorm.weight", Cut.WHOLE, ("hidden",))
+    return [TensorRule(f"{_LOCAL}{local}.weight", Place.LAYER, 0, (source,))]
 
 
 def local_tensors(config: ModelConfig, shape: RankShape, tp_rank: int) -> list[LocalTensor]:
@@ -329,6 +416,7 @@ def _slice(
     config: ModelConfig, shape: RankShape, source: Source, axis: int, layer: int | None
 ) -> SourceSlice:
     whole = tuple(_size(config, name) for name in source.shape)
+    first = sum(_size(config, name) for name in source.after)
     kept, width = {
         Cut.WHOLE: (range(whole[axis]), 1),
         Cut.VOCAB: (shape.vocab, 1),
@@ -336,14 +424,20 @@ def _slice(
         Cut.KV_HEADS: (shape.kv_heads, config.head_dim),
         Cut.MLP_COLUMNS: (shape.mlp_columns, 1),
     }[source.cut]
-    return SourceSlice(source.name.format(layer=layer), whole, axis, kept.start * width, kept.stop * width)
+    begin, end = first + kept.start * width, first + kept.stop * width
+    return SourceSlice(source.name.format(layer=layer), whole, axis, begin, end)
 
 
 def _size(config: ModelConfig, name: str) -> int:
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
-        "q": config.num_heads * config.head_dim,
-        "kv": config.num_kv_heads * config.head_dim,
+        "head": config.head_dim,
+        "q": q,
+        "kv": kv,
+        "q and kv": q + 2 * kv,
         "columns": config.intermediate_size,
+        "gate and up": 2 * config.intermediate_size,
+        "experts": 0 if config.experts is None else config.experts.count,
     }[name]

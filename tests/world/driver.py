@@ -110,6 +110,7 @@ class Run:
         self.ends: dict[int, str] = {}
         self.num_preemptions = 0
         self.num_hit_tokens = 0
+        self.most_outstanding_plans = 0
         self.news: list[NewToken] = []
         """Everything that rank 0 sent, in order."""
         self.logits: dict[tuple[int, int], np.ndarray] = {}
@@ -141,7 +142,7 @@ def serve(
     cancels = {(b"test", str(name)): count for name, count in (cancel_after or {}).items()}
     port = _Port(requests, cancels)
     port.offsets = {sequence.key: sequence.num_output_tokens for sequence in requests}
-    leader = Leader(world, scheduler, runner, port, _Sign())
+    leader = _CountingLeader(world, scheduler, runner, port, _Sign())
     port.stop = leader.stop
     leader.run()
     scheduler.check_idle()
@@ -151,7 +152,16 @@ def serve(
     run.num_preemptions = scheduler.num_preemptions
     run.num_hit_tokens = scheduler.pool.num_hit_tokens
     run.news = port.news
+    run.most_outstanding_plans = leader.most_outstanding_plans
     return run
+
+
+class _CountingLeader(Leader):
+    most_outstanding_plans = 0
+
+    def _start(self, plan: StepPlan) -> None:
+        super()._start(plan)
+        self.most_outstanding_plans = max(self.most_outstanding_plans, len(self._outstanding))
 
 
 class _Recorder(Sampler):

@@ -66,6 +66,16 @@ def test_32_streams_complete_and_cancelled_ones_free_their_blocks(
                 assert run.tokens[name][:count] == oracle.tokens[name % 7][:count]
 
 
+def test_every_pipeline_stage_has_a_batch_of_its_own(
+    world: World, engine: Engine, oracle: References
+) -> None:
+    run = driver.serve(world, engine, [driver.request(name, oracle.prompts[name], 8) for name in range(6)])
+    if world.at.rank == 0:
+        # Without a pipeline rank 0 samples itself, and nothing is outstanding between two steps.
+        assert run.most_outstanding_plans == (world.at.pp if world.at.pp > 1 else 0)
+        assert [run.tokens[name] for name in range(6)] == [tokens[:8] for tokens in oracle.tokens[:6]]
+
+
 def test_more_requests_than_may_run_wait_their_turn(world: World, oracle: References) -> None:
     small = driver.build(
         world, dtype="float32", max_num_seqs=3, max_num_batched_tokens=64, kv_cache_bytes=64 * 2**20
