@@ -25,13 +25,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from gateway.client import AsyncClient, Client, Generation, Prompt
+from gateway.client import AsyncClient, Client, Generation, Prompt, Stream
+from gateway.errors import RequestFailed
 from gateway.protocol import SamplingParams
 
-__all__ = ["LLM", "AsyncClient", "Client", "Generation", "SamplingParams", "Server", "ServerError", "serve"]
+__all__ = [
+    "LLM",
+    "AsyncClient",
+    "Client",
+    "Generation",
+    "RequestFailed",
+    "SamplingParams",
+    "Server",
+    "ServerError",
+    "serve",
+]
 
 _READY = re.compile(r"^ready  (?P<url>\S+)  zmq (?P<zmq>\S+)  model (?P<model>\S+)")
 _STOP_TIMEOUT_S = 30.0
+MAX_IN_FLIGHT = 256
+"""Prompts that LLM.generate has with the server at a time."""
 
 
 class ServerError(Exception):
@@ -150,22 +163,31 @@ class LLM:
     ) -> list[Generation]:
         """One generation for each prompt (text or token ids), in their order.
 
-        All prompts are submitted at once; the world batches them. Raises RequestFailed for a prompt that is
-        refused.
+        Up to MAX_IN_FLIGHT prompts are with the server at a time; the world batches them. Raises RequestFailed for
+        a prompt that is refused.
         """
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
         is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         many: list[Prompt] = [prompts] if is_single else list(prompts)  # type: ignore[list-item,arg-type]
-        streams = [self._client.submit(prompt, params, stop=stop) for prompt in many]
         columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
+        todo = deque(many)
+        in_flight: deque[Stream] = deque()
+        done: list[Generation] = []
         with Progress(*columns, disable=not show_progress, transient=True) as progress:
+            task = progress.add_task("generate", total=len(many))
             try:
-                return [stream.collect() for stream in progress.track(streams, description="generate")]
+                while todo or in_flight:
+                    while todo and len(in_flight) < MAX_IN_FLIGHT:
+                        in_flight.append(self._client.submit(todo.popleft(), params, stop=stop))
+                    done.append(in_flight[0].collect())
+                    in_flight.popleft()
+                    progress.advance(task)
             except BaseException:
-                for stream in streams:
+                for stream in in_flight:
                     stream.cancel()
                 raise
+        return done
 
     def close(self) -> None:
         """Ends the client and the server."""
