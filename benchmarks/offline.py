@@ -42,20 +42,20 @@ def main() -> None:
         for tp in (1, 2):
             endpoint = stack.enter_context(bare_world(folder, tp))
             client = stack.enter_context(Client(endpoint))
-            contestants[f"phalanx tp {tp}"] = _phalanx(client)
+            contestants[f"phalanx tp {tp}"] = phalanx_generate(client)
         contestants["transformers"] = stack.enter_context(_Transformers(str(folder), len(cores)))
         for name, generate in contestants.items():
             generate(2, PROMPT_TOKENS, 4)  # warm-up
             figures[name] = {}
         for round_number in range(arguments.rounds):
             for name, generate in contestants.items():
-                for work, value in _measure(generate).items():
+                for work, value in measure(generate).items():
                     figures[name].setdefault(work, []).append(value)
             print(f"round {round_number + 1} of {arguments.rounds} done", file=sys.stderr)
     _report(figures, cores)
 
 
-def _measure(generate: Generate) -> dict[str, float]:
+def measure(generate: Generate) -> dict[str, float]:
     """Tokens per second of each piece of work."""
     speeds = {}
     for batch in BATCHES:
@@ -72,7 +72,7 @@ def prompt(sequence: int, length: int, salt: int = 0) -> list[int]:
     return [100 + (7919 * (sequence + 1) * (index + 1) + 104729 * salt) % 40000 for index in range(length)]
 
 
-def _phalanx(client: Client) -> Generate:
+def phalanx_generate(client: Client) -> Generate:
     salts = itertools.count()
 
     def generate(sequences: int, prompt_tokens: int, new_tokens: int) -> float:

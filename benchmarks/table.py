@@ -111,9 +111,10 @@ def _control_plane(result: Result) -> str:
         for ranks, parts in result["plan_us"].items()
         for part, times in parts.items()
     ]
+    busiest, later = max(result["idle_percent_of_a_core"]), result["first_token_from_rest_extra_ms_p50"]
     return _table(["microseconds", "p50", "p99"], rows) + (
-        f"\n\nA world at rest uses {max(result['idle_percent_of_a_core']):.1f} % of a core for each rank, and its "
-        f"first token comes {_number(result['wake_ms_p50'])} ms (p50) later than in a world that is awake."
+        f"\n\nA world at rest uses {busiest:.1f} % of a core for each rank, and its first token comes "
+        f"{_number(later)} ms (p50) later than in a world that is awake."
     )
 
 

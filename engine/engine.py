@@ -49,6 +49,10 @@ class EngineSettings:
     max_num_batched_tokens: int = 1024
     kv_cache_bytes: int = 0
     """Memory of the KV cache on each rank."""
+    kv_cache_blocks: int = 0
+    """Blocks of the KV cache, whatever they take: what the world before this one had."""
+    memory_share: float = 1.0
+    """Of the memory that the default takes for the KV cache."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -79,11 +83,31 @@ class Engine:
         return self.num_blocks * BLOCK_SIZE
 
 
+@dataclass(frozen=True)
+class LoadedEngine:
+    """One rank's part of the engine without its KV cache: what a hot spare waits with."""
+
+    num_blocks: int
+    """KV blocks that the ranks have agreed on."""
+    _reserve: Callable[[], Engine]
+
+    def reserve_cache(self) -> Engine:
+        """Reserves the KV cache, after which steps can run. Call it once."""
+        return self._reserve()
+
+
 def build_engine(
     world: World, settings: EngineSettings, device: torch.device, on_load: Callable[[int, int], None]
 ) -> Engine:
-    """Loads this rank's shard and reserves its cache. Every rank calls it; raises ConfigurationError or
-    ModelError. `on_load(done_bytes, total_bytes)` is called as weights come in."""
+    """Loads this rank's shard and reserves its cache: see load_engine."""
+    return load_engine(world, settings, device, on_load).reserve_cache()
+
+
+def load_engine(
+    world: World, settings: EngineSettings, device: torch.device, on_load: Callable[[int, int], None]
+) -> LoadedEngine:
+    """Loads this rank's shard. Every rank calls it; raises ConfigurationError or ModelError.
+    `on_load(done_bytes, total_bytes)` is called as weights come in."""
     config = ModelConfig.from_folder(settings.model_dir)
     at = world.at
     shapes = shard_world(config, at.tp, at.pp)
@@ -124,15 +148,15 @@ def build_engine(
     if device.type != "cpu":
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
     stage = DecoderStage(config, shape, weights, world.tensor_group, max_model_len)
-    cache = KVCache(shape.layers, num_blocks, len(shape.kv_heads), config.head_dim, dtype, device)
     table = SequenceTable(limits.max_num_seqs, max_model_len, BLOCK_SIZE, device)
     widths = [len(other.vocab) for other in shapes[at.pp_rank]]
-    return Engine(
-        config,
-        StageRunner(world, stage, cache, table, config.hidden_size, widths, sampler),
-        limits,
-        num_blocks,
-    )
+
+    def reserve() -> Engine:
+        cache = KVCache(shape.layers, num_blocks, len(shape.kv_heads), config.head_dim, dtype, device)
+        runner = StageRunner(world, stage, cache, table, config.hidden_size, widths, sampler)
+        return Engine(config, runner, limits, num_blocks)
+
+    return LoadedEngine(num_blocks, reserve)
 
 
 def _num_blocks(
@@ -142,12 +166,15 @@ def _num_blocks(
     device: torch.device,
     local_size: int,
 ) -> int:
+    if settings.kv_cache_blocks:
+        return settings.kv_cache_blocks
     if settings.kv_cache_bytes:
         budget = settings.kv_cache_bytes
     elif device.type == "cuda":
-        budget = int(free_memory_bytes(device) * _CUDA_MEMORY_SHARE)
+        budget = int(free_memory_bytes(device) * _CUDA_MEMORY_SHARE * settings.memory_share)
     else:
-        budget = int(free_memory_bytes(device) * DEFAULT_MEMORY_SHARE / local_size)
+        share = DEFAULT_MEMORY_SHARE * settings.memory_share / local_size
+        budget = int(free_memory_bytes(device) * share)
     affordable = budget // bytes_per_block
     if affordable < 1:
         raise ConfigurationError(

@@ -7,10 +7,13 @@ the engine that knows the gateway and the progress page. Exit code 78 means that
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import os
 import secrets
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from types import FrameType
@@ -23,7 +26,7 @@ from gateway.errors import EndpointError
 from gateway.protocol import Limits, Output, Submit
 from gateway.protocol import TokenLogprobs as WireLogprobs
 from gateway.rank0 import Rank0Gateway
-from launcher.watch import Phase, ProgressPage, die_with_parent
+from launcher.watch import Phase, ProgressPage, SpareKind, StartGate, die_with_parent
 
 if TYPE_CHECKING:
     # What imports torch is imported once the progress page says so: see _run.
@@ -36,6 +39,9 @@ _NO_SHAPING = LogitShaping()
 EX_CONFIG = 78
 """sysexits.h: the configuration is wrong, trying again is useless."""
 
+SPARE_NICENESS = 10
+"""Of the imports of a spare, which take seconds of a core that the world that serves wants too."""
+
 
 def main(argv: list[str] | None = None) -> None:
     arguments = _parse(argv)
@@ -43,26 +49,31 @@ def main(argv: list[str] | None = None) -> None:
     if page_path:
         die_with_parent()
     page = ProgressPage.open(Path(page_path) if page_path else None)
+    gate = StartGate.from_environment()
     try:
-        _run(arguments, page)
+        _run(arguments, page, gate)
     except BaseException as error:
         _die(error)
 
 
-def _run(arguments: argparse.Namespace, page: ProgressPage) -> None:
+def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate) -> None:
     page.enter(Phase.IMPORTING)
     # Read when OpenMP is loaded. Threads that spin for milliseconds hold up the ones that they wait for wherever
     # cores are shared with anything else.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if not gate.is_open():
+        _import_at_low_priority(gate)
     import torch
 
     from engine.collectives.mpi import join_world
-    from engine.engine import EngineSettings, build_engine
+    from engine.engine import EngineSettings, load_engine
     from engine.step_loop import Leader, follow
 
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+    if gate.kind is SpareKind.WARM:
+        _park(page, gate)
     page.enter(Phase.JOINING)
-    world = join_world(arguments.tp, arguments.pp, cuda)
+    world = join_world(arguments.tp, arguments.pp, cuda, page.collective)
     torch.set_num_threads(arguments.threads or _default_threads(world.local_size))
     page.enter(Phase.LOADING)
     settings = EngineSettings(
@@ -73,10 +84,17 @@ def _run(arguments: argparse.Namespace, page: ProgressPage) -> None:
         max_num_seqs=arguments.max_num_seqs,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         kv_cache_bytes=arguments.kv_cache_memory,
+        kv_cache_blocks=arguments.kv_cache_blocks,
+        memory_share=arguments.memory_share,
     )
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
-    engine = build_engine(world, settings, device, page.load)
+    loaded = load_engine(world, settings, device, page.load)
+    page.hold_kv_blocks(loaded.num_blocks)
     world.control.barrier()
+    if gate.kind is SpareKind.HOT:
+        _park(page, gate)
+        page.enter(Phase.LOADING)
+    engine = loaded.reserve_cache()
     sign = _PageSign(page)
     if world.at.rank != 0:
         # The stop plan ends this rank; until it comes, rank 0 may still need it.
@@ -104,6 +122,34 @@ def _run(arguments: argparse.Namespace, page: ProgressPage) -> None:
         gateway.close()
     page.enter(Phase.STOPPING)
     world.control.close()
+
+
+def _import_at_low_priority(gate: StartGate) -> None:
+    """Imports what takes long in a thread that gives way to the world that serves. A thread, since nobody but
+    root may raise a priority again, and the rank itself must not stay low."""
+
+    def work() -> None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SPARE_NICENESS)
+        # What fails here fails again in the rank's own thread, and is reported there.
+        with contextlib.suppress(Exception):
+            for name in ("torch", "engine.collectives.mpi", "engine.engine", "engine.step_loop"):
+                importlib.import_module(name)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    hurried = False
+    while thread.is_alive():
+        thread.join(0.05)
+        if not hurried and gate.is_open() and thread.native_id is not None:
+            hurried = True
+            with contextlib.suppress(OSError):  # without the right to it, it stays low: no world competes now
+                os.setpriority(os.PRIO_PROCESS, thread.native_id, 0)
+
+
+def _park(page: ProgressPage, gate: StartGate) -> None:
+    page.enter(Phase.PARKED)
+    gate.wait()
 
 
 def _default_threads(local_size: int) -> int:
@@ -138,8 +184,8 @@ class _PageSign:
     def idle(self) -> None:
         self._page.enter(Phase.IDLE)
 
-    def stepping(self, step: int) -> None:
-        self._page.step(step)
+    def stepping(self, step: int, num_tokens: int) -> None:
+        self._page.step(step, num_tokens)
 
 
 class _GatewayPort:
@@ -309,6 +355,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=0,
         help="bytes of KV cache on each rank (default: 40 %% of the free memory of the host, divided by its ranks)",
+    )
+    parser.add_argument(
+        "--kv-cache-blocks",
+        type=int,
+        default=0,
+        help="blocks of 16 tokens in the KV cache, in place of --kv-cache-memory",
+    )
+    parser.add_argument(
+        "--memory-share",
+        type=float,
+        default=1.0,
+        help="share of the default KV cache, for worlds that are not alone on their host",
     )
     parser.add_argument(
         "--shard-cache", type=Path, default=cache / "shards", help="where cut weights are kept"

@@ -61,7 +61,7 @@ class ProgressSign(Protocol):
 
     def idle(self) -> None: ...
 
-    def stepping(self, step: int) -> None: ...
+    def stepping(self, step: int, num_tokens: int) -> None: ...
 
 
 class Leader:
@@ -119,7 +119,7 @@ class Leader:
 
     def _start(self, plan: StepPlan) -> None:
         self._step = plan.step
-        self._sign.stepping(plan.step)
+        self._sign.stepping(plan.step, plan.num_tokens)
         self._world.control.broadcast_plan(self._codec.encode(plan))
         result = self._runner.run(plan)
         self._prompt_tokens += sum(len(chunk.token_ids) for chunk in plan.chunks)
@@ -158,7 +158,7 @@ def follow(world: World, runner: StageRunner, sign: ProgressSign) -> None:
         plan = codec.decode(world.control.receive_plan())
         if plan.stop:
             return
-        sign.stepping(plan.step)
+        sign.stepping(plan.step, plan.num_tokens)
         result = runner.run(plan)
         if result is not None:
             world.control.send_result(plan.slot, encoder.encode(result))

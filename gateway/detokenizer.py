@@ -28,6 +28,11 @@ class Detokenizer(Protocol):
         """What was held back; an incomplete character becomes U+FFFD."""
         ...
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether a part of a character is held back."""
+        ...
+
 
 class ByteTable:
     """The bytes of each token of a byte-level BPE vocabulary (GPT-2's mapping of bytes to printable
@@ -68,6 +73,10 @@ class ByteLevelDetokenizer:
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
 
+    @property
+    def is_holding(self) -> bool:
+        return bool(self._decoder.getstate()[0])
+
 
 class WindowDetokenizer:
     """For every other kind of tokenizer: decodes a short window of tokens with and without the new one and
@@ -91,6 +100,10 @@ class WindowDetokenizer:
 
     def finish(self) -> str:
         return self._emit(self._tokenizer.decode(self._window)) if self._window else ""
+
+    @property
+    def is_holding(self) -> bool:
+        return len(self._window) > self._emitted
 
     def _emit(self, text: str) -> str:
         new = text[len(self._text) :]
@@ -145,12 +158,18 @@ class StopStrings:
         return held
 
 
+HELD = -1
+"""In a trace: the token's text ends with a character that is not complete yet."""
+
+
 class TextStream:
     """The text of one request as it grows: detokenizer, then stop strings."""
 
     def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = ()) -> None:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
+        self._trace: list[int] | None = None
+        self._num_characters = 0
 
     @property
     def matched_stop(self) -> str | None:
@@ -158,11 +177,25 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that this token settles."""
-        return self._stops.push(self._detokenizer.push(token_id))
+        text = self._detokenizer.push(token_id)
+        if self._trace is not None:
+            self._num_characters += len(text)
+            self._trace.append(HELD if self._detokenizer.is_holding else self._num_characters)
+        return self._stops.push(text)
 
     def finish(self) -> str:
         """The text held back, at the end of the request. A stop string may still be found in it."""
         return self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+
+    def start_trace(self) -> None:
+        """From now on `take_trace` says where the text of each token ends; costs a little for each token."""
+        self._trace = []
+
+    def take_trace(self) -> list[int]:
+        """For each token pushed since the last call: the characters of text up to its end, or HELD. Text that the
+        stop strings hold back counts."""
+        trace, self._trace = self._trace, []
+        return trace or []
 
 
 def special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:

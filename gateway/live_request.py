@@ -39,10 +39,12 @@ class Request:
 
     __slots__ = (
         "accepted_at",
+        "deadline_timer",
         "engine_id",
         "entry",
         "epoch",
         "first_token_at",
+        "has_prompt_logprobs",
         "last_token_at",
         "resubmits",
         "sink",
@@ -64,7 +66,10 @@ class Request:
         self.accepted_at = time.monotonic()
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
+        self.has_prompt_logprobs = False
+        """They have come; a later world is not asked for them."""
         self.wait_timer: asyncio.TimerHandle | None = None
+        self.deadline_timer: asyncio.TimerHandle | None = None
 
     @property
     def request_id(self) -> str:

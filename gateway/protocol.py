@@ -103,6 +103,9 @@ class Submit(Struct, frozen=True, tag="submit", tag_field="type", omit_defaults=
     """Stop strings; only the front takes them."""
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
     """Lower is served first; first come first served within one."""
+    timeout_s: Annotated[float, Meta(gt=0.0)] | None = None
+    """Seconds after which the request ends with the error "timeout", whatever it has brought; only the front
+    takes it, and keeps it across worlds."""
 
 
 class Cancel(Struct, frozen=True, tag="cancel", tag_field="type"):
@@ -187,6 +190,7 @@ ErrorCode = Literal[
     "bad_message",  # not a valid message, or a version that is not spoken
     "not_connected",  # the server does not know this connection (any more): hello first, then submit again
     "invalid_request",  # the request asks for something that is not allowed; retrying is useless
+    "timeout",  # the request's own deadline has passed; it was cancelled
     "overloaded",  # too many requests are waiting; retry later
     "unavailable",  # no world is there to serve it, and the wait limit has passed
     "internal",  # the server's fault
@@ -243,9 +247,11 @@ class RankEntry(Struct, frozen=True):
     pid: int
     guard_pid: int
     state: str
-    """Phase from the rank's progress page: starting, importing, joining, loading, idle, stepping, ..."""
+    """Phase from the rank's progress page: starting, importing, joining, loading, parked, idle, stepping, ..."""
     step: int
     heartbeat_age_s: float
+    memory_bytes: int = 0
+    """What the rank of a spare that is parked holds of the host's memory; 0: not measured."""
 
 
 class WorldEntry(Struct, frozen=True):
@@ -261,6 +267,8 @@ class WorldEntry(Struct, frozen=True):
     gateway: str | None
     """ZeroMQ endpoint of rank 0, once it listens."""
     ranks: list[RankEntry]
+    spare: str | None = None
+    """Of a spare its kind, warm or hot; None once it is promoted."""
 
 
 class Fault(Struct, frozen=True):
@@ -270,7 +278,7 @@ class Fault(Struct, frozen=True):
     at: float
     """Unix time in seconds."""
     kind: str
-    """exit, killed, frozen, lost, mpirun, start."""
+    """exit, killed, frozen, hung, lost, mpirun, start."""
     rank: int | None
     host: str | None
     detail: str

@@ -12,6 +12,7 @@ import time
 import msgspec
 import zmq
 
+from gateway.checks import check_submit
 from gateway.protocol import (
     PROTOCOL_VERSION,
     Cancel,
@@ -97,7 +98,10 @@ class Rank0Gateway:
         """Sends what step `step` brought: one Tokens message for each client in `outputs`."""
         by_client: dict[bytes, list[Output]] = {}
         for client, output in outputs:
-            if client in by_client:
+            if output.prompt_logprobs:
+                # They may be megabytes: a message of their own stays below the bound of one.
+                self._router.send(client, Tokens(self._epoch, step, [output]))
+            elif client in by_client:
                 by_client[client].append(output)
             else:
                 by_client[client] = [output]
@@ -172,36 +176,3 @@ def with_seed(params: SamplingParams) -> SamplingParams:
     if params.seed is not None:
         return params
     return msgspec.structs.replace(params, seed=secrets.randbits(63))
-
-
-def check_submit(submit: Submit, limits: Limits) -> str | None:
-    """What is wrong with a request of token ids for a world with these limits; None if nothing is."""
-    if submit.prompt is not None:
-        return "a text prompt: rank 0 takes prompt_token_ids only; send text to the front"
-    if submit.stop:
-        return "stop strings: rank 0 knows token ids only; send them to the front, or use stop_token_ids"
-    if len(submit.output_token_ids) >= submit.params.max_tokens:
-        return (
-            f"{len(submit.output_token_ids)} output tokens are given, "
-            f"max_tokens {submit.params.max_tokens} leaves none to generate"
-        )
-    largest = max(submit.output_token_ids, default=0)
-    if largest >= limits.vocab_size:
-        return f"token id {largest} is not in the vocabulary of {limits.vocab_size} tokens"
-    return check_prompt(submit.prompt_token_ids, submit.params.max_tokens, limits)
-
-
-def check_prompt(prompt_token_ids: list[int], max_tokens: int, limits: Limits) -> str | None:
-    """What is wrong with the number or the range of a prompt's tokens; None if nothing is."""
-    if not prompt_token_ids:
-        return "the prompt is empty; at least one token is needed"
-    largest = max(prompt_token_ids)
-    if largest >= limits.vocab_size:
-        return f"token id {largest} is not in the vocabulary of {limits.vocab_size} tokens"
-    total = len(prompt_token_ids) + max_tokens
-    asked = f"the prompt has {len(prompt_token_ids)} tokens and max_tokens is {max_tokens}, {total} together"
-    if total > limits.max_model_len:
-        return f"{asked}; the maximum length of this model is {limits.max_model_len} tokens"
-    if total > limits.kv_cache_tokens:
-        return f"{asked}; the KV cache holds {limits.kv_cache_tokens} tokens (--kv-cache-memory)"
-    return None

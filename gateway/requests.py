@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from gateway.checks import check_params, check_prompt
 from gateway.errors import RequestFailed
+from gateway.grammars import problem_of
 from gateway.journal import Journal, JournalEntry, PositionError
 from gateway.live_request import Request, Sink, World
 from gateway.log import Logger
@@ -30,7 +32,7 @@ from gateway.protocol import (
     Tokens,
     Welcome,
 )
-from gateway.rank0 import check_prompt, with_seed
+from gateway.rank0 import with_seed
 from gateway.text import TextModel
 
 MAX_RESUBMITS_IN_A_WORLD = 3
@@ -111,12 +113,14 @@ class Requests:
         sink: Sink,
         output_token_ids: list[int] | None = None,
         priority: int = 0,
+        timeout_s: float | None = None,
     ) -> Request:
         """Takes a request on, from now on it is not lost. Its outputs go to `sink`, never before this
         returns.
 
-        `output_token_ids`: tokens that the client has from earlier; they are not sent again. Raises
-        RequestFailed: overloaded, or invalid_request where the last world's limits do not allow it.
+        `output_token_ids`: tokens that the client has from earlier; they are not sent again. `timeout_s`:
+        when the request ends with the error "timeout", if it runs or waits by then. Raises RequestFailed:
+        overloaded, or invalid_request where the last world's limits do not allow it.
         """
         self.check_admission()
         problem = self._problem(prompt_token_ids, params, stop, output_token_ids or [])
@@ -137,10 +141,12 @@ class Requests:
         self._num_waiting += 1
         self._metrics.accepted += 1
         self._metrics.prompt_tokens += len(prompt_token_ids)
+        loop = asyncio.get_running_loop()
+        if timeout_s is not None:
+            request.deadline_timer = loop.call_later(timeout_s, self._pass_deadline, request, timeout_s)
         if self._world is not None:
             self._submit(request, self._world)
         else:
-            loop = asyncio.get_running_loop()
             request.wait_timer = loop.call_later(self.max_wait_s, self._give_up_waiting, request)
         self._count()
         return request
@@ -225,12 +231,18 @@ class Requests:
             return (
                 f"{len(output_token_ids)} output tokens are given already, max_tokens is {params.max_tokens}"
             )
+        if params.grammar is not None and (problem := problem_of(params.grammar)) is not None:
+            return problem
         if self.welcome is None:
             return None
         limits = self.welcome.limits
         if max(output_token_ids, default=0) >= limits.vocab_size:
             return f"an output token id is not in the vocabulary of {limits.vocab_size} tokens"
-        return check_prompt(prompt_token_ids, params.max_tokens, limits)
+        problem = check_prompt(prompt_token_ids, params.max_tokens, limits)
+        if problem is not None:
+            return problem
+        found = check_params(params, limits, len(prompt_token_ids))
+        return found and found.message
 
     def _submit(self, request: Request, world: World) -> None:
         assert world.welcome is not None
@@ -243,13 +255,16 @@ class Requests:
             request.engine_id = f"{entry.request_id}.{request.submissions}"
         request.epoch = world.welcome.epoch
         self._in_engine[request.engine_id] = request
+        params = entry.params
+        if request.has_prompt_logprobs:
+            params = msgspec.structs.replace(params, prompt_logprobs=None)
         world.send(
             Submit(
                 request.engine_id,
                 epoch=request.epoch,
                 prompt_token_ids=entry.prompt_token_ids,
                 output_token_ids=entry.output_token_ids,
-                params=entry.params,
+                params=params,
                 priority=entry.priority,
             )
         )
@@ -303,6 +318,8 @@ class Requests:
         token_ids, finish_reason, stop_reason = output.token_ids, output.finish_reason, output.stop_reason
         if token_ids:
             self._time(request, now)
+        if output.prompt_logprobs is not None:
+            request.has_prompt_logprobs = True
         pieces = []
         # An end token has no text, even if it is no special token.
         silent = len(token_ids) - 1 if self._ends(request, output) else -1
@@ -377,6 +394,12 @@ class Requests:
         self._fail(request, self._unavailable())
         self._call_after_batch()
 
+    def _pass_deadline(self, request: Request, timeout_s: float) -> None:
+        count = len(request.entry.output_token_ids)
+        text = f"the request was cancelled at its timeout of {timeout_s:.3g} s, after {count} output tokens"
+        self._fail(request, RequestFailed("timeout", text))
+        self._call_after_batch()
+
     def _unavailable(self) -> RequestFailed:
         self._metrics.refused["unavailable"] += 1
         text = f"no world has come up to serve the model within {self.max_wait_s:g} s; try again later"
@@ -394,6 +417,8 @@ class Requests:
         self._journal.finish(request.request_id, reason)
         if request.wait_timer is not None:
             request.wait_timer.cancel()
+        if request.deadline_timer is not None:
+            request.deadline_timer.cancel()
         if request.first_token_at is None:
             self._num_waiting -= 1
         self._metrics.finished[reason or "error"] += 1

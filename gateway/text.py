@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,7 @@ class TextModel:
         self.chat_template = chat_template
         self._special = special_token_ids(tokenizer)
         self._byte_table = ByteTable(tokenizer) if _is_byte_level(tokenizer) else None
+        self._token_bytes: dict[int, bytes] = {}
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextModel:
@@ -92,6 +94,27 @@ class TextModel:
         if self.chat_template is None:
             raise ModelFilesError("this model has no chat template; use /v1/completions")
         return self.encode(self.chat_template.render(messages), add_special_tokens=False, at_most=at_most)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for by itself; of a special token its name. Empty for an id that the tokenizer
+        does not know. Log-probabilities name tokens by it."""
+        found = self._token_bytes.get(token_id)
+        if found is None:
+            found = self._token_bytes[token_id] = self._look_up_bytes(token_id)
+        return found
+
+    def _look_up_bytes(self, token_id: int) -> bytes:
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._special:
+            return str(token).encode()
+        if self._byte_table is not None:
+            return self._byte_table[token_id]
+        byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+        if byte:
+            return bytes([int(byte[1], 16)])
+        return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
     def stream(self, stops: Sequence[str] = ()) -> TextStream:
         """The text of a new request. Raises ValueError for an empty stop string."""

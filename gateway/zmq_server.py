@@ -11,6 +11,7 @@ import asyncio
 import msgspec
 
 from gateway.errors import RequestFailed
+from gateway.grammars import problem_of
 from gateway.live_request import Request
 from gateway.protocol import PROTOCOL_VERSION, Output, Submit, Tokens, Welcome
 from gateway.requests import Requests
@@ -108,16 +109,16 @@ class ZmqServer:
 
     def _submit(self, client: bytes, message: Submit) -> None:
         live = self._live[client, message.request_id] = _ClientRequest(self, client, message.request_id)
-        if message.prompt is None:
-            self._accept(live, message, message.prompt_token_ids)
-        elif message.prompt_token_ids:
+        if message.prompt is not None and message.prompt_token_ids:
             self.fail(live, RequestFailed("invalid_request", "give prompt or prompt_token_ids, not both"))
-        elif len(message.prompt) <= LONG_TEXT:
-            self._encode_and_accept(live, message, message.prompt)
-        else:
-            task = asyncio.ensure_future(self._encode_long(live, message, message.prompt))
+        elif len(message.prompt or "") > LONG_TEXT or message.params.grammar is not None:
+            task = asyncio.ensure_future(self._accept_long(live, message))
             self._background.add(task)
             task.add_done_callback(self._background.discard)
+        elif message.prompt is None:
+            self._accept(live, message, message.prompt_token_ids)
+        else:
+            self._encode_and_accept(live, message, message.prompt)
 
     def _encode_and_accept(self, live: _ClientRequest, message: Submit, prompt: str) -> None:
         try:
@@ -127,10 +128,15 @@ class ZmqServer:
             return
         self._accept(live, message, prompt_token_ids)
 
-    async def _encode_long(self, live: _ClientRequest, message: Submit, prompt: str) -> None:
+    async def _accept_long(self, live: _ClientRequest, message: Submit) -> None:
+        """For what takes so long that it is done in a thread."""
+        prompt_token_ids = message.prompt_token_ids
         try:
-            at_most = self._max_model_len()
-            prompt_token_ids = await asyncio.to_thread(self._text.encode, prompt, at_most=at_most)
+            if message.prompt is not None:
+                at_most = self._max_model_len()
+                prompt_token_ids = await asyncio.to_thread(self._text.encode, message.prompt, at_most=at_most)
+            if message.params.grammar is not None:
+                await asyncio.to_thread(problem_of, message.params.grammar)  # kept, for accept
         except ValueError as error:
             self.fail(live, RequestFailed("invalid_request", str(error)))
             return
@@ -149,6 +155,7 @@ class ZmqServer:
                 live,
                 message.output_token_ids,
                 message.priority,
+                message.timeout_s,
             )
         except RequestFailed as error:
             self.fail(live, error)

@@ -1,7 +1,7 @@
 """The guard: parent of one rank, started by mpirun. It reaps its rank, sees it stopped, beats to the
 supervisor and kills the rank on order. It must never outlive supervisor or mpirun, nor leave its rank behind.
 
-    python -m launcher.guard --epoch N -- COMMAND...
+    python -m launcher.guard --epoch N [--spare warm|hot] -- COMMAND...
 """
 
 from __future__ import annotations
@@ -16,103 +16,58 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
 
+from launcher.guard_environment import PREFIX, GuardEnvironment, rank_of_environment
+from launcher.hangs import HangWatch
+from launcher.post_mortem import describe_progress, last_lines, memory_bytes
 from launcher.processes import ProcessId, StateReader, host_id, host_name, is_alive
 from launcher.watch import (
     PARENT_VARIABLE,
     PROGRESS_PAGE_VARIABLE,
+    START_GATE_VARIABLE,
     Beat,
     FaultReport,
+    Go,
     GuardHello,
     Kill,
     Killed,
     Message,
     MessageError,
     Phase,
-    Progress,
     ProgressPage,
+    SpareKind,
     from_bytes,
 )
 
 BEAT_INTERVAL_S = 0.05
 STARTING_INTERVAL_S = 0.01
 """A rank that starts is looked at more often: everybody waits for it. At rest each look costs 0.2 ms."""
+PARKED_INTERVAL_S = 0.25
+"""Nobody waits for the rank of a spare; its end wakes the guard at once all the same."""
+MEMORY_INTERVAL_S = 30.0
+"""How often the memory of a parked rank is measured, which takes milliseconds."""
 FROZEN_AFTER_S = 0.45
 """A rank stopped for less goes on as if nothing had been (a debugger, a checkpoint, a busy cgroup)."""
 ORDER_WAIT_S = 5.0
 """How long a guard whose rank has ended waits for the supervisor's order before it ends by itself."""
-LAST_LINES_BYTES = 4096
-
-_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
-
-
-@dataclass(frozen=True)
-class GuardEnvironment:
-    """What the supervisor hands to every guard of a world, through the environment: keys never stand on a
-    command line, and the guard takes them out of what its rank inherits."""
-
-    endpoint: str
-    """Where the supervisor's ROUTER listens."""
-    server_key: str
-    public_key: str
-    secret_key: str
-    """CURVE keys, Z85: the supervisor's public one, and the pair of this run's guards."""
-    supervisor: ProcessId
-    supervisor_host_id: str
-    world_dir: Path
-    """For the ranks' output."""
-    shm_dir: Path
-    """The world's shared-memory folder."""
-
-    _PREFIX = "PHALANX_GUARD_"
-
-    def to_environment(self) -> dict[str, str]:
-        """The variables; from_environment is the inverse."""
-        prefix = self._PREFIX
-        return {
-            f"{prefix}ENDPOINT": self.endpoint,
-            f"{prefix}SERVER_KEY": self.server_key,
-            f"{prefix}PUBLIC_KEY": self.public_key,
-            f"{prefix}SECRET_KEY": self.secret_key,
-            f"{prefix}SUPERVISOR": f"{self.supervisor.pid} {self.supervisor.start} {self.supervisor_host_id}",
-            f"{prefix}WORLD_DIR": str(self.world_dir),
-            f"{prefix}SHM_DIR": str(self.shm_dir),
-        }
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> GuardEnvironment:
-        """Raises KeyError or ValueError for what is missing or malformed."""
-        prefix = cls._PREFIX
-        pid, start, supervisor_host_id = environment[f"{prefix}SUPERVISOR"].split(" ", 2)
-        return cls(
-            endpoint=environment[f"{prefix}ENDPOINT"],
-            server_key=environment[f"{prefix}SERVER_KEY"],
-            public_key=environment[f"{prefix}PUBLIC_KEY"],
-            secret_key=environment[f"{prefix}SECRET_KEY"],
-            supervisor=ProcessId(int(pid), int(start)),
-            supervisor_host_id=supervisor_host_id,
-            world_dir=Path(environment[f"{prefix}WORLD_DIR"]),
-            shm_dir=Path(environment[f"{prefix}SHM_DIR"]),
-        )
-
-
-def rank_of_environment(environment: Mapping[str, str]) -> int:
-    """The rank that the MPI launcher gave this process; 0 without one."""
-    for variable in _RANK_VARIABLES:
-        if variable in environment:
-            return int(environment[variable])
-    return 0
 
 
 class Guard:
     """Watches one rank from its start to its end. `run` returns the guard's exit code."""
 
-    def __init__(self, epoch: int, rank: int, environment: GuardEnvironment, command: Sequence[str]) -> None:
+    def __init__(
+        self,
+        epoch: int,
+        rank: int,
+        environment: GuardEnvironment,
+        command: Sequence[str],
+        spare: SpareKind = SpareKind.NONE,
+    ) -> None:
+        """`spare`: where the rank parks until the supervisor says go."""
         self.epoch = epoch
         self.rank = rank
         self._environment = environment
@@ -124,6 +79,12 @@ class Guard:
         self._ended_at: float | None = None
         self._exit_code: int | None = None
         self._told_to_end = False
+        self._spare = spare
+        self._gate: int | None = None
+        """Write end of the pipe at which the rank of a spare waits; None once it may go on."""
+        self._hangs = HangWatch()
+        self._memory_bytes = 0
+        self._memory_at = -MEMORY_INTERVAL_S
         self._interval_s = STARTING_INTERVAL_S
         self._last_beat = 0.0
         self._last_view: tuple[Phase, str | None] | None = None
@@ -159,16 +120,19 @@ class Guard:
         self._told_to_end = True
 
     def _spawn(self, page_path: Path) -> subprocess.Popen[bytes]:
-        variables = {
-            name: value for name, value in os.environ.items() if not name.startswith(GuardEnvironment._PREFIX)
-        }
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         variables[PROGRESS_PAGE_VARIABLE] = str(page_path)
         variables[PARENT_VARIABLE] = str(os.getpid())
         variables["PYTHONUNBUFFERED"] = "1"
         variables["PYTHONFAULTHANDLER"] = "1"  # a segmentation fault leaves a trace for the post-mortem
+        gate = -1
+        if self._spare is not SpareKind.NONE:
+            gate, self._gate = os.pipe()
+            os.set_inheritable(gate, True)
+            variables[START_GATE_VARIABLE] = f"{self._spare.value} {gate}"
         with self._log_path.open("ab") as log:
             # MPICH's launcher hands the rank an open file descriptor, which has to reach it.
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self._command,
                 env=variables,
                 stdin=subprocess.DEVNULL,
@@ -176,6 +140,9 @@ class Guard:
                 stderr=subprocess.STDOUT,
                 close_fds=False,
             )
+        if gate >= 0:
+            os.close(gate)
+        return process
 
     def _connect(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
         link = context.socket(zmq.DEALER)
@@ -214,7 +181,8 @@ class Guard:
             poller.register(supervisor_descriptor, select.POLLIN)
         checked_at = time.monotonic()
         while True:
-            events = dict(poller.poll(round(self._interval_s * 1000)))
+            planned_s = self._interval_s
+            events = dict(poller.poll(round(planned_s * 1000)))
             now = time.monotonic()
             if self._wake.fileno() in events:
                 with contextlib.suppress(BlockingIOError):
@@ -223,7 +191,7 @@ class Guard:
                 poller.unregister(rank_descriptor)
                 os.close(rank_descriptor)
                 self._on_rank_end(now - checked_at)
-            if self._told_to_end or (self._link in events and self._ordered_to_kill()):
+            if self._told_to_end or (self._link in events and self._hear_orders()):
                 self._kill_rank()
                 self._send(Killed(epoch=self.epoch, rank=self.rank))
                 return self._end_code()
@@ -234,7 +202,7 @@ class Guard:
                 return self._end_code()
             if self._ended_at is not None and now - self._ended_at > ORDER_WAIT_S:
                 return self._end_code()
-            late_s = max(0.0, now - checked_at - self._interval_s)
+            late_s = max(0.0, now - checked_at - planned_s)
             checked_at = now
             self._check_state(now, late_s)
 
@@ -269,7 +237,7 @@ class Guard:
         self._report(kind, detail, code, since_check_s)
 
     def _check_state(self, now: float, late_s: float) -> None:
-        """Beats, and reports a rank that has been stopped for too long."""
+        """Beats, and reports a rank that has been stopped or silent for too long."""
         state = self._state.read()
         if state not in "Tt":
             self._stopped_since = None
@@ -283,11 +251,25 @@ class Guard:
                 detail = f"rank {self.rank} has been stopped for {stopped_s:.2f} s while {doing}"
                 self._report("frozen", detail, None, stopped_s)
         progress = self._page.read()
+        hung_s = self._hangs.check(progress, now, late_s)
+        if hung_s is not None and not self._reported:
+            doing = describe_progress(progress)
+            limit_s = self._hangs.limit_s(progress.num_tokens)
+            detail = f"rank {self.rank} has made no progress for {hung_s:.2f} s while {doing}"
+            self._report("hung", f"{detail}; {limit_s:.1f} s were allowed", None, hung_s)
+        parked = progress.phase is Phase.PARKED and self._gate is not None
+        if parked and now - self._memory_at >= MEMORY_INTERVAL_S:
+            self._memory_at = now
+            self._memory_bytes = memory_bytes(self._process.pid)
         view = (progress.phase, progress.endpoint)
         if now - self._last_beat >= 0.9 * BEAT_INTERVAL_S or view != self._last_view:
             self._last_beat = now
-            serving = progress.phase in (Phase.IDLE, Phase.STEPPING)
-            self._interval_s = BEAT_INTERVAL_S if serving else STARTING_INTERVAL_S
+            if parked:
+                self._interval_s = PARKED_INTERVAL_S
+            elif progress.phase in (Phase.IDLE, Phase.STEPPING):
+                self._interval_s = BEAT_INTERVAL_S
+            else:
+                self._interval_s = STARTING_INTERVAL_S
             self._last_view = view
             self._send(
                 Beat(
@@ -301,6 +283,8 @@ class Guard:
                     load_done=progress.load_done,
                     load_total=progress.load_total,
                     endpoint=progress.endpoint,
+                    kv_blocks=progress.kv_blocks,
+                    memory_bytes=self._memory_bytes if parked else 0,
                 )
             )
 
@@ -318,7 +302,8 @@ class Guard:
             )
         )
 
-    def _ordered_to_kill(self) -> bool:
+    def _hear_orders(self) -> bool:
+        """Lets the rank of a spare go when told to; True if the rank is to be killed."""
         while True:
             try:
                 message = from_bytes(self._link.recv(zmq.NOBLOCK))
@@ -328,6 +313,12 @@ class Guard:
                 continue
             if isinstance(message, Kill) and message.epoch >= self.epoch:
                 return True
+            if isinstance(message, Go) and message.epoch == self.epoch and self._gate is not None:
+                with contextlib.suppress(BrokenPipeError):  # the rank is dead, which is reported by itself
+                    os.write(self._gate, b"g")
+                os.close(self._gate)
+                self._gate = None
+                self._interval_s = STARTING_INTERVAL_S
 
     def _kill_rank(self) -> None:
         if self._exit_code is None:
@@ -346,32 +337,15 @@ class Guard:
             self._link.send(message.to_bytes(), zmq.NOBLOCK)
 
 
-def describe_progress(progress: Progress) -> str:
-    """What a rank is doing, as the end of a sentence after "while"."""
-    if progress.phase is Phase.STEPPING:
-        return f"in step {progress.step}, after {progress.collective} collectives"
-    if progress.phase is Phase.LOADING:
-        return f"loading ({progress.load_done / 1e6:.0f} of {progress.load_total / 1e6:.0f} MB)"
-    return progress.phase.name.lower()
-
-
-def last_lines(path: Path) -> str:
-    """The end of a file of output, at most 4 KiB, beginning with a whole line; empty if there is none."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - LAST_LINES_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    if size > LAST_LINES_BYTES and "\n" in text:
-        text = text.split("\n", 1)[1]
-    return text.strip("\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launcher.guard", description="Parent of one rank of a world.")
     parser.add_argument("--epoch", type=int, required=True, help="number of the world that the rank is of")
+    parser.add_argument(
+        "--spare",
+        type=SpareKind,
+        default=SpareKind.NONE,
+        help="none, warm or hot: where the rank parks until the supervisor says go",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command of the rank")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
@@ -381,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = GuardEnvironment.from_environment(os.environ)
     except (KeyError, ValueError) as error:
         parser.error(f"started without the supervisor's environment ({error})")
-    return Guard(options.epoch, rank_of_environment(os.environ), environment, command).run()
+    return Guard(options.epoch, rank_of_environment(os.environ), environment, command, options.spare).run()
 
 
 if __name__ == "__main__":

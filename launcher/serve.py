@@ -23,10 +23,13 @@ from launcher.run_dir import RunDir, RunDirInUse
 from launcher.settings import Settings, default_cache_dir, default_run_dir
 from launcher.stop_signals import StopSignals
 from launcher.supervisor import Supervisor
-from launcher.watch import Phase, adopt_orphans
-from launcher.worlds import World, WorldPlan
+from launcher.watch import Phase, SpareKind, adopt_orphans
+from launcher.world_records import WorldPlan
+from launcher.worlds import World
 
 _BACKLOG = 2048
+HOT_MEMORY_SHARE = 0.5
+"""Of what a world would take for its KV cache if it were alone on its host."""
 
 
 def serve(settings: Settings) -> int:
@@ -83,6 +86,7 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
             on_ready=lambda world, state: _say_ready(
                 display, settings.host, port, world, state, prepared.path
             ),
+            spare=SpareKind(settings.spare),
         ).run()
         display.say("stopped")
     finally:
@@ -161,6 +165,8 @@ def rank_command(settings: Settings, prepared: PreparedModel, name: str) -> list
         command += ["--max-model-len", str(settings.max_model_len)]
     if settings.kv_cache_memory:
         command += ["--kv-cache-memory", str(settings.kv_cache_memory)]
+    if settings.spare == SpareKind.HOT.value:
+        command += ["--memory-share", str(HOT_MEMORY_SHARE)]
     return command
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from launcher.errors import SettingsError
 
 DTYPES = ("auto", "float32", "bfloat16")
+SPARES = ("none", "warm", "hot")
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -56,7 +57,7 @@ class Settings:
     model: str
     tp: int = _flag(1, "ranks that share each layer (tensor parallelism)", "N")
     pp: int = _flag(1, "stages that the layers are cut into (pipeline parallelism)", "N")
-    dtype: str = _flag("auto", "numbers that the model computes with; auto: as it was published")
+    dtype: str = _flag("auto", "numbers that the model computes with; auto: bfloat16")
     host: str = _flag("127.0.0.1", "address that HTTP listens on", "H")
     port: int = _flag(8000, "port that HTTP listens on; 0: any free one", "P")
     zmq: str = _flag("tcp://127.0.0.1:5555", "endpoint that the front's ZeroMQ server listens on", "ENDPOINT")
@@ -65,6 +66,12 @@ class Settings:
     max_num_batched_tokens: int = _flag(1024, "most tokens that one step computes", "N")
     kv_cache_memory: int = _flag(0, "KV cache of a rank, like 2GiB; 0: a share of the free memory", "SIZE")
     served_model_name: str = _flag("", "name that clients call the model by; default: its own", "NAME")
+    spare: str = _flag(
+        "warm",
+        "what is kept ready for when a world dies. none: nothing, a new one is started in seconds; warm: its "
+        "processes, parked after their imports, for some 200 MB a rank; hot: weights mapped as well, shared on "
+        "CPUs, and half the share of memory for the KV cache. `phalanx status` shows what it takes",
+    )
     max_wait_s: float = _flag(60.0, "how long a request waits for a world before it is refused", "SECONDS")
     run_dir: Path | None = field(
         default=None,
@@ -94,6 +101,8 @@ class Settings:
                 raise SettingsError(f"{_as_flag(name)} {value}: must be {least} or more")
         if self.dtype not in DTYPES:
             raise SettingsError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
+        if self.spare not in SPARES:
+            raise SettingsError(f"--spare {self.spare}: must be one of {', '.join(SPARES)}")
         if not 0 <= self.port <= 65535:
             raise SettingsError(f"--port {self.port}: must be from 0 to 65535")
         if not re.match(r"(tcp|ipc)://.", self.zmq):
@@ -123,7 +132,7 @@ class Settings:
             parser.add_argument(
                 _as_flag(setting.name),
                 metavar=setting.metadata["metavar"],
-                choices=DTYPES if setting.name == "dtype" else None,
+                choices={"dtype": DTYPES, "spare": SPARES}.get(setting.name),
                 default=argparse.SUPPRESS,  # so that the config file's value is not covered by a default
                 help=f"{setting.metadata['help']}{_default_text(setting.default)}",
             )

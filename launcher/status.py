@@ -22,7 +22,10 @@ def format_cluster(cluster: dict[str, Any]) -> list[str]:
     lines = []
     for world in cluster.get("worlds", []):
         shape = f"tp {world['tp']}, pp {world['pp']}"
-        lines.append(f"world {world['epoch']}  {world['state']}  {world['model']}  ({shape})")
+        state = world["state"]
+        if world.get("spare"):
+            state += f" ({', '.join([world['spare'], *_memory(world)])})"
+        lines.append(f"world {world['epoch']}  {state}  {world['model']}  ({shape})")
         rows = [("rank", "tp", "pp", "host", "pid", "guard", "state", "step", "heartbeat")]
         rows += [
             (
@@ -53,3 +56,9 @@ def format_cluster(cluster: dict[str, Any]) -> list[str]:
         end = f"served again after {recovered:.1f} s" if recovered is not None else "not recovered yet"
         lines.append(f"  {at}  world {fault['epoch']}  {fault['kind']}: {fault['detail']}; {end}")
     return lines
+
+
+def _memory(world: dict[str, Any]) -> list[str]:
+    """What the ranks of a parked spare hold together; nothing before it is measured."""
+    total = sum(rank.get("memory_bytes", 0) for rank in world.get("ranks", []))
+    return [f"{total / 1e6:.0f} MB"] if total else []

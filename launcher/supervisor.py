@@ -1,6 +1,6 @@
 """The supervisor: the process that the user starts. It keeps one world serving: starts it, watches it, aborts
-it at the first certain sign of a fault, and starts the next one. It must never block, must import neither
-torch nor the HTTP stack, and must leave no process, port or shared memory behind."""
+it at the first certain sign of a fault, and puts the spare or a new one in its place. It must never block, must
+import neither torch nor the HTTP stack, and must leave no process, port or shared memory behind."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ import zmq
 from gateway.protocol import Fault, FrontState, WorldTable
 from launcher.errors import LauncherError
 from launcher.front_process import FrontProcess
-from launcher.guard import GuardEnvironment
+from launcher.guard_environment import GuardEnvironment
 from launcher.guard_link import GuardLink
 from launcher.logs import EventLog
 from launcher.processes import ProcessId, host_id
 from launcher.run_dir import RUN_ID_VARIABLE, RunDir
+from launcher.spares import Spares
 from launcher.stop_signals import StopSignals
-from launcher.worlds import DEATH_TIMEOUT_S, World, WorldFault, WorldPlan, WorldState, final_fault
+from launcher.watch import SpareKind
+from launcher.world_records import WorldFault, WorldPlan, WorldState
+from launcher.worlds import DEATH_TIMEOUT_S, World, final_fault
 
 TURN_S = 0.05
 DYING_TURN_S = 0.005
@@ -58,6 +61,7 @@ class Supervisor:
         stop: StopSignals,
         on_progress: Callable[[World], None],
         on_ready: Callable[[World, FrontState], None],
+        spare: SpareKind = SpareKind.NONE,
     ) -> None:
         """`on_progress` is called every turn until the first world serves, `on_ready` once it does."""
         self._plan = plan
@@ -83,9 +87,17 @@ class Supervisor:
         own_id = ProcessId.of(os.getpid())
         assert own_id is not None
         self._own_id = own_id
-        self._world: World | None = None
+        self._worlds: list[World] = []
+        """All that live, in the order of their epochs."""
+        self._current: World | None = None
+        """The one that serves, or is to serve next; all before it are dying."""
+        self._spares = Spares(spare)
         self._epoch = 0
-        """The highest one handed out: that of the world that lives, or of the one that comes next."""
+        """The highest one handed out."""
+        self._epoch_is_free = False
+        """Whether it was handed out ahead: when a world was aborted, to the one that comes next."""
+        self._kv_blocks = 0
+        """Of the first world that served; all later ones get the same."""
         self._start_at = 0.0
         self._failed_starts = 0
         self._was_ready = False
@@ -103,7 +115,6 @@ class Supervisor:
         try:
             self._front.start()
             self._run_dir.record(front=self._front.process)
-            self._raise_epoch()
             while not self._stop.requested():
                 self._turn()
         finally:
@@ -123,31 +134,36 @@ class Supervisor:
         self._link.answer_zap()
         self._hear_guards(now)
         self._hear_front(now)
-        if self._world is not None:
-            self._world.extend_deadlines(late_s)
-            self._judge_world(self._world, now)
-        elif not self._stopping and now >= self._start_at:
-            self._start_world()
+        for world in list(self._worlds):
+            world.extend_deadlines(late_s)
+            self._judge_world(world, now)
         if not self._stopping:
+            if self._current is None:
+                self._replace_world(now)
+            elif self._spares.is_due(now):
+                self._spares.world = self._start_world(self._spares.kind)
             self._judge_front(now)
-            if not self._was_ready and self._world is not None:
-                self._on_progress(self._world)
+            if not self._was_ready and self._current is not None:
+                self._on_progress(self._current)
         self._tell_front(now)
 
     def _turn_length_s(self) -> float:
-        if self._world is None:  # the next one is to start at once, or after the back-off
+        if any(world.state is WorldState.DYING for world in self._worlds):
+            return DYING_TURN_S
+        if self._current is None:  # the next one is to start at once, or after the back-off
             return min(TURN_S, max(0.0, self._start_at - time.monotonic()))
-        return DYING_TURN_S if self._world.state is WorldState.DYING else TURN_S
+        return TURN_S
 
     def _hear_guards(self, now: float) -> None:
         for identity, message in self._link.receive():
             # Whatever carries another epoch comes from a world that is dead already.
-            if self._world is not None and message.epoch == self._world.epoch:
-                self._world.on_message(identity, message, now)
+            for world in self._worlds:
+                if message.epoch == world.epoch:
+                    world.on_message(identity, message, now)
 
     def _hear_front(self, now: float) -> None:
         for state in self._front.receive():
-            world = self._world
+            world = self._current
             if world is None or state.serving_epoch != world.epoch or world.state is not WorldState.ACTIVE:
                 continue
             if world.times.served is None:
@@ -156,6 +172,7 @@ class Supervisor:
                 self._on_served(world, state, now)
             if state.resumed_at is not None and self._resumed_epoch < world.epoch:
                 self._resumed_epoch = world.epoch
+                self._spares.on_resumed(now)
                 if self._faults:
                     resumed_s = state.resumed_at - self._faults[0].at
                     self._log.info("requests resumed", epoch=world.epoch, resumed_s=resumed_s)
@@ -163,7 +180,9 @@ class Supervisor:
     def _on_served(self, world: World, state: FrontState, now: float) -> None:
         if not self._was_ready:
             self._was_ready = True
+            self._kv_blocks = world.kv_blocks
             self._on_ready(world, state)
+        self._spares.on_served(now, recovered=self._recovering_since is not None)
         if self._recovering_since is not None:
             recover_s = now - self._recovering_since
             self._recovering_since = None
@@ -175,12 +194,27 @@ class Supervisor:
 
     # ----------------------------------------------------------------- the world
 
+    def _replace_world(self, now: float) -> None:
+        """Puts a world where none is: the spare, which may go ahead at once, since it serves only when the one
+        before it is gone; else a new one, once that is so and the back-off is over."""
+        spare = self._spares.take()
+        if spare is not None:
+            self._log.info("spare promoted", epoch=spare.epoch, state=spare.state.value)
+            spare.promote(now)
+            self._current = spare
+            self._run_dir.record(mpirun=self._mpirun_of(spare), spare_mpirun=None)
+        elif not self._worlds and now >= self._start_at:
+            self._current = self._start_world(SpareKind.NONE)
+
     def _raise_epoch(self) -> None:
         self._epoch = self._run_dir.raise_epoch()
 
-    def _start_world(self) -> None:
+    def _start_world(self, spare: SpareKind) -> World:
+        if not self._epoch_is_free:
+            self._raise_epoch()
+        self._epoch_is_free = False
         epoch = self._epoch
-        world = World(epoch, self._plan, self._run_dir, self._link)
+        world = World(epoch, self._plan, self._run_dir, self._link, spare)
         guard = GuardEnvironment(
             endpoint=self._link.endpoint,
             server_key=self._link.server_key,
@@ -191,21 +225,31 @@ class Supervisor:
             world_dir=self._run_dir.world_dir(epoch),
             shm_dir=self._run_dir.shm_dir(epoch),
         )
-        self._world = world
+        self._worlds.append(world)
         try:
-            world.start(guard, self._environment)
+            world.start(guard, self._environment, self._kv_blocks)
         except OSError as error:
             raise GaveUp(f"cannot start a world: {error}") from None
-        self._run_dir.record(mpirun=ProcessId.of(world.mpirun_pid) if world.mpirun_pid else None)
-        if self._was_ready:
-            self._log.info("world started", epoch=epoch, ranks=world.size)
+        mpirun = self._mpirun_of(world)
+        self._run_dir.record(**{"spare_mpirun" if world.is_spare else "mpirun": mpirun})
+        if self._faults:  # a start in good health says nothing
+            event = "spare started" if world.is_spare else "world started"
+            self._log.info(event, epoch=epoch, ranks=world.size)
+        return world
+
+    def _mpirun_of(self, world: World) -> ProcessId | None:
+        return ProcessId.of(world.mpirun_pid) if world.mpirun_pid else None
 
     def _judge_world(self, world: World, now: float) -> None:
-        fault = world.check(now)
-        if fault is None and world.state is WorldState.ACTIVE:
+        was_parked = world.state is WorldState.PARKED
+        fenced = not any(other.state is WorldState.DYING for other in self._worlds if not other.is_spare)
+        fault = world.check(now, may_serve=fenced)
+        if fault is None and world is self._current and world.state is WorldState.ACTIVE:
             fault = self._find_unserved(world, now)
         if fault is not None:
             self._abort(world, fault, now)
+        elif world.state is WorldState.PARKED and not was_parked and self._faults:
+            self._log.info("spare ready", epoch=world.epoch, start_s=now - world.times.started)
         if world.state is WorldState.DYING:
             assert world.times.aborted is not None
             if world.check_death(now):
@@ -231,11 +275,24 @@ class Supervisor:
         world.abort(now)  # first of all: until it is dead it may still send tokens
         if self._stopping:
             return
-        self._raise_epoch()
-        if self._recovering_since is None:
-            self._recovering_since = now
+        if world is self._current:
+            self._current = None
+            self._spares.on_unserved()
+            if self._spares.world is None:  # the epoch of a spare is higher already
+                self._raise_epoch()
+                self._epoch_is_free = True
+            if self._recovering_since is None:
+                self._recovering_since = now
+            self._record(world, fault, "world fault", None)
+            self._replace_world(now)
+        elif world is self._spares.world:
+            self._record(world, fault, "spare fault", 0.0)
+            self._log.warning("spare lost", epoch=world.epoch, next_start_s=self._spares.lose(now))
+
+    def _record(self, world: World, fault: WorldFault, event: str, recover_s: float | None) -> None:
+        """Log and fault table. `recover_s` is 0 where serving was never interrupted."""
         self._log.error(
-            "world fault",
+            event,
             epoch=world.epoch,
             rank=fault.rank,
             kind=fault.kind,
@@ -249,18 +306,24 @@ class Supervisor:
             kind=fault.kind,
             rank=fault.rank,
             host=fault.host,
-            detail=fault.detail,
+            detail=f"spare: {fault.detail}" if world.is_spare else fault.detail,
             detect_s=fault.detect_s,
+            recover_s=recover_s,
         )
         self._faults = [record, *self._faults][:_KEPT_FAULTS]
 
     def _on_world_dead(self, world: World, now: float) -> None:
-        self._world = None
-        self._run_dir.record(mpirun=None)
+        self._worlds.remove(world)
+        if self._current is None:
+            self._run_dir.record(mpirun=None)
+        if self._spares.world is None:
+            self._run_dir.record(spare_mpirun=None)
         if self._stopping:
             return
         assert world.times.aborted is not None
         self._log.info("world dead", epoch=world.epoch, abort_s=now - world.times.aborted)
+        if world.is_spare:
+            return
         if final := final_fault(world.faults):
             raise GaveUp(_last_error(final.last_lines) or final.detail)
         if world.times.served is not None:
@@ -295,9 +358,11 @@ class Supervisor:
             self._run_dir.record(front=self._front.process)
 
     def _tell_front(self, now: float) -> None:
-        worlds = [self._world] if self._world is not None else []
+        order = {self._current: 0, self._spares.world: 1}
+        worlds = sorted(self._worlds, key=lambda world: order.get(world, 2))
         identity = self._front.state.pid if self._front.state is not None else None
-        key = (self._epoch, identity, len(self._faults), *((w.epoch, w.state, len(w.ranks)) for w in worlds))
+        faults = sum(1 if fault.recover_s is None else 2 for fault in self._faults)
+        key = (self._epoch, identity, faults, *((w.epoch, w.state, w.is_spare, len(w.ranks)) for w in worlds))
         if key == self._table_key and now - self._table_sent_at < TABLE_INTERVAL_S:
             return
         self._table_key = key
@@ -314,12 +379,12 @@ class Supervisor:
         while not self._front.has_ended() and time.monotonic() < grace_ends and self._stop.count < 2:
             self._turn()
         self._front.end()
-        if self._world is not None:
-            self._world.abort(time.monotonic())
-            give_up_at = time.monotonic() + DEATH_TIMEOUT_S
-            while self._world is not None and time.monotonic() < give_up_at:
-                self._turn()
-        if self._world is None:
+        for world in self._worlds:
+            world.abort(time.monotonic())
+        give_up_at = time.monotonic() + DEATH_TIMEOUT_S
+        while self._worlds and time.monotonic() < give_up_at:
+            self._turn()
+        if not self._worlds:
             self._run_dir.forget()
         self._front.close()
         self._link.close()

@@ -8,12 +8,13 @@ import ctypes
 import json
 import mmap
 import os
+import select
 import signal
 import time
 import types
 import typing
 from dataclasses import dataclass, fields
-from enum import IntEnum
+from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -23,6 +24,10 @@ PROGRESS_PAGE_VARIABLE = "PHALANX_PROGRESS_PAGE"
 PARENT_VARIABLE = "PHALANX_PARENT_PID"
 """Environment variable in which a guard tells its rank the guard's own process id."""
 
+START_GATE_VARIABLE = "PHALANX_START_GATE"
+"""Environment variable in which a guard tells the rank of a spare where it parks, and the descriptor of the
+pipe to wait at: `warm 5`."""
+
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits.h: a rank or front that ends with it can be helped by no relaunch."""
 
@@ -31,7 +36,8 @@ MAX_MESSAGE_BYTES = 64 * 1024
 
 
 class Phase(IntEnum):
-    """What a rank is doing. The order is the order of a life, except that IDLE and STEPPING alternate."""
+    """What a rank is doing. The order is the order of a life, except that IDLE and STEPPING alternate, and that
+    the rank of a spare is PARKED in the middle of it."""
 
     STARTING = 0
     IMPORTING = 1
@@ -40,6 +46,16 @@ class Phase(IntEnum):
     IDLE = 4
     STEPPING = 5
     STOPPING = 6
+    PARKED = 7
+
+
+class SpareKind(Enum):
+    """What is kept ready for the next world. WARM ranks park after the imports and before MPI_Init, HOT ones
+    when MPI is up and the weights are mapped."""
+
+    NONE = "none"
+    WARM = "warm"
+    HOT = "hot"
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,8 @@ class Progress:
     phase: Phase
     step: int
     """Number of the last step begun."""
+    num_tokens: int
+    """Tokens that this step computes."""
     collective: int
     """Collectives begun in that step."""
     age_s: float
@@ -56,6 +74,8 @@ class Progress:
     load_done: int
     load_total: int
     """Bytes of weights in place, and of all; 0 of 0 before loading."""
+    kv_blocks: int
+    """KV blocks of the world; 0 before they are agreed on."""
     endpoint: str | None
     """Rank 0: the gateway's endpoint, once it listens."""
 
@@ -63,13 +83,15 @@ class Progress:
 class ProgressPage:
     """One page of shared memory with one writer, the rank, and one reader, its guard.
 
-    Eight aligned 64-bit words and the endpoint's text. A word is written by one store, so that the reader
+    Aligned 64-bit words and the endpoint's text. A word is written by one store, so that the reader
     never sees half of one; the endpoint's length is written after its bytes.
     """
 
     _SIZE = mmap.PAGESIZE
-    _STAMP, _PHASE, _STEP, _COLLECTIVE, _LOAD_DONE, _LOAD_TOTAL, _ENDPOINT_BYTES = range(7)
-    _ENDPOINT_OFFSET = 64
+    _STAMP, _PHASE, _STEP, _NUM_TOKENS, _COLLECTIVE, _LOAD_DONE, _LOAD_TOTAL, _KV_BLOCKS, _ENDPOINT_BYTES = (
+        range(9)
+    )
+    _ENDPOINT_OFFSET = 128
     _MAX_ENDPOINT_BYTES = 1024
 
     def __init__(self, memory: mmap.mmap) -> None:
@@ -106,10 +128,11 @@ class ProgressPage:
         self._words[self._PHASE] = phase
         self._stamp()
 
-    def step(self, number: int) -> None:
-        """Begins step `number`."""
+    def step(self, number: int, num_tokens: int = 1) -> None:
+        """Begins step `number`, which computes so many tokens."""
         words = self._words
         words[self._STEP] = number
+        words[self._NUM_TOKENS] = num_tokens
         words[self._COLLECTIVE] = 0
         words[self._PHASE] = Phase.STEPPING
         self._stamp()
@@ -123,6 +146,11 @@ class ProgressPage:
         """Weights in place so far, in bytes."""
         self._words[self._LOAD_TOTAL] = total_bytes
         self._words[self._LOAD_DONE] = done_bytes
+        self._stamp()
+
+    def hold_kv_blocks(self, count: int) -> None:
+        """KV blocks that the ranks have agreed on."""
+        self._words[self._KV_BLOCKS] = count
         self._stamp()
 
     def serve_at(self, endpoint: str) -> None:
@@ -143,10 +171,12 @@ class ProgressPage:
         return Progress(
             phase=Phase(words[self._PHASE]),
             step=words[self._STEP],
+            num_tokens=words[self._NUM_TOKENS],
             collective=words[self._COLLECTIVE],
             age_s=max(0.0, (time.monotonic_ns() - stamp) / 1e9),
             load_done=words[self._LOAD_DONE],
             load_total=words[self._LOAD_TOTAL],
+            kv_blocks=words[self._KV_BLOCKS],
             endpoint=text.decode() if length else None,
         )
 
@@ -157,6 +187,33 @@ class ProgressPage:
 
     def _stamp(self) -> None:
         self._words[self._STAMP] = time.monotonic_ns()  # CLOCK_MONOTONIC through the vDSO: no system call
+
+
+class StartGate:
+    """Where the rank of a spare waits, asleep, until its guard lets it go on."""
+
+    def __init__(self, kind: SpareKind, descriptor: int = -1) -> None:
+        self.kind = kind
+        """Where the rank parks; NONE: nowhere."""
+        self._descriptor = descriptor
+
+    @classmethod
+    def from_environment(cls) -> StartGate:
+        """The gate that the guard made; without a guard, or in a world that is no spare, one of kind NONE."""
+        value = os.environ.pop(START_GATE_VARIABLE, None)
+        if value is None:
+            return cls(SpareKind.NONE)
+        kind, descriptor = value.split()
+        return cls(SpareKind(kind), int(descriptor))
+
+    def is_open(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self.kind is SpareKind.NONE or bool(select.select([self._descriptor], [], [], 0)[0])
+
+    def wait(self) -> None:
+        """Until the guard says go, for hours if need be. Raises SystemExit if the guard is gone."""
+        if self.kind is not SpareKind.NONE and not os.read(self._descriptor, 1):
+            raise SystemExit(1)
 
 
 _PR_SET_PDEATHSIG = 1
@@ -230,7 +287,8 @@ class GuardHello(Message):
 
 @dataclass(frozen=True)
 class Beat(Message):
-    """A guard's sign of life, every 50 ms and at once when the phase or the endpoint changes."""
+    """A guard's sign of life, every 50 ms (250 ms while the rank is parked) and at once when the phase or the
+    endpoint changes."""
 
     type_name: ClassVar[str] = "beat"
 
@@ -245,17 +303,20 @@ class Beat(Message):
     load_done: int
     load_total: int
     endpoint: str | None
+    kv_blocks: int
+    memory_bytes: int
+    """Memory of a parked rank, its share of what it shares with other processes included; 0: not measured."""
 
 
 @dataclass(frozen=True)
 class FaultReport(Message):
-    """A guard saw its rank end, or stop for too long. Sent once."""
+    """A guard saw its rank end, or stop or hang for too long. Sent once."""
 
     type_name: ClassVar[str] = "fault"
 
     rank: int
     kind: str
-    """exit, killed or frozen."""
+    """exit, killed, frozen or hung."""
     exit_code: int | None
     """Of a rank that ended; -N for signal N."""
     detail: str
@@ -282,8 +343,15 @@ class Kill(Message):
     type_name: ClassVar[str] = "kill"
 
 
+@dataclass(frozen=True)
+class Go(Message):
+    """The supervisor's word to the guards of a spare: the rank is to go on and serve."""
+
+    type_name: ClassVar[str] = "go"
+
+
 _MESSAGES: dict[str, type[Message]] = {
-    message.type_name: message for message in (GuardHello, Beat, FaultReport, Killed, Kill)
+    message.type_name: message for message in (GuardHello, Beat, FaultReport, Killed, Kill, Go)
 }
 
 

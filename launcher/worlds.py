@@ -4,18 +4,28 @@ method returns at once, and a world that is dying never comes back."""
 from __future__ import annotations
 
 import subprocess
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Iterable
 
 from gateway.protocol import RankEntry, WorldEntry
-from launcher.guard import GuardEnvironment, last_lines
+from launcher.guard_environment import GuardEnvironment
 from launcher.guard_link import GuardLink
 from launcher.launchers import mpirun
+from launcher.post_mortem import last_lines
 from launcher.processes import ProcessId, all_processes, host_id, is_alive, kill, read_stat, reap_orphan
 from launcher.run_dir import RunDir
-from launcher.watch import EXIT_CONFIG, Beat, FaultReport, GuardHello, Kill, Killed, Message, Phase
+from launcher.watch import (
+    EXIT_CONFIG,
+    Beat,
+    FaultReport,
+    Go,
+    GuardHello,
+    Kill,
+    Killed,
+    Message,
+    Phase,
+    SpareKind,
+)
+from launcher.world_records import RankWatch, WorldFault, WorldPlan, WorldState, WorldTimes
 
 BEATS_LOST_AFTER_S = 1.0
 BEATS_STARVED_AFTER_S = 5.0
@@ -32,87 +42,22 @@ DEATH_TIMEOUT_S = 30.0
 """How long killed processes may take to vanish; only a fault of the kernel or a device takes so long."""
 
 
-class WorldState(Enum):
-    """STARTING: processes come up; LOADING: weights; ACTIVE: its gateway listens and every rank is ready;
-    DYING: being killed; DEAD: no process of it is left."""
-
-    STARTING = "starting"
-    LOADING = "loading"
-    ACTIVE = "active"
-    DYING = "dying"
-    DEAD = "dead"
-
-
-@dataclass
-class RankWatch:
-    """What the supervisor knows of one rank."""
-
-    hello: GuardHello
-    identity: bytes
-    last_beat_at: float
-    beat: Beat | None = None
-    acknowledged: bool = False
-
-    @property
-    def phase(self) -> Phase:
-        """From the last beat; a phase of a later version of the rank counts as its neighbour."""
-        return Phase(min(max(self.beat.phase, 0), max(Phase))) if self.beat is not None else Phase.STARTING
-
-    @property
-    def guard(self) -> ProcessId:
-        return ProcessId(self.hello.guard_pid, self.hello.guard_start)
-
-    @property
-    def process(self) -> ProcessId:
-        return ProcessId(self.hello.pid, self.hello.start)
-
-
-@dataclass(frozen=True)
-class WorldFault:
-    """Why a world has to die."""
-
-    kind: str
-    """exit, killed, frozen, lost, mpirun or start."""
-    rank: int | None
-    host: str | None
-    detail: str
-    detect_s: float | None = None
-    exit_code: int | None = None
-    last_lines: str = ""
-
-
-@dataclass
-class WorldTimes:
-    """Moments of a world's life on the monotonic clock, in seconds."""
-
-    started: float = field(default_factory=time.monotonic)
-    active: float | None = None
-    served: float | None = None
-    """When the front was first welcomed."""
-    aborted: float | None = None
-    dead: float | None = None
-
-
-@dataclass(frozen=True)
-class WorldPlan:
-    """What a world is started from; the same for each world of a deployment."""
-
-    mpirun: mpirun.Mpirun
-    tp: int
-    pp: int
-    cores: int
-    rank_command: Sequence[str]
-    """Without `--epoch N`, which the world adds."""
-    guard_command: Sequence[str]
-    served_model_name: str
-
-
 class World:
     """See the module's first lines. Messages, checks and time come from the supervisor's loop."""
 
-    def __init__(self, epoch: int, plan: WorldPlan, run_dir: RunDir, link: GuardLink) -> None:
+    def __init__(
+        self,
+        epoch: int,
+        plan: WorldPlan,
+        run_dir: RunDir,
+        link: GuardLink,
+        spare: SpareKind = SpareKind.NONE,
+    ) -> None:
+        """`spare`: what kind of spare it is until `promote`; NONE for a world that is to serve at once."""
         self.epoch = epoch
         self.plan = plan
+        self.spare = spare
+        self.is_spare = spare is not SpareKind.NONE
         self.state = WorldState.STARTING
         self.ranks: dict[int, RankWatch] = {}
         self.faults: list[WorldFault] = []
@@ -140,13 +85,19 @@ class World:
         return rank0.beat.endpoint if rank0 is not None and rank0.beat is not None else None
 
     @property
+    def kv_blocks(self) -> int:
+        """KV blocks that its ranks have agreed on; 0 before."""
+        return max((watch.beat.kv_blocks for watch in self.ranks.values() if watch.beat), default=0)
+
+    @property
     def load_progress(self) -> tuple[int, int]:
         """Bytes of weights in place and in all, over the ranks that have begun to load."""
         beats = [watch.beat for watch in self.ranks.values() if watch.beat is not None]
         return sum(beat.load_done for beat in beats), sum(beat.load_total for beat in beats)
 
-    def start(self, guard: GuardEnvironment, base: dict[str, str]) -> None:
-        """Starts mpirun in a session of its own, output to the run folder. Raises OSError."""
+    def start(self, guard: GuardEnvironment, base: dict[str, str], kv_blocks: int = 0) -> None:
+        """Starts mpirun in a session of its own, output to the run folder. `kv_blocks`: what earlier worlds
+        had, so that what they had accepted fits; 0 before the first. Raises OSError."""
         plan = self.plan
         self._run_dir.make_world_dirs(self.epoch)
         environment = mpirun.environment(
@@ -157,8 +108,10 @@ class World:
             self._run_dir.world_dir(self.epoch) / "tmp",
             base,
         )
-        command = [*plan.guard_command, "--epoch", str(self.epoch), "--"]
+        command = [*plan.guard_command, "--epoch", str(self.epoch), "--spare", self.spare.value, "--"]
         command += [*plan.rank_command, "--epoch", str(self.epoch)]
+        if kv_blocks:
+            command += ["--kv-cache-blocks", str(kv_blocks)]
         with self._mpirun_log.open("ab") as log:
             self._process = subprocess.Popen(
                 mpirun.argv(plan.mpirun, self.size, command),
@@ -168,6 +121,15 @@ class World:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def promote(self, now: float) -> None:
+        """The spare's turn has come: every rank, parked or still on its way there, goes on and serves."""
+        self.is_spare = False
+        self.times.started = now
+        if self.state is WorldState.PARKED:
+            self.state = WorldState.STARTING
+        for watch in self.ranks.values():
+            self._link.send(watch.identity, Go(epoch=self.epoch))
 
     # ----------------------------------------------------------------- what comes in
 
@@ -180,6 +142,8 @@ class World:
             self.ranks[rank] = RankWatch(message, identity, now)
             if self.state is WorldState.DYING:  # it came up while its world was going down
                 self._link.send(identity, Kill(epoch=self.epoch))
+            elif self.spare is not SpareKind.NONE and not self.is_spare:  # promoted before it had come up
+                self._link.send(identity, Go(epoch=self.epoch))
             return
         watch = self.ranks.get(rank)
         if watch is None:
@@ -211,9 +175,10 @@ class World:
             watch.last_beat_at += late_s
         self.times.started += late_s
 
-    def check(self, now: float) -> WorldFault | None:
+    def check(self, now: float, may_serve: bool = True) -> WorldFault | None:
         """Moves the state on, and returns why the world has to die, if it has to. Call it after all messages
-        that had come in were handed over."""
+        that had come in were handed over. It becomes active only if it `may_serve`: when no earlier world
+        is left."""
         if self.state in (WorldState.DYING, WorldState.DEAD):
             return None
         if fault := self._find_fault(now):
@@ -222,9 +187,13 @@ class World:
             return fault
         phases = [watch.phase for watch in self.ranks.values()]
         ready = len(phases) == self.size and all(phase in (Phase.IDLE, Phase.STEPPING) for phase in phases)
-        if ready and self.gateway is not None and self.state is not WorldState.ACTIVE:
+        parked = len(phases) == self.size and all(phase is Phase.PARKED for phase in phases)
+        if ready and may_serve and self.gateway is not None and self.state is not WorldState.ACTIVE:
             self.state = WorldState.ACTIVE
             self.times.active = now
+        elif parked and self.is_spare and self.state is not WorldState.PARKED:
+            self.state = WorldState.PARKED
+            self.times.parked = now
         elif self.state is WorldState.STARTING and Phase.LOADING in phases:
             self.state = WorldState.LOADING
         return None
@@ -243,7 +212,7 @@ class World:
             if not self.ranks:
                 return WorldFault("start", None, None, f"{detail} before a rank reported", last_lines=lines)
             return WorldFault("mpirun", None, None, detail, 0.0, last_lines=lines)
-        if self.state is not WorldState.ACTIVE:
+        if self.state not in (WorldState.ACTIVE, WorldState.PARKED):
             return self._find_stall(now)
         return None
 
@@ -263,15 +232,23 @@ class World:
     # ----------------------------------------------------------------- its end
 
     def abort(self, now: float) -> None:
-        """Orders every guard to kill its rank, and kills the ranks of this host directly as well."""
+        """Orders every guard to kill its rank, and kills the ranks of this host directly as well; their guards
+        and mpirun too, if the world has served."""
         if self.state in (WorldState.DYING, WorldState.DEAD):
             return
         self.state = WorldState.DYING
         self.times.aborted = now
         here = host_id()
-        for watch in self.ranks.values():
-            if watch.hello.host_id == here:
-                kill(watch.process)
+        local = [watch for watch in self.ranks.values() if watch.hello.host_id == here]
+        for watch in local:
+            kill(watch.process)
+        if self.times.served is not None:
+            # The next world waits for the end of this one. Of one that never served, the guards' last words
+            # may say more than the first fault did; so those are given time.
+            for watch in local:
+                kill(watch.guard)
+            if self._process is not None and self._process.returncode is None:
+                self._process.kill()
         for watch in self.ranks.values():
             self._link.send(watch.identity, Kill(epoch=self.epoch))
 
@@ -323,17 +300,20 @@ class World:
 
     def entry(self, now: float) -> WorldEntry:
         """This world as the front and `/cluster` see it."""
-        # Loading is a part of starting to those who wait for it.
-        state = WorldState.STARTING if self.state is WorldState.LOADING else self.state
+        if self.state in (WorldState.DYING, WorldState.ACTIVE):
+            state = self.state.value
+        else:  # loading is a part of starting to those who wait for it
+            state = "spare" if self.is_spare else "starting"
         return WorldEntry(
             epoch=self.epoch,
-            state=state.value,
+            state=state,
             model=self.plan.served_model_name,
             version="1",
             replica=0,
             tp=self.plan.tp,
             pp=self.plan.pp,
             gateway=self.gateway if self.state is WorldState.ACTIVE else None,
+            spare=self.spare.value if self.is_spare else None,
             ranks=[self._rank_entry(rank, watch, now) for rank, watch in sorted(self.ranks.items())],
         )
 
@@ -348,6 +328,7 @@ class World:
             state=watch.phase.name.lower(),
             step=watch.beat.step if watch.beat is not None else 0,
             heartbeat_age_s=max(0.0, now - watch.last_beat_at),
+            memory_bytes=watch.beat.memory_bytes if watch.beat is not None else 0,
         )
 
 

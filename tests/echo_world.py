@@ -2,7 +2,8 @@
 
 `python -m tests.echo_world` is a real rank 0 gateway whose "model" repeats the prompt: output token i is
 prompt token (i + choice) modulo its length. So every token is known beforehand, whichever world makes it.
-It honours output_token_ids, max_tokens, end tokens, stop_token_ids and cancels. EchoCluster starts such
+It honours output_token_ids, max_tokens, end tokens, stop_token_ids and cancels; its log-probabilities are those
+of echo_logprobs. EchoCluster starts such
 worlds and a real front, and speaks the supervisor's side of the control socket.
 """
 
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import msgspec
 import zmq
 
 from gateway.protocol import (
@@ -34,6 +36,7 @@ from gateway.protocol import (
     Output,
     RankEntry,
     Submit,
+    TokenLogprobs,
     WorldEntry,
     WorldTable,
     decode_control_message,
@@ -42,6 +45,7 @@ from gateway.protocol import (
 from gateway.rank0 import Rank0Gateway
 
 ROOT = Path(__file__).parent.parent
+VOCAB_SIZE = 300
 END_TOKEN = 2
 """`<|im_end|>` of the tokenizer that write_text_folder makes."""
 
@@ -59,6 +63,12 @@ def echo_token(prompt: list[int], position: int, choice: int = 0) -> int:
 
 def echo_tokens(prompt: list[int], count: int, choice: int = 0) -> list[int]:
     return [echo_token(prompt, position, choice) for position in range(count)]
+
+
+def echo_logprobs(token: int, num_top: int) -> TokenLogprobs:
+    """What every echo world says of a token: -0.5, the likeliest; the ids behind it follow, each less by 1."""
+    top = [(token + number) % VOCAB_SIZE for number in range(num_top)]
+    return TokenLogprobs(token, -0.5, 1, top, [-0.5 - number for number in range(num_top)])
 
 
 def write_text_folder(folder: Path) -> Path:
@@ -103,7 +113,15 @@ class _Sequence:
             finish, stop = "stop", token
         elif len(self.output) >= params.max_tokens:
             finish = "length"
-        return Output(self.submit.request_id, position, [token], finish, stop)
+        output = Output(self.submit.request_id, position, [token], finish, stop)
+        if params.logprobs is None and params.prompt_logprobs is None:
+            return output
+        logprobs = None if params.logprobs is None else [echo_logprobs(token, params.logprobs)]
+        of_prompt = None
+        if params.prompt_logprobs is not None and position == len(self.submit.output_token_ids):
+            num_top = params.prompt_logprobs
+            of_prompt = [echo_logprobs(token, num_top) for token in self.submit.prompt_token_ids[1:]]
+        return msgspec.structs.replace(output, logprobs=logprobs, prompt_logprobs=of_prompt)
 
 
 class EchoWorld:
@@ -160,7 +178,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--kv-cache-tokens", type=int, default=65536)
     options = parser.parse_args()
-    limits = Limits(options.max_model_len, options.kv_cache_tokens, 64, 300)
+    limits = Limits(options.max_model_len, options.kv_cache_tokens, 64, VOCAB_SIZE)
     world = EchoWorld(options.endpoint, options.epoch, limits, options.step_s)
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -46,7 +46,6 @@ def make_tiny_llama(
     encodes to. The weights are larger than an initialisation makes them, so that greedy tokens differ
     clearly. Returns the folder.
     """
-    import torch
     import transformers
 
     folder = Path(folder)
@@ -77,21 +76,164 @@ def make_tiny_llama(
         config = transformers.Qwen2Config(**options)
     else:
         raise ValueError(f"no tiny model for {architecture}")
+    return _write_random(folder, architecture, config, seed, dtype, max_shard_size)
+
+
+_HEADS_6_2 = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96, "head_dim": 16}
+_HEADS_9_3 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 144, "head_dim": 16}
+
+TINY_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", _HEADS_9_3),
+    "mistral": ("Mistral", {**_HEADS_6_2, "sliding_window": 20}),
+    "qwen2": (
+        "Qwen2",
+        {**_HEADS_9_3, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2},
+    ),
+    # Heads that are wider together than the hidden size, as Qwen3 has them.
+    "qwen3": ("Qwen3", {**_HEADS_6_2, "hidden_size": 64, "attention_bias": True}),
+    "smollm3": (
+        "SmolLM3",
+        {**_HEADS_9_3, "head_dim": None, "no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True},
+    ),
+    "granite": (
+        "Granite",
+        {
+            **_HEADS_6_2,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.11,
+            "logits_scaling": 2.5,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "phi3": (
+        "Phi3",
+        {**_HEADS_9_3, "head_dim": None, "sliding_window": 20, "partial_rotary_factor": 0.75},
+    ),
+    "phi3-longrope": (
+        "Phi3",
+        {
+            **_HEADS_6_2,
+            "head_dim": None,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+                "long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 8.0],
+            },
+        },
+    ),
+    "olmo2": ("Olmo2", {**_HEADS_6_2, "head_dim": None}),
+    "olmo2-9-3": ("Olmo2", {**_HEADS_9_3, "head_dim": None, "attention_bias": True}),
+    "gemma2": (
+        "Gemma2",
+        {
+            **_HEADS_6_2,
+            "sliding_window": 20,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 4.0,
+            "final_logit_softcapping": 10.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            **_HEADS_9_3,
+            "sliding_window": 20,
+            "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mixtral": ("Mixtral", {**_HEADS_6_2, "num_local_experts": 6, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            **_HEADS_9_3,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3-moe-plain": (
+        "Qwen3Moe",
+        {
+            **_HEADS_6_2,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 80,
+            "norm_topk_prob": False,
+        },
+    ),
+}
+"""Name: what the classes of transformers are called, and what its config says. Windows are shorter than the
+prompts of the tests, caps low enough to bite, and heads such that tensor parallelism cuts through groups."""
+
+
+def make_tiny_family(folder: Path, name: str, seed: int = 0) -> Path:
+    """Writes a small random model of TINY_FAMILIES, as `make_tiny_llama` does: four layers, 384 tokens."""
+    import transformers
+
+    prefix, options = TINY_FAMILIES[name]
+    options = {
+        "vocab_size": 384,
+        "intermediate_size": 112,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.1,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        **options,
+    }
+    if "rope_parameters" in options:
+        del options["rope_theta"]
+    options = {key: value for key, value in options.items() if value is not None}
+    config: Any = getattr(transformers, f"{prefix}Config")(**options)
+    return _write_random(folder, f"{prefix.removesuffix('Text')}ForCausalLM", config, seed)
+
+
+def _write_random(
+    folder: Path,
+    architecture: str,
+    config: Any,
+    seed: int,
+    dtype: str = "float32",
+    max_shard_size: str = "5GB",
+) -> Path:
+    import torch
+    import transformers
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, architecture)(config)
+        # Norms of Gemma are added to 1.
+        offset = 1.0 if architecture.startswith("Gemma") else 0.0
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 # Norms and biases are ones and zeros as they are made: random ones show a mix-up.
                 if name.endswith("norm.weight"):
-                    parameter.uniform_(0.5, 1.5)
+                    parameter.uniform_(0.5 - offset, 1.5 - offset)
                 elif name.endswith(".bias"):
                     parameter.normal_(0.0, 0.5)
+                elif name.endswith("mlp.gate.weight"):
+                    parameter.normal_(0.0, 0.3)
     model = model.to(getattr(torch, dtype))
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    _write_tokenizer(folder, vocab)
+    _write_tokenizer(folder, config.vocab_size)
     return folder
 
 

@@ -31,11 +31,18 @@ class WorldShapeError(Exception):
     """mpirun started another number of ranks than tp * pp."""
 
 
-def join_world(tp: int, pp: int, cuda: bool = False) -> World:
-    """Joins the MPI job that this process was started in. Every rank calls it once.
+def _no_sign() -> None:
+    return None
+
+
+def join_world(tp: int, pp: int, cuda: bool = False, on_collective: Callable[[], None] = _no_sign) -> World:
+    """Joins the MPI job that this process was started in. Every rank calls it once. `on_collective` is called
+    before each transfer of tensors, as a sign of progress.
 
     Raises WorldShapeError, on every rank, if the job does not have `tp * pp` ranks.
     """
+    if not MPI.Is_initialized():
+        MPI.Init_thread()
     everyone = MPI.COMM_WORLD
     if everyone.Get_size() != tp * pp:
         raise WorldShapeError(
@@ -52,9 +59,9 @@ def join_world(tp: int, pp: int, cuda: bool = False) -> World:
 
         tensor_group, previous_stage, next_stage = join_nccl(at, everyone, host.Get_rank())
     else:
-        tensor_group = MpiTensorGroup(group) if tp > 1 else SingleRankGroup()
-        previous_stage = None if at.is_first_stage else MpiLink(pipeline, at.pp_rank - 1)
-        next_stage = None if at.is_last_stage else MpiLink(pipeline, at.pp_rank + 1)
+        tensor_group = MpiTensorGroup(group, on_collective) if tp > 1 else SingleRankGroup()
+        previous_stage = None if at.is_first_stage else MpiLink(pipeline, at.pp_rank - 1, on_collective)
+        next_stage = None if at.is_last_stage else MpiLink(pipeline, at.pp_rank + 1, on_collective)
     return World(
         at=at,
         local_rank=host.Get_rank(),
@@ -84,8 +91,9 @@ class SingleRankGroup:
 class MpiTensorGroup:
     """Sums in float32 whatever the model's type: MPI has no bfloat16, and partial sums deserve the bits."""
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def __init__(self, comm: MPI.Comm, on_collective: Callable[[], None]) -> None:
         self._comm = comm
+        self._on_collective = on_collective
         self.size = comm.Get_size()
         self._rank = comm.Get_rank()
 
@@ -93,11 +101,13 @@ class MpiTensorGroup:
         total.add_(self.reduced(partial))
 
     def reduced(self, partial: torch.Tensor) -> torch.Tensor:
+        self._on_collective()
         partial = partial.float()
         self._comm.Allreduce(MPI.IN_PLACE, partial.numpy(), MPI.SUM)
         return partial
 
     def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
+        self._on_collective()
         num_rows = local.shape[0]
         sent = local.contiguous().numpy()
         if self._rank != 0:
@@ -113,18 +123,21 @@ class MpiTensorGroup:
 class MpiLink:
     """Activations between neighbouring stages. A message in flight keeps its buffer alive here."""
 
-    def __init__(self, comm: MPI.Comm, peer: int) -> None:
+    def __init__(self, comm: MPI.Comm, peer: int, on_collective: Callable[[], None]) -> None:
         self._comm = comm
+        self._on_collective = on_collective
         self._peer = peer
         self._in_flight: deque[tuple[MPI.Request, torch.Tensor]] = deque()
 
     def send(self, hidden: torch.Tensor) -> None:
+        self._on_collective()
         while self._in_flight and self._in_flight[0][0].Test():
             self._in_flight.popleft()
         request = self._comm.Isend(hidden.numpy(), dest=self._peer)
         self._in_flight.append((request, hidden))
 
     def receive(self, hidden: torch.Tensor) -> None:
+        self._on_collective()
         self._comm.Recv(hidden.numpy(), source=self._peer)
 
 

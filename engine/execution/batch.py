@@ -36,6 +36,8 @@ class ChunkContext:
     start: int
     slots: torch.Tensor | None
     """`[start + end - begin]` int64 cache slots of the whole context; None when there is nothing before."""
+    mask: torch.Tensor | None = None
+    """`[end - begin, num_keys]` bool: true where a row may look. Attention makes it once a step; None: causal."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.models.config_keys import Keys, read_keys
 from engine.models.errors import ModelError
-from engine.models.families import FAMILIES, AttentionBias, Family, Norms, QueryKeyNorm, is_turned
+from engine.models.families import FAMILIES, AttentionBias, Family, Norms, QueryKeyNorm, turned_layers
 from engine.models.rope_config import RopeConfig, read_rope
 
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
@@ -128,7 +128,7 @@ class ModelConfig:
         has_bias = family.attention_bias is AttentionBias.BY_FILE and keys.boolean("attention_bias", False)
         windows = _windows(keys, family, num_layers)
         max_position = keys.integer("max_position_embeddings", 2048)
-        rope, ropes = _ropes(keys, family, windows, max_position, head_dim)
+        rope, ropes = _ropes(keys, family, num_layers, windows, max_position, head_dim)
         vocab_size = keys.integer("vocab_size")
         return cls(
             architecture=architecture,
@@ -233,14 +233,19 @@ def _windows(keys: Keys, family: Family, num_layers: int) -> tuple[int | None, .
     if family.layer_types:
         types = keys.choices("layer_types", ("full_attention", "sliding_attention"), num_layers)
     if types is None:
-        slides = [family.sliding(keys, layer) for layer in range(num_layers)]
+        slides = family.sliding(keys, num_layers)
     else:
         slides = [kind == "sliding_attention" for kind in types]
     return tuple(window if sliding else None for sliding in slides) if any(slides) else ()
 
 
 def _ropes(
-    keys: Keys, family: Family, windows: tuple[int | None, ...], max_position: int, head_dim: int
+    keys: Keys,
+    family: Family,
+    num_layers: int,
+    windows: tuple[int | None, ...],
+    max_position: int,
+    head_dim: int,
 ) -> tuple[RopeConfig, tuple[RopeConfig | None, ...]]:
     """The model's rotary embedding, and those of its layers where they differ."""
     # `rope_parameters` is what transformers 5 writes, with theta inside; `rope_scaling` beside a
@@ -248,7 +253,7 @@ def _ropes(
     raw = keys.data.get("rope_scaling") or keys.data.get("rope_parameters") or {}
     local: Any = {}
     if family.has_local_rope and isinstance(raw, dict) and "full_attention" in raw:
-        raw, local = raw["full_attention"], raw.get("sliding_attention")
+        raw, local = raw["full_attention"], raw.get("sliding_attention") or {}
     for part in (raw, local):
         if not isinstance(part, dict) or any(isinstance(value, dict) for value in part.values()):
             raise ModelError(
@@ -256,7 +261,6 @@ def _ropes(
                 + (" or one each for full_attention and sliding_attention" if family.has_local_rope else "")
             )
     rope = read_rope(keys, raw, max_position, head_dim, family.rope_theta, family.partial_rotary)
-    num_layers = keys.integer("num_hidden_layers")
     if family.has_local_rope and windows:
         theta = keys.number("rope_local_base_freq", 10000.0)
         local_rope = read_rope(
@@ -264,7 +268,7 @@ def _ropes(
         )
         return rope, tuple(rope if window is None else local_rope for window in windows)
     if family.has_unturned_layers:
-        turned = [is_turned(keys, layer) for layer in range(num_layers)]
+        turned = turned_layers(keys, num_layers)
         return rope, () if all(turned) else tuple(rope if turns else None for turns in turned)
     return rope, ()
 
@@ -278,9 +282,10 @@ def _experts(keys: Keys, family: Family) -> ExpertConfig | None:
             f"{keys.file}: mlp_only_layers or decoder_sparse_step gives some layers no experts; "
             "supported are models that have them in every layer"
         )
-    count, per_token = keys.integer(names.count), keys.integer("num_experts_per_tok")
+    count_key = next((key for key in names.count if key in keys.data), names.count[0])
+    count, per_token = keys.integer(count_key), keys.integer("num_experts_per_tok")
     if per_token > count:
-        raise ModelError(f"{keys.file}: num_experts_per_tok {per_token} is above {names.count} {count}")
+        raise ModelError(f"{keys.file}: num_experts_per_tok {per_token} is above {count_key} {count}")
     normalized = names.always_normalized or keys.boolean("norm_topk_prob", False)
     return ExpertConfig(count, per_token, normalized, names.block, names.projections)
 

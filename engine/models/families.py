@@ -42,8 +42,8 @@ class AttentionBias(Enum):
 class ExpertNames:
     """How the files name the parts of a mixture of experts."""
 
-    count: str
-    """The key of config.json that says how many there are."""
+    count: tuple[str, ...]
+    """The keys of config.json that may say how many there are; transformers 5 writes another than older ones."""
     columns: str
     """The key that says how many columns the MLP of each has."""
     block: str
@@ -79,9 +79,9 @@ class Family:
     """Layers with a window have a rotary embedding of their own."""
     has_unturned_layers: bool = False
     """`no_rope_layers` and `no_rope_layer_interval` say which layers have no rotary embedding."""
-    sliding: Callable[[Keys, int], bool] | None = None
-    """Whether a layer has the window that `sliding_window` says, if `layer_types` does not say it; None: no
-    layer ever has one."""
+    sliding: Callable[[Keys, int], list[bool]] | None = None
+    """Given the number of layers, which of them have the window that `sliding_window` says, if `layer_types`
+    does not say it; None: no layer ever has one."""
     window: int | None = None
     """What a missing `sliding_window` means."""
     window_switch: bool = False
@@ -99,38 +99,39 @@ class Family:
     experts: ExpertNames | None = None
 
 
-def _every_layer(keys: Keys, layer: int) -> bool:
-    return True
+def _every_layer(keys: Keys, num_layers: int) -> list[bool]:
+    return [True] * num_layers
 
 
-def _upper_layers(keys: Keys, layer: int) -> bool:
-    return layer >= keys.integer("max_window_layers", 28, minimum=0)
+def _upper_layers(keys: Keys, num_layers: int) -> list[bool]:
+    first = keys.integer("max_window_layers", 28, minimum=0)
+    return [layer >= first for layer in range(num_layers)]
 
 
-def _unturned_layers(keys: Keys, layer: int) -> bool:
-    return not is_turned(keys, layer)
+def _unturned_layers(keys: Keys, num_layers: int) -> list[bool]:
+    return [not turns for turns in turned_layers(keys, num_layers)]
 
 
-def _every_second_layer(keys: Keys, layer: int) -> bool:
-    return layer % 2 == 0
+def _every_second_layer(keys: Keys, num_layers: int) -> list[bool]:
+    return [layer % 2 == 0 for layer in range(num_layers)]
 
 
-def _all_but_one_in(keys: Keys, layer: int) -> bool:
-    return (layer + 1) % keys.integer("sliding_window_pattern", 6) != 0
+def _all_but_one_in(keys: Keys, num_layers: int) -> list[bool]:
+    pattern = keys.integer("sliding_window_pattern", 6)
+    return [(layer + 1) % pattern != 0 for layer in range(num_layers)]
 
 
-def is_turned(keys: Keys, layer: int) -> bool:
-    """Whether a layer of a family with `has_unturned_layers` has a rotary embedding."""
-    listed = keys.choices("no_rope_layers", (0, 1), layer + 1)
+def turned_layers(keys: Keys, num_layers: int) -> list[bool]:
+    """Which layers of a family with `has_unturned_layers` have a rotary embedding."""
+    listed = keys.choices("no_rope_layers", (0, 1), num_layers)
     if listed is not None:
-        return bool(listed[layer])
-    return (layer + 1) % keys.integer("no_rope_layer_interval", 4) != 0
+        return [bool(turns) for turns in listed]
+    interval = keys.integer("no_rope_layer_interval", 4)
+    return [(layer + 1) % interval != 0 for layer in range(num_layers)]
 
 
 _MISTRAL = Family(sliding=_every_layer, window=4096, layer_types=False)
-_QWEN3 = Family(
-    attention_bias=AttentionBias.BY_FILE, query_key_norm=QueryKeyNorm.HEAD, window_switch=True
-)
+_QWEN3 = Family(attention_bias=AttentionBias.BY_FILE, query_key_norm=QueryKeyNorm.HEAD, window_switch=True)
 _GEMMA = Family(
     attention_bias=AttentionBias.BY_FILE,
     norms=Norms.AROUND,
@@ -151,7 +152,7 @@ FAMILIES: dict[str, Family] = {
         window=None,
         rope_theta=1e6,
         experts=ExpertNames(
-            "num_local_experts", "intermediate_size", "block_sparse_moe", ("w1", "w3", "w2"), True
+            ("num_local_experts",), "intermediate_size", "block_sparse_moe", ("w1", "w3", "w2"), True
         ),
     ),
     "Qwen2ForCausalLM": Family(attention_bias=AttentionBias.QKV, sliding=_upper_layers, window_switch=True),
@@ -161,7 +162,10 @@ FAMILIES: dict[str, Family] = {
         sliding=_every_layer,
         layer_types=False,
         experts=ExpertNames(
-            "num_experts", "moe_intermediate_size", "mlp", ("gate_proj", "up_proj", "down_proj")
+            ("num_experts", "num_local_experts"),
+            "moe_intermediate_size",
+            "mlp",
+            ("gate_proj", "up_proj", "down_proj"),
         ),
     ),
     "SmolLM3ForCausalLM": Family(

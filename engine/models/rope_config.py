@@ -65,7 +65,9 @@ def read_rope(
         allowed = ", ".join(["default", *ROPE_SCALINGS[1:]])
         raise ModelError(f"{keys.file}: rope_type {scaling!r} is not supported; supported are {allowed}")
     if scaling != "longrope" and "short_factor" in raw:
-        raise ModelError(f"{keys.file}: rope_type {scaling!r} with short_factor is not supported; longrope is")
+        raise ModelError(
+            f"{keys.file}: rope_type {scaling!r} with short_factor is not supported; longrope is"
+        )
     fraction = rope.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
     if fraction > 1.0 or (fraction < 1.0 and not partial):
         raise ModelError(f"{keys.file}: partial_rotary_factor {fraction} is not supported; supported is 1.0")

@@ -1,7 +1,7 @@
 """Rotary position embeddings: the tables of cosines and sines that attention reads.
 
-Called by each stage when it is built, once for each kind of embedding. Pure functions of the config; nothing here depends on a request,
-so that a token's rotation is the same in every world.
+Called by each stage when it is built, once for each kind of embedding. Pure functions of the config; nothing
+here depends on a request, so that a token's rotation is the same in every world.
 """
 
 from __future__ import annotations

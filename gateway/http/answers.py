@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from gateway.protocol import Output
+from gateway.http.logprobs import ChatLogprobs, Namer, Placed, PromptLogprobs, PromptText, TextLogprobs
+from gateway.protocol import Output, TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -34,7 +36,7 @@ class Delta(Struct, omit_defaults=True):
 class ChatChunkChoice(Struct):
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | UnsetType | None = UNSET
 
@@ -57,7 +59,7 @@ class AnswerMessage(Struct, kw_only=True):
 class ChatChoice(Struct, kw_only=True):
     index: int
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str
     stop_reason: int | str | None = None
 
@@ -69,6 +71,7 @@ class ChatAnswer(Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class TextChoice(Struct):
@@ -76,9 +79,10 @@ class TextChoice(Struct):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class TextAnswer(Struct, kw_only=True):
@@ -101,6 +105,46 @@ class Choice:
     num_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    placed: list[Placed] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    logprob_sum: float = 0.0
+    """Of its tokens, if they were asked for."""
+
+
+def best_choices(candidates: list[Choice], num_prompts: int, count: int) -> list[Choice]:
+    """Of each prompt's candidates the `count` with the highest log-probability per token, the best first, or all
+    in their order. Each has what is known of its prompt."""
+    per_prompt = len(candidates) // num_prompts
+    chosen: list[Choice] = []
+    for first in range(0, len(candidates), per_prompt):
+        group = candidates[first : first + per_prompt]
+        for choice in group:
+            choice.prompt_logprobs = group[0].prompt_logprobs
+        if per_prompt > count:
+            group.sort(key=lambda choice: choice.logprob_sum / max(choice.num_tokens, 1), reverse=True)
+        chosen += group[:count]
+    for index, choice in enumerate(chosen):
+        choice.index = index
+    return chosen
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What a request wants to see in its answer."""
+
+    usage: bool = False
+    """A stream ends with a chunk of its usage."""
+    running_usage: bool = False
+    """Every chunk of a stream carries the usage so far."""
+    logprobs: bool = False
+    num_top_of_prompt: int | None = None
+    """Alternatives in `prompt_logprobs`; None if they are not asked for."""
+    echo: Sequence[PromptText] = ()
+    """The prompts, where choices begin with theirs."""
+    num_top_of_echo: int = 0
+    only_echo: bool = False
+    """max_tokens is 0: the one token that the engine made is not shown."""
+    choices_per_prompt: int = 1
 
 
 class Answer:
@@ -108,25 +152,25 @@ class Answer:
 
     prefix: str
 
-    def __init__(self, model: str, prompt_tokens: int, *, usage: bool = False, running_usage: bool = False):
-        """`usage`: a stream ends with a chunk of its usage; `running_usage`: every chunk carries it."""
+    def __init__(self, model: str, prompt_tokens: int, options: AnswerOptions, namer: Namer) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.model = model
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
-        self._usage = usage
-        self._running_usage = running_usage
+        self._options = options
+        self._namer = namer
 
-    def chunk(self, index: int, output: Output) -> bytes:
-        """The server-sent events for one output; empty if there is nothing to say."""
+    def chunk(self, index: int, output: Output, placed: list[Placed]) -> bytes:
+        """The server-sent events for one output, with the log-probabilities that belong to its text; empty if
+        there is nothing to say."""
         raise NotImplementedError
 
     def last_chunk(self) -> bytes:
         """The usage, where it was asked for."""
         raise NotImplementedError
 
-    def whole(self, choices: list[Choice]) -> bytes:
+    def whole(self, choices: list[Choice], completion_tokens: int) -> bytes:
         """The body without streaming."""
         raise NotImplementedError
 
@@ -135,9 +179,14 @@ class Answer:
         return Usage(self.prompt_tokens, self.completion_tokens, total)
 
     def _chunk_usage(self) -> Usage | UnsetType | None:
-        if self._running_usage:
+        if self._options.running_usage:
             return self._usage_now()
-        return None if self._usage else UNSET
+        return None if self._options.usage else UNSET
+
+    def _prompt_logprobs(self, choice: Choice) -> PromptLogprobs | UnsetType:
+        if self._options.num_top_of_prompt is None:
+            return UNSET
+        return self._namer.prompt(choice.prompt_logprobs or (), self._options.num_top_of_prompt)
 
 
 class ChatAnswerBuilder(Answer):
@@ -145,34 +194,37 @@ class ChatAnswerBuilder(Answer):
 
     prefix = "chatcmpl"
 
-    def __init__(self, model: str, prompt_tokens: int, *, usage: bool = False, running_usage: bool = False):
-        super().__init__(model, prompt_tokens, usage=usage, running_usage=running_usage)
+    def __init__(self, model: str, prompt_tokens: int, options: AnswerOptions, namer: Namer) -> None:
+        super().__init__(model, prompt_tokens, options, namer)
         self._begun: set[int] = set()
 
-    def chunk(self, index: int, output: Output) -> bytes:
+    def chunk(self, index: int, output: Output, placed: list[Placed]) -> bytes:
         self.completion_tokens += len(output.token_ids)
         begin = b""
         if index not in self._begun:
             self._begun.add(index)
             begin = self._event([ChatChunkChoice(index, Delta("assistant", ""))])
-        if not output.text and output.finish_reason is None:
+        if not output.text and not placed and output.finish_reason is None:
             return begin
         choice = ChatChunkChoice(
             index, Delta(content=output.text or ""), finish_reason=finish_reason(output.finish_reason)
         )
+        if placed:
+            choice.logprobs = self._namer.chat(placed)
         if output.finish_reason is not None:
             choice.stop_reason = output.stop_reason
         return begin + self._event([choice])
 
     def last_chunk(self) -> bytes:
-        return self._event([], self._usage_now()) if self._usage else b""
+        return self._event([], self._usage_now()) if self._options.usage else b""
 
-    def whole(self, choices: list[Choice]) -> bytes:
-        self.completion_tokens = sum(choice.num_tokens for choice in choices)
+    def whole(self, choices: list[Choice], completion_tokens: int) -> bytes:
+        self.completion_tokens = completion_tokens
         answers = [
             ChatChoice(
                 index=choice.index,
                 message=AnswerMessage(content=choice.text),
+                logprobs=self._namer.chat(choice.placed) if self._options.logprobs else None,
                 finish_reason=finish_reason(choice.finish_reason) or "stop",
                 stop_reason=choice.stop_reason,
             )
@@ -180,7 +232,12 @@ class ChatAnswerBuilder(Answer):
         ]
         return _encode(
             ChatAnswer(
-                id=self.id, created=self.created, model=self.model, choices=answers, usage=self._usage_now()
+                id=self.id,
+                created=self.created,
+                model=self.model,
+                choices=answers,
+                usage=self._usage_now(),
+                prompt_logprobs=self._prompt_logprobs(choices[0]),
             )
         )
 
@@ -200,30 +257,65 @@ class TextAnswerBuilder(Answer):
 
     prefix = "cmpl"
 
-    def chunk(self, index: int, output: Output) -> bytes:
+    def __init__(self, model: str, prompt_tokens: int, options: AnswerOptions, namer: Namer) -> None:
+        super().__init__(model, prompt_tokens, options, namer)
+        self._begun: set[int] = set()
+
+    def chunk(self, index: int, output: Output, placed: list[Placed]) -> bytes:
+        begin = b""
+        if self._options.echo and index not in self._begun:
+            self._begun.add(index)
+            begin = self._event([self._echo(index, output.prompt_logprobs)])
+        if self._options.only_echo:
+            output = Output(output.request_id, 0, [], "length") if output.finish_reason else output
+            placed = []
+            if output.finish_reason is None:
+                return begin
         self.completion_tokens += len(output.token_ids)
-        if not output.text and output.finish_reason is None:
-            return b""
+        if not output.text and not placed and output.finish_reason is None:
+            return begin
         choice = TextChoice(index, output.text or "", finish_reason=finish_reason(output.finish_reason))
+        if placed:
+            choice.logprobs = self._namer.completion(placed, self._shift(index))
         if output.finish_reason is not None:
             choice.stop_reason = output.stop_reason
-        return self._event([choice])
+        return begin + self._event([choice])
 
     def last_chunk(self) -> bytes:
-        return self._event([], self._usage_now()) if self._usage else b""
+        return self._event([], self._usage_now()) if self._options.usage else b""
 
-    def whole(self, choices: list[Choice]) -> bytes:
-        self.completion_tokens = sum(choice.num_tokens for choice in choices)
-        answers = [
-            TextChoice(
-                choice.index,
-                choice.text,
-                finish_reason=finish_reason(choice.finish_reason),
-                stop_reason=choice.stop_reason,
-            )
-            for choice in choices
-        ]
-        return self._encode(answers, self._usage_now())
+    def whole(self, choices: list[Choice], completion_tokens: int) -> bytes:
+        self.completion_tokens = 0 if self._options.only_echo else completion_tokens
+        return self._encode([self._whole_choice(choice) for choice in choices], self._usage_now())
+
+    def _whole_choice(self, choice: Choice) -> TextChoice:
+        options = self._options
+        answer = TextChoice(choice.index, "", prompt_logprobs=self._prompt_logprobs(choice))
+        if options.echo:
+            answer = self._echo(choice.index, choice.prompt_logprobs)
+            answer.prompt_logprobs = self._prompt_logprobs(choice)
+        if options.only_echo:
+            answer.finish_reason, answer.stop_reason = "length", None
+            return answer
+        if options.logprobs:
+            new = self._namer.completion(choice.placed, self._shift(choice.index))
+            answer.logprobs = new if answer.logprobs is None else answer.logprobs + new
+        answer.text += choice.text
+        answer.finish_reason, answer.stop_reason = finish_reason(choice.finish_reason), choice.stop_reason
+        return answer
+
+    def _echo(self, index: int, entries: list[TokenLogprobs] | None) -> TextChoice:
+        """A choice that has its prompt only."""
+        prompt = self._options.echo[index // self._options.choices_per_prompt]
+        choice = TextChoice(index, prompt.text)
+        if self._options.logprobs:
+            choice.logprobs = self._namer.echo(prompt, entries or (), self._options.num_top_of_echo)
+        return choice
+
+    def _shift(self, index: int) -> int:
+        """Where the new text of a choice begins."""
+        echo = self._options.echo
+        return len(echo[index // self._options.choices_per_prompt].text) if echo else 0
 
     def _event(self, choices: list[TextChoice], usage: Usage | None = None) -> bytes:
         return b"data: %b\n\n" % self._encode(choices, usage or self._chunk_usage())

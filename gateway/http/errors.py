@@ -28,6 +28,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
+        should_retry: bool | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -36,6 +37,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.should_retry = should_retry
 
     def body(self) -> dict[str, Any]:
         """The JSON object of the answer, also sent inside a stream that has begun."""
@@ -46,7 +48,12 @@ class ApiError(Exception):
         return msgspec.json.encode(self.body())
 
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(self.retry_after_s)
+        if self.should_retry is not None:
+            headers["x-should-retry"] = str(self.should_retry).lower()
+        return headers
 
 
 def from_failure(error: RequestFailed) -> ApiError:
@@ -62,4 +69,7 @@ def from_failure(error: RequestFailed) -> ApiError:
         return ApiError(
             503, error.message, type="service_unavailable", code=code, retry_after_s=RETRY_UNAVAILABLE_S
         )
+    if code == "timeout":
+        # The SDK would try a 408 again: what the client did not want to wait for any longer.
+        return ApiError(408, error.message, type="timeout_error", code=code, should_retry=False)
     return ApiError(500, error.message, type="server_error", code=code)

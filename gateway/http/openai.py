@@ -6,6 +6,7 @@ Each call: read and check the request, tokenize, hand it to the front's requests
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +16,27 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from gateway.chat_template import ChatTemplateError
+from gateway.checks import check_params, check_prompt
 from gateway.errors import ModelFilesError, RequestFailed
-from gateway.http.answers import Answer, ChatAnswerBuilder, TextAnswerBuilder
+from gateway.http.answers import (
+    Answer,
+    AnswerOptions,
+    ChatAnswerBuilder,
+    TextAnswerBuilder,
+    best_choices,
+)
 from gateway.http.errors import ApiError, from_failure
+from gateway.http.logprobs import Namer, lay_out
+from gateway.http.sampling import (
+    bad_words,
+    check_sampling,
+    num_candidates,
+    num_choices,
+    priority,
+    sampling_params,
+    stop_strings,
+    timeout_s,
+)
 from gateway.http.schema import (
     COMPLETION_MAX_TOKENS,
     ChatRequest,
@@ -28,13 +47,11 @@ from gateway.http.schema import (
     check_common,
     completion_prompts,
     decode_request,
-    num_choices,
-    sampling_params,
-    stop_strings,
 )
-from gateway.http.streams import ClientGone, Collector, EventQueue, EventStream, Group
+from gateway.http.streams import Ask, ClientGone, Collector, EventQueue, EventStream, Group
+from gateway.http.structured import constraint
 from gateway.protocol import Limits, SamplingParams
-from gateway.rank0 import check_prompt, with_seed
+from gateway.rank0 import with_seed
 from gateway.requests import Requests
 from gateway.text import LONG_TEXT, TextModel, TextTooLong
 
@@ -42,6 +59,7 @@ MAX_BODY_BYTES = 16 * 1024 * 1024
 STARTED_AT = int(time.time())
 
 _T = TypeVar("_T")
+_PLAIN = AnswerOptions()
 
 
 @dataclass(frozen=True)
@@ -69,24 +87,32 @@ class OpenAI:
         limit = asked_max_tokens(request.max_completion_tokens, "max_completion_tokens")
         if limit is None:
             limit = asked_max_tokens(request.max_tokens, "max_tokens")
-        _check_parameters(request)
-        limits = await self._limits()
+        check_sampling(request)
+        grammar = await _grammar(request)
+        deadline = _Deadline(timeout_s(request))
+        limits = await self._limits(deadline)
         size = sum(len(message["content"]) for message in messages)
         prompt = await self._encode(
             size, "messages", lambda: self.text.encode_chat(messages, at_most=limits.max_model_len)
         )
         if limit is None:
             limit = max(1, min(limits.max_model_len, limits.kv_cache_tokens) - len(prompt))
-        return await self._answer(http, request, [prompt], limit, limits, "messages", ChatAnswerBuilder)
+        return await self._answer(
+            http, request, [prompt], limit, limits, deadline, grammar, "messages", ChatAnswerBuilder
+        )
 
     async def completions(self, http: Request) -> Response:
         """POST /v1/completions."""
         request = decode_request(await read_body(http, self.max_body_bytes), CompletionRequest)
         check_common(request, self.model)
-        limit = asked_max_tokens(request.max_tokens, "max_tokens") or COMPLETION_MAX_TOKENS
+        only_echo = bool(request.echo) and request.max_tokens == 0
+        # The engine makes one token at least; of a mere echo it is not shown.
+        limit = 1 if only_echo else asked_max_tokens(request.max_tokens, "max_tokens")
         prompts = completion_prompts(request)
-        _check_parameters(request)
-        limits = await self._limits()
+        check_sampling(request)
+        grammar = await _grammar(request)
+        deadline = _Deadline(timeout_s(request))
+        limits = await self._limits(deadline)
 
         def encode() -> list[list[int]]:
             return [
@@ -96,7 +122,22 @@ class OpenAI:
 
         size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
         encoded = await self._encode(size, "prompt", encode)
-        return await self._answer(http, request, encoded, limit, limits, "prompt", TextAnswerBuilder)
+        echo = []
+        if request.echo:
+            pairs = zip(prompts, encoded, strict=True)
+            echo = [lay_out(prompt, token_ids, self.text) for prompt, token_ids in pairs]
+        return await self._answer(
+            http,
+            request,
+            encoded,
+            COMPLETION_MAX_TOKENS if limit is None else limit,
+            limits,
+            deadline,
+            grammar,
+            "prompt",
+            TextAnswerBuilder,
+            AnswerOptions(echo=echo, only_echo=only_echo),
+        )
 
     async def list_models(self) -> Response:
         """GET /v1/models."""
@@ -122,8 +163,11 @@ class OpenAI:
         prompts: list[list[int]],
         max_tokens: int,
         limits: Limits,
+        deadline: _Deadline,
+        grammar: str | None,
         prompt_param: str,
         answer_type: type[Answer],
+        shape: AnswerOptions = _PLAIN,
     ) -> Response:
         """Submits and answers: every prompt with each of its choices."""
         for prompt in prompts:
@@ -132,40 +176,47 @@ class OpenAI:
                 too_long = len(prompt) + max_tokens > min(limits.max_model_len, limits.kv_cache_tokens)
                 code = "context_length_exceeded" if too_long else "invalid_value"
                 raise ApiError(400, problem, param=prompt_param, code=code)
-        params = _params_of_choices(request, max_tokens, len(prompts))
+        base = sampling_params(request, max_tokens)
+        base = msgspec.structs.replace(base, bad_words=bad_words(request, self.text), grammar=grammar)
+        shape = _answer_options(request, base, shape)
+        base = _ask_more(base, shape, needs_scores=num_candidates(request) > num_choices(request))
+        found = check_params(base, limits, max(map(len, prompts)))
+        if found is not None:
+            raise ApiError(400, found.message, param=found.field, code="invalid_value")
+        params = _params_of_choices(base, num_candidates(request), len(prompts), bool(request.stream))
         if len(params) > self.requests.max_waiting:
             text = f"{len(params)} prompts and choices in one request; allowed: {self.requests.max_waiting}"
             raise ApiError(400, text, param="n")
-        options = request.stream_options
-        usage = bool(options and options.include_usage)
-        answer = answer_type(
-            self.model,
-            sum(map(len, prompts)),
-            usage=usage,
-            running_usage=usage and bool(options and options.continuous_usage_stats),
-        )
+        answer = answer_type(self.model, sum(map(len, prompts)), shape, Namer(self.text))
         group = Group(self.requests)
-        stop = stop_strings(request)
+        ask = Ask(stop_strings(request), priority(request), deadline.left_s(), shape.logprobs)
         try:
             if request.stream:
                 queue = EventQueue()
-                group.submit(prompts, params, stop, queue)
+                group.submit(prompts, params, ask, queue)
                 return EventStream(group, queue, answer, len(params))
             collector = Collector(len(params))
-            group.submit(prompts, params, stop, collector)
+            group.submit(prompts, params, ask, collector)
         except RequestFailed as error:
             raise from_failure(error) from None
         try:
-            choices = await collector.wait(group, http.receive)
+            candidates = await collector.wait(group, http.receive)
         except ClientGone:
             return Response(status_code=499)  # nobody reads it
-        return Response(answer.whole(choices), media_type="application/json")
+        completion_tokens = sum(choice.num_tokens for choice in candidates)
+        choices = best_choices(candidates, len(prompts), num_choices(request))
+        return Response(answer.whole(choices, completion_tokens), media_type="application/json")
 
-    async def _limits(self) -> Limits:
+    async def _limits(self, deadline: _Deadline) -> Limits:
+        """What the world allows; waits for the first one, up to the deadline. Raises ApiError."""
         try:
-            return (await self.requests.known_welcome()).limits
+            async with asyncio.timeout(deadline.left_s()):
+                return (await self.requests.known_welcome()).limits
         except RequestFailed as error:
             raise from_failure(error) from None
+        except TimeoutError:
+            text = f"no world has come up to serve the model within the timeout of {deadline.timeout_s:g} s"
+            raise from_failure(RequestFailed("timeout", text)) from None
 
     async def _encode(self, size: int, param: str, function: Callable[[], _T]) -> _T:
         """Runs an encoding of so many characters, in a thread if they are many. Raises ApiError."""
@@ -189,21 +240,62 @@ class OpenAI:
         }
 
 
-def _check_parameters(request: CommonRequest) -> None:
-    """Refuses what is wrong in itself, before anything waits for a world. Raises ApiError."""
-    sampling_params(request, 1)
-    num_choices(request)
-    stop_strings(request)
+class _Deadline:
+    """The end of a request's own timeout, counted from here."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self.timeout_s = timeout_s
+        self._began = time.monotonic()
+
+    def left_s(self) -> float | None:
+        """Seconds, not below 0; None without a timeout."""
+        if self.timeout_s is None:
+            return None
+        return max(0.0, self._began + self.timeout_s - time.monotonic())
 
 
-def _params_of_choices(request: CommonRequest, max_tokens: int, num_prompts: int) -> list[SamplingParams]:
-    """Choices of a prompt share a seed and differ in their number; prompts without a seed get one each."""
-    base = sampling_params(request, max_tokens)
-    count = num_choices(request)
+async def _grammar(request: CommonRequest) -> str | None:
+    """What the answers must match. Raises ApiError."""
+    wanted = constraint(request)
+    return None if wanted is None else await asyncio.to_thread(wanted.compile)
+
+
+def _answer_options(request: CommonRequest, params: SamplingParams, shape: AnswerOptions) -> AnswerOptions:
+    """What the answer shows, beside what the endpoint knows already."""
+    options = request.stream_options
+    usage = bool(options and options.include_usage)
+    return dataclasses.replace(
+        shape,
+        usage=usage,
+        running_usage=usage and bool(options and options.continuous_usage_stats),
+        logprobs=params.logprobs is not None,
+        num_top_of_prompt=params.prompt_logprobs,
+        num_top_of_echo=params.logprobs or 0,
+        choices_per_prompt=num_choices(request),
+    )
+
+
+def _ask_more(params: SamplingParams, shape: AnswerOptions, *, needs_scores: bool) -> SamplingParams:
+    """The log-probabilities that an echo shows of its prompt, and those that choices are compared by."""
+    if shape.echo and params.logprobs is not None:
+        num_top = max(params.logprobs, params.prompt_logprobs or 0)
+        params = msgspec.structs.replace(params, prompt_logprobs=num_top)
+    if needs_scores and params.logprobs is None:
+        params = msgspec.structs.replace(params, logprobs=0)
+    return params
+
+
+def _params_of_choices(
+    base: SamplingParams, count: int, num_prompts: int, streams: bool
+) -> list[SamplingParams]:
+    """Choices of a prompt share a seed and differ in their number; prompts without a seed get one each. What is
+    asked about a prompt is asked once, except in a stream, whose choices begin in any order."""
     params = []
     for _ in range(num_prompts):
         seeded = with_seed(base)
-        params += [msgspec.structs.replace(seeded, choice=choice) for choice in range(count)]
+        others = seeded if streams else msgspec.structs.replace(seeded, prompt_logprobs=None)
+        params.append(seeded)
+        params += [msgspec.structs.replace(others, choice=choice) for choice in range(1, count)]
     return params
 
 

@@ -14,12 +14,9 @@ from msgspec import Struct
 
 from gateway.chat_template import Message
 from gateway.http.errors import ApiError
-from gateway.protocol import SamplingParams
+from gateway.http.structured import StructuredFields
 
-MAX_CHOICES = 128
 MAX_PROMPTS = 1024
-MAX_STOP_STRINGS = 16
-MAX_STOP_TOKEN_IDS = 256
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions."""
 
@@ -30,7 +27,7 @@ class StreamOptions(Struct):
     include_obfuscation: bool | None = None
 
 
-class CommonRequest(Struct, kw_only=True):
+class CommonRequest(StructuredFields, kw_only=True):
     """Fields that both endpoints know. `Any`: not served yet, see _UNSERVED."""
 
     model: str | None = None
@@ -51,8 +48,11 @@ class CommonRequest(Struct, kw_only=True):
     repetition_penalty: float | None = None
     min_p: float | None = None
     min_tokens: int | None = None
-    logit_bias: Any = None
-    logprobs: Any = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    priority: int | None = None
+    timeout: float | None = None
+    prompt_logprobs: int | None = None
 
 
 class ContentPart(Struct):
@@ -71,8 +71,8 @@ class ChatMessage(Struct):
 class ChatRequest(CommonRequest, kw_only=True):
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
-    top_logprobs: Any = None
-    response_format: Any = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None
@@ -84,22 +84,14 @@ class ChatRequest(CommonRequest, kw_only=True):
 
 class CompletionRequest(CommonRequest, kw_only=True):
     prompt: str | list[str | int | list[int]]
-    echo: Any = None
+    logprobs: int | bool | None = None
+    echo: bool | None = None
+    best_of: int | None = None
     suffix: Any = None
-    best_of: Any = None
 
 
 # What each unserved field may be without asking for anything, besides null.
 _UNSERVED: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -107,9 +99,7 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"], []),
     "audio": (),
     "web_search_options": (),
-    "echo": (False,),
     "suffix": ("",),
-    "best_of": (1,),
 }
 
 _Request = TypeVar("_Request", bound=CommonRequest)
@@ -141,8 +131,6 @@ def _refuse_unserved(request: CommonRequest) -> None:
         value = getattr(request, name, None)
         if value is None or any(value == allowed and _same_kind(value, allowed) for allowed in neutral):
             continue
-        if name == "best_of" and value == (request.n or 1):
-            continue
         allowed_text = ", ".join(["null", *(msgspec.json.encode(allowed).decode() for allowed in neutral)])
         raise ApiError(
             400,
@@ -155,44 +143,6 @@ def _refuse_unserved(request: CommonRequest) -> None:
 def _same_kind(value: Any, allowed: Any) -> bool:
     # In Python False == 0: `logprobs: 0` does ask for something.
     return isinstance(value, bool) == isinstance(allowed, bool)
-
-
-def sampling_params(request: CommonRequest, max_tokens: int) -> SamplingParams:
-    """The parameters of the first choice. Raises ApiError for values out of range."""
-    temperature = 1.0 if request.temperature is None else request.temperature
-    top_p = 1.0 if request.top_p is None else request.top_p
-    top_k = 0 if request.top_k is None else request.top_k
-    stop_token_ids = request.stop_token_ids or []
-    _check(0 <= temperature <= 2, "temperature", temperature, "from 0 to 2")
-    _check(0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
-    _check(-1 <= top_k < 2**31, "top_k", top_k, "at least 1, or 0 or -1 for all tokens")
-    _check(request.seed is None or -(2**63) <= request.seed < 2**63, "seed", request.seed, "64-bit integers")
-    _check(len(stop_token_ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", "a list", f"{MAX_STOP_TOKEN_IDS} ids")
-    _check(all(0 <= token < 2**31 for token in stop_token_ids), "stop_token_ids", "an id", "token ids")
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=max(top_k, 0),
-        seed=request.seed,
-        ignore_eos=bool(request.ignore_eos),
-        stop_token_ids=stop_token_ids,
-    )
-
-
-def num_choices(request: CommonRequest) -> int:
-    """How many answers to each prompt. Raises ApiError."""
-    count = 1 if request.n is None else request.n
-    _check(1 <= count <= MAX_CHOICES, "n", count, f"from 1 to {MAX_CHOICES}")
-    return count
-
-
-def stop_strings(request: CommonRequest) -> list[str]:
-    """The stop strings. Raises ApiError."""
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    _check(len(stop) <= MAX_STOP_STRINGS, "stop", f"{len(stop)} strings", f"up to {MAX_STOP_STRINGS}")
-    _check(all(stop), "stop", '""', "strings that are not empty")
-    return stop
 
 
 def check_common(request: CommonRequest, model: str) -> None:
@@ -211,7 +161,7 @@ def check_common(request: CommonRequest, model: str) -> None:
 def asked_max_tokens(value: int | None, param: str) -> int | None:
     """A limit that the client gave. Raises ApiError."""
     if value is not None:
-        _check(value >= 1, param, value, "at least 1")
+        check(value >= 1, param, value, "at least 1")
     return value
 
 
@@ -278,7 +228,7 @@ def completion_prompts(request: CompletionRequest) -> list[str | list[int]]:
                 400, "prompt mixes kinds; give strings, token ids, or lists of token ids", param="prompt"
             )
         prompts.append(part if isinstance(part, str) else _token_ids(part))
-    _check(len(prompts) <= MAX_PROMPTS, "prompt", f"{len(prompts)} prompts", f"up to {MAX_PROMPTS}")
+    check(len(prompts) <= MAX_PROMPTS, "prompt", f"{len(prompts)} prompts", f"up to {MAX_PROMPTS}")
     return prompts
 
 
@@ -288,6 +238,7 @@ def _token_ids(prompt: list[Any]) -> list[int]:
     return prompt
 
 
-def _check(ok: bool, param: str, value: Any, allowed: str) -> None:
+def check(ok: bool, param: str, value: Any, allowed: str) -> None:
+    """Raises ApiError with the allowed range."""
     if not ok:
         raise ApiError(400, f"{param} is {value}; allowed: {allowed}", param=param, code="invalid_value")

@@ -6,6 +6,7 @@ One group a HTTP request: all its prompts and choices. A client that disconnects
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Protocol
 
 from fastapi import Response
@@ -14,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.errors import RequestFailed
 from gateway.http.answers import DONE, KEEP_ALIVE, Answer, Choice
 from gateway.http.errors import from_failure
+from gateway.http.logprobs import LogprobStream, Placed
 from gateway.live_request import Request
 from gateway.protocol import Output, SamplingParams
 from gateway.requests import Requests
@@ -27,24 +29,40 @@ class ClientGone(Exception):
 
 
 class _Target(Protocol):
-    def put(self, index: int, output: Output) -> None: ...
+    def put(self, index: int, output: Output, placed: list[Placed]) -> None: ...
     def fail(self, error: RequestFailed) -> None: ...
+
+
+_NOTHING: list[Placed] = []
 
 
 class _ChoiceSink:
     """Takes the outputs of one choice to the group's target."""
 
-    __slots__ = ("_index", "_target")
+    __slots__ = ("_index", "_target", "logprobs")
 
     def __init__(self, target: _Target, index: int) -> None:
         self._target = target
         self._index = index
+        self.logprobs: LogprobStream | None = None
+        """Of a choice whose log-probabilities are shown."""
 
     def output(self, request: Request, output: Output) -> None:
-        self._target.put(self._index, output)
+        placed = _NOTHING if self.logprobs is None else self.logprobs.take(output)
+        self._target.put(self._index, output, placed)
 
     def failed(self, request: Request, error: RequestFailed) -> None:
         self._target.fail(error)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the requests of a group have in common beside their sampling."""
+
+    stop: list[str]
+    priority: int = 0
+    timeout_s: float | None = None
+    shows_logprobs: bool = False
 
 
 class Group:
@@ -58,7 +76,7 @@ class Group:
         self,
         prompts: list[list[int]],
         params: list[SamplingParams],
-        stop: list[str],
+        ask: Ask,
         target: _Target,
     ) -> None:
         """Accepts all or none: `params` has an element for each prompt and choice, prompt by prompt. Raises
@@ -69,7 +87,17 @@ class Group:
             for index, choice_params in enumerate(params):
                 sink = _ChoiceSink(target, index)
                 prompt = prompts[index // per_prompt]
-                self._members.append(self._requests.accept(prompt, choice_params, stop, sink))
+                request = self._requests.accept(
+                    prompt,
+                    choice_params,
+                    ask.stop,
+                    sink,
+                    priority=ask.priority,
+                    timeout_s=ask.timeout_s,
+                )
+                self._members.append(request)
+                if ask.shows_logprobs:
+                    sink.logprobs = LogprobStream(request.text)
         except RequestFailed:
             self.cancel()
             raise
@@ -93,9 +121,15 @@ class Collector:
         self._running = num_choices
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def put(self, index: int, output: Output) -> None:
+    def put(self, index: int, output: Output, placed: list[Placed]) -> None:
         choice = self.choices[index]
         choice.num_tokens += len(output.token_ids)
+        if placed:
+            choice.placed += placed
+        if output.logprobs is not None:
+            choice.logprob_sum += sum(entry.logprob for entry in output.logprobs)
+        if output.prompt_logprobs is not None:
+            choice.prompt_logprobs = output.prompt_logprobs
         if output.text:
             self._texts[index].append(output.text)
         if output.finish_reason is not None:
@@ -130,11 +164,11 @@ class EventQueue:
 
     def __init__(self) -> None:
         self.error: RequestFailed | None = None
-        self._events: list[tuple[int, Output]] = []
+        self._events: list[tuple[int, Output, list[Placed]]] = []
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, index: int, output: Output) -> None:
-        self._events.append((index, output))
+    def put(self, index: int, output: Output, placed: list[Placed]) -> None:
+        self._events.append((index, output, placed))
         self.wake()
 
     def fail(self, error: RequestFailed) -> None:
@@ -145,7 +179,7 @@ class EventQueue:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def take(self, timeout_s: float) -> list[tuple[int, Output]]:
+    async def take(self, timeout_s: float) -> list[tuple[int, Output, list[Placed]]]:
         """What there is; waits for something up to `timeout_s`."""
         if not self._events and self.error is None:
             loop = asyncio.get_running_loop()
@@ -190,8 +224,8 @@ class EventStream(Response):
             events = await queue.take(KEEP_ALIVE_S)
             if watcher.done():
                 return
-            body = b"".join([answer.chunk(index, output) for index, output in events])
-            self._running -= sum(output.finish_reason is not None for _, output in events)
+            body = b"".join([answer.chunk(index, output, placed) for index, output, placed in events])
+            self._running -= sum(output.finish_reason is not None for _, output, _ in events)
             if queue.error is not None and self._running > 0:
                 error = from_failure(queue.error)
                 if not started:

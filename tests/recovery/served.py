@@ -79,6 +79,21 @@ class Served:
             time.sleep(0.05)
         raise AssertionError(f"no active world above {above}: {cluster}\n{self.errors()}")
 
+    def parked_spare(self, above: int = 0, timeout_s: float = 60.0) -> dict[str, Any]:
+        """The spare, as /cluster shows it, once there is one of a higher epoch all of whose ranks are parked."""
+        deadline = time.monotonic() + timeout_s
+        cluster: dict[str, Any] = {}
+        while time.monotonic() < deadline:
+            cluster = self.cluster()
+            for world in cluster["worlds"]:
+                states = {rank["state"] for rank in world["ranks"]}
+                complete = len(world["ranks"]) == world["tp"] * world["pp"]
+                if world["state"] == "spare" and world["epoch"] > above and complete and states == {"parked"}:
+                    assert isinstance(world, dict)
+                    return world
+            time.sleep(0.05)
+        raise AssertionError(f"no spare above {above}: {cluster}\n{self.errors()}")
+
     def processes(self) -> list[psutil.Process]:
         """Everything that the supervisor has started."""
         return psutil.Process(self.process.pid).children(recursive=True)

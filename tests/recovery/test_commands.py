@@ -85,6 +85,15 @@ def test_status(served: Served) -> None:
     assert len(cluster["worlds"][0]["ranks"]) == 2
 
 
+def test_status_shows_the_spare_and_its_memory(served: Served) -> None:
+    served.parked_spare()
+    deadline = time.monotonic() + 10
+    pattern = r"^world \d+  spare \(warm, (\d+) MB\)  tiny  \(tp 2, pp 1\)$"
+    while not (found := re.search(pattern, phalanx("status", "--url", served.url).stdout, re.MULTILINE)):
+        assert time.monotonic() < deadline
+    assert 20 < int(found[1]) < 2000
+
+
 def test_commands_say_it_when_nothing_is_served() -> None:
     for command in (["status"], ["chat"]):
         answer = phalanx(*command, "--url", "http://127.0.0.1:1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -31,14 +32,34 @@ SHAPES = [
 def test_streams_outlive_every_rank(tmp_path: Path, tp: int, pp: int) -> None:
     """Each rank of one deployment is killed and frozen in turn, each time in the middle of 8 streams."""
     shape = ["--tp", str(tp), "--pp", str(pp)]
-    flags = [*shape, "--dtype", "float32", "--kv-cache-memory", "128MiB"]
+    flags = [*shape, "--dtype", "float32", "--kv-cache-memory", "128MiB", "--spare", "none"]
     with Served(references.MODEL, tmp_path, *flags) as served:
         for rank in range(tp * pp):
             for number in FAULTS:
                 hit_in_mid_stream(served, rank, number)
 
 
-def hit_in_mid_stream(served: Served, rank: int, number: signal.Signals) -> None:
+@pytest.mark.parametrize("kind", ["warm", "hot"])
+@pytest.mark.parametrize(("tp", "pp"), SHAPES)
+def test_streams_pass_to_the_spare(tmp_path: Path, tp: int, pp: int, kind: str) -> None:
+    """The same with a spare: it is the one that takes over, and another one comes up."""
+    shape = ["--tp", str(tp), "--pp", str(pp)]
+    flags = [*shape, "--dtype", "float32", "--kv-cache-memory", "128MiB", "--spare", kind]
+    with Served(references.MODEL, tmp_path, *flags) as served:
+        for number, rank in zip([*FAULTS, *FAULTS], [0, tp * pp - 1, tp * pp - 1, 0], strict=True):
+            spare = served.parked_spare(above=served.active_world()["epoch"])
+            hit_in_mid_stream(served, rank, number, spare)
+        served.parked_spare(above=spare["epoch"])
+        everything = served.processes()
+        assert len(everything) == 1 + 2 * (1 + 2 * tp * pp)
+        assert served.stop() == 0
+        assert not [process for process in everything if process.is_running()]
+        assert served.shm_folders() == []
+
+
+def hit_in_mid_stream(
+    served: Served, rank: int, number: signal.Signals, spare: dict[str, Any] | None = None
+) -> None:
     case = f"rank {rank}, {number.name}"
     world = served.active_world()
     dead = processes_of(world)
@@ -50,14 +71,22 @@ def hit_in_mid_stream(served: Served, rank: int, number: signal.Signals) -> None
         new_world = served.active_world(above=world["epoch"])
     assert not still_there(dead), case
     assert new_world["epoch"] == world["epoch"] + 1, case
-    assert served.shm_folders() == [f"phalanx-{served.run_id}-{new_world['epoch']}"], case
+    if spare is None:
+        assert served.shm_folders() == [f"phalanx-{served.run_id}-{new_world['epoch']}"], case
+        assert 503 in health.ready, case
+    else:
+        assert (new_world["epoch"], pids(new_world)) == (spare["epoch"], pids(spare)), case
+        assert f"phalanx-{served.run_id}-{world['epoch']}" not in served.shm_folders(), case
     for index, stream in enumerate(finished):
         check(stream, index, case)
-    assert health.live == [200], case
-    assert 503 in health.ready and health.ready[-1] == 200, case
+    assert health.live == [200] and health.ready[-1] == 200, case
     fault = served.cluster()["faults"][0]
     assert fault["kind"] == {signal.SIGKILL: "killed", signal.SIGSTOP: "frozen"}[number], case
     assert fault["rank"] == rank and fault["epoch"] == world["epoch"], case
+
+
+def pids(world: dict[str, Any]) -> list[int]:
+    return [entry["pid"] for entry in world["ranks"]]
 
 
 def test_front_that_dies_refuses_nobody(tmp_path: Path) -> None:

@@ -2,103 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-TP = 2
-
-
-class Deployment:
-    """One supervisor with its worlds, seen through the table that the front is sent."""
-
-    def __init__(self, run_dir: Path, behaviour: str = "") -> None:
-        self.run_dir = run_dir
-        self.errors = run_dir.parent / f"{run_dir.name}.stderr"
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.recovery.small_world.deployment", str(run_dir), str(TP)],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, "SMALL_WORLD": behaviour},
-            )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "started\n", self.errors.read_text()
-
-    def wait_ready(self) -> int:
-        """The epoch of the first world that serves."""
-        assert self.process.stdout is not None
-        word, epoch, self.run_id = self.process.stdout.readline().split()
-        assert word == "ready"
-        return int(epoch)
-
-    def table(self) -> dict[str, Any]:
-        try:
-            table: dict[str, Any] = json.loads((self.run_dir / "table.json").read_text())
-        except FileNotFoundError:
-            return {"worlds": [], "faults": [], "epoch": 0}
-        return table
-
-    def wait_active(self, above: int = 0, timeout_s: float = 20.0) -> dict[str, Any]:
-        """The active world, once there is one of a higher epoch and its faults are recovered."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            table = self.table()
-            recovered = all(fault["recover_s"] is not None for fault in table["faults"])
-            for world in table["worlds"]:
-                if world["state"] == "active" and world["epoch"] > above and recovered:
-                    assert isinstance(world, dict)
-                    return world
-            assert self.process.poll() is None, self.errors.read_text()
-            time.sleep(0.02)
-        raise AssertionError(f"no active world above {above}: {table}\n{self.errors.read_text()}")
-
-    def processes(self) -> list[psutil.Process]:
-        """Everything under the supervisor."""
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def shm_folders(self) -> list[str]:
-        return [path.name for path in Path("/dev/shm").glob(f"phalanx-{self.run_id}-*")]
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(20)
-
-
-Start = Callable[..., Deployment]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    started: list[Deployment] = []
-
-    def begin(behaviour: str = "") -> Deployment:
-        started.append(Deployment(tmp_path / "run", behaviour))
-        return started[-1]
-
-    yield begin
-    for deployment in started:
-        if deployment.process.poll() is None:
-            deployment.stop()
-
-
-def wait_gone(processes: list[psutil.Process], timeout_s: float = 5.0) -> list[psutil.Process]:
-    """Those that are still there after this time, zombies included."""
-    deadline = time.monotonic() + timeout_s
-    while (left := [p for p in processes if p.is_running()]) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return left
-
+from tests.recovery.small_world.deployed import TP, Start, wait_gone
 
 FAULTS = [
     ("pid", 0, signal.SIGKILL, {"killed"}),
@@ -217,6 +130,25 @@ def test_front_is_restarted_and_the_world_stays(start: Start) -> None:
     again = deployment.wait_active()
     assert again["epoch"] == world["epoch"]
     assert [entry["pid"] for entry in again["ranks"]] == [entry["pid"] for entry in world["ranks"]]
+
+
+def test_rank_that_hangs_in_a_step(start: Start) -> None:
+    deployment = start("hang")
+    assert deployment.wait_ready() == 1
+    deployment.wait_active(above=1)
+    [fault] = deployment.table()["faults"]
+    assert (fault["kind"], fault["rank"]) == ("hung", 1), fault
+    assert "in step 50" in fault["detail"] and 3.0 < fault["detect_s"] < 6.0, fault
+
+
+def test_rank_that_is_slow_is_no_fault(start: Start) -> None:
+    deployment = start("slow")
+    deployment.wait_ready()
+    deadline = time.monotonic() + 40
+    while deployment.wait_active()["ranks"][1]["step"] < 7:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert deployment.table()["faults"] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.echo_world import EchoCluster
-
-Answer = tuple[int, dict[str, str], Any]
+from tests.unit.http_asking import CHAT, TEXT, ask, chat, events
 
 
 @pytest.fixture(scope="module")
@@ -29,37 +25,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EchoCluster]:
 @pytest.fixture(scope="module")
 def api(cluster: EchoCluster) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=30)
-
-
-def ask(
-    cluster: EchoCluster,
-    path: str,
-    body: object = None,
-    *,
-    method: str = "POST",
-    headers: dict[str, str] | None = None,
-) -> Answer:
-    """Status, headers in lower case, and the JSON of the answer (bytes if it is none)."""
-    content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", cluster.port, timeout=30)
-    connection.request(method, path, content, headers or {})
-    response = connection.getresponse()
-    data = response.read()
-    connection.close()
-    lower = {name.lower(): value for name, value in response.getheaders()}
-    is_json = lower.get("content-type") == "application/json"
-    return response.status, lower, json.loads(data) if is_json else data
-
-
-def chat(text: str = "hi", **fields: object) -> dict[str, object]:
-    return {"messages": [{"role": "user", "content": text}], **fields}
-
-
-def events(data: bytes) -> list[Any]:
-    """The JSON of each event of a stream, checked for its frame."""
-    parts = data.split(b"\n\n")
-    assert parts[-1] == b"" and parts[-2] == b"data: [DONE]"
-    return [json.loads(part.removeprefix(b"data: ")) for part in parts[:-2]]
 
 
 # --------------------------------------------------------------------------- answers
@@ -220,9 +185,6 @@ def test_64_streams_at_once(cluster: EchoCluster, api: openai.OpenAI) -> None:
 # --------------------------------------------------------------------------- what is refused
 
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
 @pytest.mark.parametrize(
     ("path", "body", "param", "says"),
     [
@@ -257,18 +219,9 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (CHAT, chat(stream="yes"), "stream", "Expected `bool | null`"),
         (CHAT, chat(stream_options={"include_usage": True}), "stream_options", "stream: true"),
         (CHAT, chat(stop_token_ids=[-1]), "stop_token_ids", "token ids"),
-        (CHAT, chat(logprobs=True), "logprobs", "not supported"),
-        (CHAT, chat(top_logprobs=3), "top_logprobs", "not supported"),
         (CHAT, chat(tools=[{"type": "function"}]), "tools", "not supported"),
         (CHAT, chat(tool_choice="required"), "tool_choice", "not supported"),
         (CHAT, chat(functions=[{}]), "functions", "not supported"),
-        (CHAT, chat(response_format={"type": "json_object"}), "response_format", "not supported"),
-        (CHAT, chat(frequency_penalty=0.5), "frequency_penalty", "not supported"),
-        (CHAT, chat(presence_penalty=-1), "presence_penalty", "not supported"),
-        (CHAT, chat(repetition_penalty=1.1), "repetition_penalty", "not supported"),
-        (CHAT, chat(min_p=0.1), "min_p", "not supported"),
-        (CHAT, chat(min_tokens=2), "min_tokens", "not supported"),
-        (CHAT, chat(logit_bias={"5": 1}), "logit_bias", "not supported"),
         (CHAT, chat(modalities=["text", "audio"]), "modalities", "not supported"),
         (CHAT, chat("x" * 600), "messages", "maximum length of this model is 500"),
         (CHAT, chat("x" * 9000), "messages", "which are more than 500 tokens"),
@@ -289,10 +242,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (TEXT, {"prompt": [-1]}, "prompt", "negative"),
         (TEXT, {"prompt": [[70, 10**12]]}, "prompt", "too large"),
         (TEXT, {"prompt": [300]}, "prompt", "vocabulary of 300"),
-        (TEXT, {"prompt": "x", "echo": True}, "echo", "not supported"),
         (TEXT, {"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
-        (TEXT, {"prompt": "x", "best_of": 3}, "best_of", "not supported"),
-        (TEXT, {"prompt": "x", "logprobs": 0}, "logprobs", "not supported"),
         (TEXT, {"prompt": "x", "max_tokens": 400}, "prompt", "KV cache holds 400"),
     ],
 )

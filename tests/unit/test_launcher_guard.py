@@ -14,10 +14,10 @@ from typing import TypeVar
 import pytest
 import zmq
 
-from launcher.guard import GuardEnvironment
+from launcher.guard_environment import GuardEnvironment
 from launcher.guard_link import GuardLink
 from launcher.processes import ProcessId, host_id, is_alive
-from launcher.watch import Beat, FaultReport, GuardHello, Kill, Killed, Message, Phase
+from launcher.watch import Beat, FaultReport, Go, GuardHello, Kill, Killed, Message, Phase
 
 EPOCH = 7
 RANK = """
@@ -36,7 +36,9 @@ M = TypeVar("M", bound=Message)
 class Watched:
     """A guard, and the supervisor's side of its link."""
 
-    def __init__(self, tmp_path: Path, code: str, wrapper: list[str] | None = None) -> None:
+    def __init__(
+        self, tmp_path: Path, code: str, wrapper: list[str] | None = None, spare: str = "none"
+    ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.link = GuardLink(self.context)
         self.supervisor = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
@@ -54,7 +56,8 @@ class Watched:
             world_dir=tmp_path / "world",
             shm_dir=self.shm_dir,
         )
-        command = [*(wrapper or []), sys.executable, "-m", "launcher.guard", "--epoch", str(EPOCH), "--"]
+        command = [*(wrapper or []), sys.executable, "-m", "launcher.guard", "--epoch", str(EPOCH)]
+        command += ["--spare", spare, "--"]
         self.guard = subprocess.Popen(
             [*command, sys.executable, "-c", RANK + code],
             env={**os.environ, **self.environment.to_environment(), "OMPI_COMM_WORLD_RANK": "3"},
@@ -105,8 +108,8 @@ Start = Callable[..., Watched]
 def start(tmp_path: Path) -> Iterator[Start]:
     started: list[Watched] = []
 
-    def begin(code: str, wrapper: list[str] | None = None) -> Watched:
-        started.append(Watched(tmp_path, code, wrapper))
+    def begin(code: str, wrapper: list[str] | None = None, spare: str = "none") -> Watched:
+        started.append(Watched(tmp_path, code, wrapper, spare))
         return started[-1]
 
     yield begin
@@ -137,6 +140,51 @@ def test_kill_order(start: Start) -> None:
     watched.expect(Killed)
     assert not is_alive(watched.rank)
     assert watched.guard.wait(5) != 0
+
+
+PARK = """
+from launcher.watch import StartGate
+gate = StartGate.from_environment()
+page.enter(Phase.PARKED)
+gate.wait()
+page.step(43)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("kind", ["warm", "hot"])
+def test_rank_of_a_spare_waits_for_go(start: Start, kind: str) -> None:
+    watched = start(PARK, spare=kind)
+    beat = watched.expect(Beat, lambda beat: beat.phase == Phase.PARKED and beat.memory_bytes > 0)
+    assert 1e6 < beat.memory_bytes < 1e9
+    watched.link.send(watched.identity, Go(epoch=EPOCH - 1))
+    watched.messages.clear()
+    assert watched.expect(Beat).step == 41, "the word of another epoch was obeyed"
+    watched.link.send(watched.identity, Go(epoch=EPOCH))
+    watched.expect(Beat, lambda beat: beat.step == 43)
+    watched.link.send(watched.identity, Kill(epoch=EPOCH))
+    watched.expect(Killed)
+
+
+def test_parked_rank_that_dies_is_reported_at_once(start: Start) -> None:
+    watched = start(PARK, spare="warm")
+    watched.expect(Beat, lambda beat: beat.phase == Phase.PARKED)
+    began = time.monotonic()
+    os.kill(watched.rank.pid, signal.SIGKILL)
+    assert watched.expect(FaultReport).kind == "killed"
+    assert time.monotonic() - began < 0.5
+
+
+def test_rank_of_a_world_that_is_no_spare_does_not_wait(start: Start) -> None:
+    start(PARK).expect(Beat, lambda beat: beat.step == 43)
+
+
+def test_rank_that_hangs_in_a_step_is_reported(start: Start) -> None:
+    steps = "\nfor step in range(42, 52): page.step(step); time.sleep(0.2)\n"
+    watched = start(steps + "page.step(52, 1); page.collective(); time.sleep(100)")
+    fault = watched.expect(FaultReport, timeout_s=15.0)
+    assert (fault.kind, fault.exit_code) == ("hung", None)
+    assert "in step 52, after 1 collectives" in fault.detail and 3.0 < fault.detect_s < 5.0
 
 
 @pytest.mark.parametrize(("code", "exit_code"), [("sys.exit(0)", 0), ("sys.exit(78)", 78), ("1/0", 1)])

@@ -16,6 +16,7 @@ from launcher.processes import ProcessId, is_alive
 from launcher.watch import (
     Beat,
     FaultReport,
+    Go,
     GuardHello,
     Kill,
     Killed,
@@ -28,12 +29,13 @@ from launcher.watch import (
 
 MESSAGES: list[Message] = [
     GuardHello(3, 1, "n1", "boot/1", 10, 11, 12, 13),
-    Beat(3, 1, "S", 5, 7, 2, 0.25, 1, 2, "tcp://127.0.0.1:4"),
-    Beat(3, 1, "R", 0, 0, 0, 0.0, 0, 0, None),
+    Beat(3, 1, "S", 5, 7, 2, 0.25, 1, 2, "tcp://127.0.0.1:4", 640, 0),
+    Beat(3, 1, "S", 7, 0, 0, 0.0, 0, 0, None, 0, 2**40),
     FaultReport(3, 1, "killed", -9, "rank 1 was killed", 0.01, 'last "lines"\nü'),
     FaultReport(3, 1, "frozen", None, "stopped", 0.5, ""),
     Killed(3, 1),
     Kill(4),
+    Go(4),
 ]
 WRONG: list[object] = [True, [], {}]
 
@@ -47,12 +49,14 @@ def test_page_shows_what_the_rank_wrote(tmp_path: Path) -> None:
     writer.enter(Phase.LOADING)
     writer.load(5, 2**40)
     writer.serve_at("tcp://127.0.0.1:43211")
-    writer.step(2**40)
+    writer.hold_kv_blocks(640)
+    writer.step(2**40, 1024)
     writer.collective()
     writer.collective()
     seen = reader.read()
     assert seen.phase is Phase.STEPPING
     assert (seen.step, seen.collective) == (2**40, 2)
+    assert (seen.num_tokens, seen.kv_blocks) == (1024, 640)
     assert (seen.load_done, seen.load_total) == (5, 2**40)
     assert seen.endpoint == "tcp://127.0.0.1:43211"
     writer.step(2**40 + 1)

@@ -64,7 +64,7 @@ def test_parity_with_transformers(tmp_path: Path, scaling: dict[str, Any], head_
     reference_config.save_pretrained(tmp_path)
     config = ModelConfig.from_folder(tmp_path)
 
-    cosine, sine = rotary_tables(config, NUM_POSITIONS)
+    cosine, sine = rotary_tables(config.rope, config.head_dim, NUM_POSITIONS)
     positions = torch.arange(NUM_POSITIONS)[None]
     reference = LlamaRotaryEmbedding(reference_config)
     expected_cosine, expected_sine = reference(torch.zeros(1, dtype=torch.float32), positions)
@@ -86,7 +86,50 @@ def test_dynamic_scaling_is_none_up_to_the_models_length(tmp_path: Path) -> None
             max_position_embeddings=MODEL_LEN,
             rope_parameters={"rope_theta": 10000.0, **scaling},
         ).save_pretrained(tmp_path / name)
-    plain = rotary_tables(ModelConfig.from_folder(tmp_path / "plain"), MODEL_LEN)
-    dynamic = rotary_tables(ModelConfig.from_folder(tmp_path / "dynamic"), MODEL_LEN)
+    plain, dynamic = (
+        rotary_tables(ModelConfig.from_folder(tmp_path / name).rope, 128, MODEL_LEN)
+        for name in ("plain", "dynamic")
+    )
     assert torch.equal(plain[0], dynamic[0])
     assert torch.equal(plain[1], dynamic[1])
+
+
+@pytest.mark.parametrize("rope_type", ["default", "longrope"])
+def test_partial_rotary_and_longrope_of_phi_3(tmp_path: Path, rope_type: str) -> None:
+    from transformers import Phi3Config
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    head_dim, original = 64, 1024
+    parameters: dict[str, Any] = {
+        "rope_type": rope_type,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+    }
+    if rope_type == "longrope":
+        parameters["short_factor"] = [1.0 + 0.05 * pair for pair in range(24)]
+        parameters["long_factor"] = [2.0 + 0.5 * pair for pair in range(24)]
+    reference_config = Phi3Config(
+        architectures=["Phi3ForCausalLM"],
+        vocab_size=64,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        intermediate_size=16,
+        max_position_embeddings=4 * original,
+        original_max_position_embeddings=original,
+        rope_parameters=parameters,
+    )
+    reference_config.save_pretrained(tmp_path)
+    config = ModelConfig.from_folder(tmp_path)
+    if rope_type == "longrope":
+        assert config.max_model_len == original, "beyond it, keys in the cache would have to turn anew"
+    cosine, sine = rotary_tables(config.rope, config.head_dim, original)
+    expected_cosine, expected_sine = Phi3RotaryEmbedding(reference_config)(
+        torch.zeros(1, dtype=torch.float32), torch.arange(original)[None]
+    )
+    assert cosine.shape == sine.shape == (original, 24)
+    torch.testing.assert_close(cosine, expected_cosine[0, :, :24], atol=3e-4, rtol=0)
+    torch.testing.assert_close(sine, expected_sine[0, :, :24], atol=3e-4, rtol=0)

@@ -83,7 +83,7 @@ def test_a_builder_that_is_killed_is_replaced(tmp_path: Path, processes: list[su
         builder = start_loader(folder, cache, 1, 0)
         processes.append(builder)
         deadline = time.monotonic() + 60
-        while not list(cache.glob("*/*.partial")) and not shard_files(cache):
+        while not list(cache.glob("*/stage*.partial")) and not shard_files(cache):
             assert time.monotonic() < deadline
             time.sleep(0.001)
         builder.kill()
@@ -91,11 +91,11 @@ def test_a_builder_that_is_killed_is_replaced(tmp_path: Path, processes: list[su
         if not shard_files(cache):
             break
         shard_files(cache)[0].unlink()
-    assert list(cache.glob("*/*.partial")), "killed while it built"
+    assert list(cache.glob("*/stage*.partial")), "killed while it built"
     processes.append(start_loader(folder, cache, 1, 0))
     first_line(processes[-1])
     assert len(shard_files(cache)) == 1
-    assert not list(cache.glob("*/*.partial"))
+    assert not list(cache.glob("*/stage*.partial"))
 
 
 def fill(cache: ShardCache, name: str, megabytes: int) -> Path:

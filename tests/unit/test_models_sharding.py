@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.models.config import ModelConfig, RopeConfig
+from engine.models.config import ExpertConfig, ModelConfig, RopeConfig
 from engine.models.errors import ShardingError
+from engine.models.families import Norms, QueryKeyNorm
 from engine.models.sharding import (
     LocalTensor,
     RankShape,
@@ -56,6 +58,10 @@ def model(
     )
 
 
+def _experts(count: int) -> ExpertConfig:
+    return ExpertConfig(count, (count + 1) // 2, True, "mlp", ("gate_proj", "up_proj", "down_proj"))
+
+
 @st.composite
 def models_and_worlds(draw: st.DrawFn) -> tuple[ModelConfig, int, int]:
     group = draw(st.integers(1, 5))
@@ -70,6 +76,13 @@ def models_and_worlds(draw: st.DrawFn) -> tuple[ModelConfig, int, int]:
         num_layers=draw(st.integers(1, 12)),
         tie=draw(st.booleans()),
         bias=draw(st.booleans()),
+    )
+    config = replace(
+        config,
+        norms=draw(st.sampled_from(Norms)),
+        query_key_norm=draw(st.sampled_from(QueryKeyNorm)),
+        fused_projections=draw(st.booleans()),
+        experts=draw(st.none() | st.builds(_experts, st.integers(1, 5))),
     )
     return config, draw(st.integers(1, config.num_heads)), draw(st.integers(1, config.num_layers))
 
@@ -113,6 +126,9 @@ def test_each_query_head_finds_its_kv_head(case: tuple[ModelConfig, int, int]) -
         for head, local in zip(shape.q_heads, shape.q_to_kv, strict=True):
             assert shape.kv_heads[local] == head // group
         assert sorted(set(shape.q_to_kv)) == list(range(shape.num_kv_heads)), "no KV head is held in vain"
+        assert set(shape.counted_kv_heads) <= set(shape.kv_heads)
+    for stage in shard_world(config, tp, pp):
+        assert_ranges_tile([shape.counted_kv_heads for shape in stage], config.num_kv_heads)
 
 
 @given(models_and_worlds())
@@ -137,10 +153,10 @@ def test_every_element_is_held_exactly_once_and_kv_heads_at_least_once(
         axis, whole = shapes[name]
         assert set(counts) == set(range(whole[axis])), name
         times = set(counts.values())
-        if "norm" in name:
-            assert times in ({tp}, {1}), name
-        elif "k_proj" in name or "v_proj" in name:
+        if any(part in name for part in ("k_proj", "v_proj", "k_norm", "qkv_proj")):
             assert min(times) >= 1, name
+        elif "norm" in name or "mlp.gate.weight" in name:
+            assert times in ({tp}, {1}), name
         else:
             assert times == {1}, name
     assert len(held) == _num_sources(config)
@@ -148,8 +164,18 @@ def test_every_element_is_held_exactly_once_and_kv_heads_at_least_once(
 
 def _num_sources(config: ModelConfig) -> int:
     """What a Hugging Face folder of the model holds, a tied head counted."""
-    per_layer = 9 + (7 if config.attention_bias else 0)
-    return per_layer * config.num_layers + 3
+    qkv, gate_up = (1, 1) if config.fused_projections else (3, 2)
+    attention = qkv + 1
+    if config.attention_bias:
+        attention += qkv + 1
+    if config.query_key_norm is not QueryKeyNorm.NONE:
+        attention += 2
+    if config.experts is not None:
+        mlp = 1 + 3 * config.experts.count
+    else:
+        mlp = (gate_up + 1) * (2 if config.mlp_bias else 1)
+    norms = 4 if config.norms is Norms.AROUND else 2
+    return (attention + mlp + norms) * config.num_layers + 3
 
 
 @pytest.mark.parametrize("tp", range(1, 10))
@@ -239,3 +265,33 @@ def test_the_order_of_fused_tensors() -> None:
     assert found["layers.0.output.weight"].shape == (576, 2 * 64)
     gate_up = found["layers.29.gate_up.weight"]
     assert [piece.name.split(".")[-2] for piece in gate_up.slices] == ["gate_proj", "up_proj"]
+
+
+def test_fused_projections_are_cut_where_their_parts_lie() -> None:
+    config = replace(model(), fused_projections=True)
+    shape = shard_world(config, 4, 1)[0][2]
+    found = {tensor.name: tensor for tensor in local_tensors(config, shape, 2)}
+    qkv = found["layers.0.qkv.weight"]
+    assert {piece.shape for piece in qkv.slices} == {((9 + 2 * 3) * 64, 576)}
+    q, kv = 9 * 64, 3 * 64
+    assert [(piece.start, piece.stop) for piece in qkv.slices] == [
+        (320, 448),
+        (q + 64, q + 192),
+        (q + kv + 64, q + kv + 192),
+    ]
+    columns = shape.mlp_columns
+    gate, up = found["layers.0.gate_up.weight"].slices
+    assert (gate.start, gate.stop) == (columns.start, columns.stop)
+    assert (up.start, up.stop) == (1536 + columns.start, 1536 + columns.stop)
+
+
+def test_every_rank_holds_some_columns_of_each_expert_and_the_whole_router() -> None:
+    config = replace(model(intermediate=128), experts=_experts(4))
+    for tp_rank, shape in enumerate(shard_world(config, 3, 1)[0]):
+        found = {tensor.name: tensor for tensor in local_tensors(config, shape, tp_rank)}
+        columns = len(shape.mlp_columns)
+        assert found["layers.0.router.weight"].shape == (4, 576)
+        assert found["layers.0.experts_gate_up.weight"].shape == (4 * 2 * columns, 576)
+        assert found["layers.0.experts_down.weight"].shape == (4 * 576, columns)
+        names = [piece.name.split("experts.")[1] for piece in found["layers.0.experts_gate_up.weight"].slices]
+        assert names[:3] == ["0.gate_proj.weight", "0.up_proj.weight", "1.gate_proj.weight"]

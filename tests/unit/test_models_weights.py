@@ -19,7 +19,7 @@ from engine.models.config import ModelConfig
 from engine.models.errors import ModelError
 from engine.models.sharding import local_tensors, shard_world
 from engine.models.weights import load_stage_weights
-from tests.tiny_models import make_tiny_llama
+from tests.tiny_models import make_tiny_family, make_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,17 @@ def test_gathered_shards_are_the_model(tmp_path: Path, tp: int, pp: int, options
     folder = make_tiny_llama(
         tmp_path / "model", vocab=401, intermediate=208, max_shard_size="100KB", **options
     )
+    assert_shards_are_the_model(folder, tmp_path / "cache", tp, pp)
+
+
+@pytest.mark.parametrize("name", ["phi3", "qwen3", "olmo2", "gemma2", "mixtral", "qwen3-moe"])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 2), (4, 1)])
+def test_gathered_shards_of_every_family(tmp_path: Path, name: str, tp: int, pp: int) -> None:
+    folder = make_tiny_family(tmp_path / "model", name)
+    assert_shards_are_the_model(folder, tmp_path / "cache", tp, pp)
+
+
+def assert_shards_are_the_model(folder: Path, cache: Path, tp: int, pp: int) -> None:
     config = ModelConfig.from_folder(folder)
     source: dict[str, Tensor] = {}
     for file in folder.glob("*.safetensors"):
@@ -72,7 +83,7 @@ def test_gathered_shards_are_the_model(tmp_path: Path, tp: int, pp: int, options
     gathered = {name: torch.full_like(tensor, torch.nan) for name, tensor in source.items()}
     for pp_rank, stage in enumerate(shard_world(config, tp, pp)):
         for tp_rank, shape in enumerate(stage):
-            tensors = load(folder, tmp_path / "cache", tp=tp, pp=pp, rank=(pp_rank, tp_rank))
+            tensors = load(folder, cache, tp=tp, pp=pp, rank=(pp_rank, tp_rank))
             described = {tensor.name: tensor for tensor in local_tensors(config, shape, tp_rank)}
             assert set(tensors) - {"embed.weight"} == set(described) - {"embed.weight"}
             for name, tensor in described.items():

@@ -20,9 +20,10 @@ from engine.world import World
 from tests import references
 
 
-def build(world: World, **settings: object) -> Engine:
-    """The real model, cut over this world."""
-    folder = references.model_folder()
+def build(world: World, folder: Path | None = None, **settings: object) -> Engine:
+    """The model of `folder`, or else the real one, cut over this world."""
+    if folder is None:
+        folder = references.model_folder()
     cache = references.ROOT / "build" / "test-shards"
     every = EngineSettings(model_dir=folder, shard_cache=Path(cache), **settings)  # type: ignore[arg-type]
     return build_engine(world, every, torch.device("cpu"), lambda _done, _total: None)
@@ -55,7 +56,7 @@ def request(
 class _Sign:
     def idle(self) -> None: ...
 
-    def stepping(self, step: int) -> None: ...
+    def stepping(self, step: int, num_tokens: int) -> None: ...
 
 
 class _Port:

@@ -1,4 +1,4 @@
-"""Runs the supervisor over this folder's ranks and front: `deployment RUN_DIR TP`, until a signal comes."""
+"""Runs the supervisor over this folder's ranks and front: `deployment RUN_DIR TP [SPARE]`, until a signal comes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from launcher.run_dir import RunDir
 from launcher.serve import bind
 from launcher.stop_signals import StopSignals
 from launcher.supervisor import Supervisor
-from launcher.watch import adopt_orphans
-from launcher.worlds import WorldPlan
+from launcher.watch import SpareKind, adopt_orphans
+from launcher.world_records import WorldPlan
 
 
-def main(path: Path, tp: int) -> int:
+def main(path: Path, tp: int, spare: SpareKind) -> int:
     adopt_orphans()
     log = EventLog()
     log.to_stderr()
@@ -48,6 +48,7 @@ def main(path: Path, tp: int) -> int:
                 stop=stop,
                 on_progress=lambda world: None,
                 on_ready=lambda world, state: print(f"ready {world.epoch} {run_dir.run_id}", flush=True),
+                spare=spare,
             ).run()
         except LauncherError as error:
             print(f"phalanx: error: {error}", file=sys.stderr)
@@ -58,4 +59,4 @@ def main(path: Path, tp: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), SpareKind((*sys.argv, "none")[3])))

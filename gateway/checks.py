@@ -1,0 +1,89 @@
+"""What a request may ask of a world: the checks that rank 0 and the front share.
+
+Called before a request is taken on. No request may be able to hurt a world by its numbers, so that everything a
+world indexes with is checked here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from gateway.protocol import MAX_MESSAGE_BYTES, Limits, SamplingParams, Submit
+
+MAX_LOGIT_BIAS = 1024
+_BYTES_OF_A_LOGPROB = 16
+"""Of one alternative as msgpack has it: an id, a float, and its share of the rest."""
+
+
+class Problem(NamedTuple):
+    """What is wrong, and with which field of the request."""
+
+    field: str
+    message: str
+
+
+def check_submit(submit: Submit, limits: Limits) -> str | None:
+    """What is wrong with a request of token ids for a world with these limits; None if nothing is."""
+    if submit.prompt is not None:
+        return "a text prompt: rank 0 takes prompt_token_ids only; send text to the front"
+    if submit.stop:
+        return "stop strings: rank 0 knows token ids only; send them to the front, or use stop_token_ids"
+    if submit.timeout_s is not None:
+        return "timeout_s: rank 0 keeps no deadlines; send it to the front, or send cancel"
+    if len(submit.output_token_ids) >= submit.params.max_tokens:
+        return (
+            f"{len(submit.output_token_ids)} output tokens are given, "
+            f"max_tokens {submit.params.max_tokens} leaves none to generate"
+        )
+    largest = max(submit.output_token_ids, default=0)
+    if largest >= limits.vocab_size:
+        return f"token id {largest} is not in the vocabulary of {limits.vocab_size} tokens"
+    problem = check_prompt(submit.prompt_token_ids, submit.params.max_tokens, limits)
+    if problem is not None:
+        return problem
+    found = check_params(submit.params, limits, len(submit.prompt_token_ids))
+    return found and found.message
+
+
+def check_prompt(prompt_token_ids: list[int], max_tokens: int, limits: Limits) -> str | None:
+    """What is wrong with the number or the range of a prompt's tokens; None if nothing is."""
+    if not prompt_token_ids:
+        return "the prompt is empty; at least one token is needed"
+    largest = max(prompt_token_ids)
+    if largest >= limits.vocab_size:
+        return f"token id {largest} is not in the vocabulary of {limits.vocab_size} tokens"
+    total = len(prompt_token_ids) + max_tokens
+    asked = f"the prompt has {len(prompt_token_ids)} tokens and max_tokens is {max_tokens}, {total} together"
+    if total > limits.max_model_len:
+        return f"{asked}; the maximum length of this model is {limits.max_model_len} tokens"
+    if total > limits.kv_cache_tokens:
+        return f"{asked}; the KV cache holds {limits.kv_cache_tokens} tokens (--kv-cache-memory)"
+    return None
+
+
+def check_params(params: SamplingParams, limits: Limits, num_prompt_tokens: int) -> Problem | None:
+    """What is wrong with parameters that are in range by themselves; None if nothing is."""
+    if params.min_tokens > params.max_tokens:
+        return Problem("min_tokens", f"min_tokens is {params.min_tokens}; allowed: up to {params.max_tokens}")
+    if len(params.logit_bias) > MAX_LOGIT_BIAS:
+        text = f"logit_bias has {len(params.logit_bias)} tokens; allowed: up to {MAX_LOGIT_BIAS}"
+        return Problem("logit_bias", text)
+    for field, token_ids in (
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+        ("bad_words", [token_id for word in params.bad_words for token_id in word]),
+    ):
+        for token_id in token_ids:
+            if not 0 <= token_id < limits.vocab_size:
+                text = f"{field}: token id {token_id} is not in the vocabulary; allowed: 0 to {limits.vocab_size - 1}"
+                return Problem(field, text)
+    if params.prompt_logprobs is not None:
+        # All of them travel in one message.
+        most = MAX_MESSAGE_BYTES // 2 // _BYTES_OF_A_LOGPROB // (params.prompt_logprobs + 2)
+        if num_prompt_tokens > most:
+            text = (
+                f"the prompt has {num_prompt_tokens} tokens; with {params.prompt_logprobs} alternatives to each "
+                f"prompt_logprobs allows up to {most}"
+            )
+            return Problem("prompt_logprobs", text)
+    return None

@@ -1,0 +1,68 @@
+"""How the supervisor's keys and addresses reach the guards of a world, and how a guard knows its rank. Used by
+both; keys never stand on a command line, nor in what a rank inherits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.processes import ProcessId
+
+PREFIX = "PHALANX_GUARD_"
+"""Of the variables; a guard takes them out of what its rank inherits."""
+
+_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+
+
+@dataclass(frozen=True)
+class GuardEnvironment:
+    """What the supervisor hands to every guard of a world, through the environment."""
+
+    endpoint: str
+    """Where the supervisor's ROUTER listens."""
+    server_key: str
+    public_key: str
+    secret_key: str
+    """CURVE keys, Z85: the supervisor's public one, and the pair of this run's guards."""
+    supervisor: ProcessId
+    supervisor_host_id: str
+    world_dir: Path
+    """For the ranks' output."""
+    shm_dir: Path
+    """The world's shared-memory folder."""
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables; from_environment is the inverse."""
+        return {
+            f"{PREFIX}ENDPOINT": self.endpoint,
+            f"{PREFIX}SERVER_KEY": self.server_key,
+            f"{PREFIX}PUBLIC_KEY": self.public_key,
+            f"{PREFIX}SECRET_KEY": self.secret_key,
+            f"{PREFIX}SUPERVISOR": f"{self.supervisor.pid} {self.supervisor.start} {self.supervisor_host_id}",
+            f"{PREFIX}WORLD_DIR": str(self.world_dir),
+            f"{PREFIX}SHM_DIR": str(self.shm_dir),
+        }
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> GuardEnvironment:
+        """Raises KeyError or ValueError for what is missing or malformed."""
+        pid, start, supervisor_host_id = environment[f"{PREFIX}SUPERVISOR"].split(" ", 2)
+        return cls(
+            endpoint=environment[f"{PREFIX}ENDPOINT"],
+            server_key=environment[f"{PREFIX}SERVER_KEY"],
+            public_key=environment[f"{PREFIX}PUBLIC_KEY"],
+            secret_key=environment[f"{PREFIX}SECRET_KEY"],
+            supervisor=ProcessId(int(pid), int(start)),
+            supervisor_host_id=supervisor_host_id,
+            world_dir=Path(environment[f"{PREFIX}WORLD_DIR"]),
+            shm_dir=Path(environment[f"{PREFIX}SHM_DIR"]),
+        )
+
+
+def rank_of_environment(environment: Mapping[str, str]) -> int:
+    """The rank that the MPI launcher gave this process; 0 without one."""
+    for variable in _RANK_VARIABLES:
+        if variable in environment:
+            return int(environment[variable])
+    return 0

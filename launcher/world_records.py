@@ -1,0 +1,92 @@
+"""What the supervisor writes down about a world: its plan, its state, its times, its ranks, its faults. Filled by
+`launcher.worlds`; holds no behaviour beyond reading itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from launcher.launchers import mpirun
+from launcher.processes import ProcessId
+from launcher.watch import Beat, GuardHello, Phase
+
+
+class WorldState(Enum):
+    """STARTING: processes come up; LOADING: weights; PARKED: a spare whose ranks all wait for their turn;
+    ACTIVE: its gateway listens and every rank is ready; DYING: being killed; DEAD: no process of it is left."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    PARKED = "parked"
+    ACTIVE = "active"
+    DYING = "dying"
+    DEAD = "dead"
+
+
+@dataclass
+class RankWatch:
+    """What the supervisor knows of one rank."""
+
+    hello: GuardHello
+    identity: bytes
+    last_beat_at: float
+    beat: Beat | None = None
+    acknowledged: bool = False
+
+    @property
+    def phase(self) -> Phase:
+        """From the last beat; a phase of a later version of the rank counts as its neighbour."""
+        return Phase(min(max(self.beat.phase, 0), max(Phase))) if self.beat is not None else Phase.STARTING
+
+    @property
+    def guard(self) -> ProcessId:
+        return ProcessId(self.hello.guard_pid, self.hello.guard_start)
+
+    @property
+    def process(self) -> ProcessId:
+        return ProcessId(self.hello.pid, self.hello.start)
+
+
+@dataclass(frozen=True)
+class WorldFault:
+    """Why a world has to die."""
+
+    kind: str
+    """exit, killed, frozen, hung, lost, mpirun or start."""
+    rank: int | None
+    host: str | None
+    detail: str
+    detect_s: float | None = None
+    exit_code: int | None = None
+    last_lines: str = ""
+
+
+@dataclass
+class WorldTimes:
+    """Moments of a world's life on the monotonic clock, in seconds."""
+
+    started: float = field(default_factory=time.monotonic)
+    """Start of its mpirun; of a promoted spare, its promotion."""
+    parked: float | None = None
+    """When the last rank of a spare had parked."""
+    active: float | None = None
+    served: float | None = None
+    """When the front was first welcomed."""
+    aborted: float | None = None
+    dead: float | None = None
+
+
+@dataclass(frozen=True)
+class WorldPlan:
+    """What a world is started from; the same for each world of a deployment."""
+
+    mpirun: mpirun.Mpirun
+    tp: int
+    pp: int
+    cores: int
+    rank_command: Sequence[str]
+    """Without `--epoch N` and what else differs between worlds, which the world adds."""
+    guard_command: Sequence[str]
+    served_model_name: str

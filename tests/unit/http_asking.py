@@ -1,0 +1,44 @@
+"""How the HTTP tests ask a front, and how they read its streams."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from typing import Any
+
+from tests.echo_world import EchoCluster
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+Answer = tuple[int, dict[str, str], Any]
+
+
+def ask(
+    cluster: EchoCluster,
+    path: str,
+    body: object = None,
+    *,
+    method: str = "POST",
+    headers: dict[str, str] | None = None,
+) -> Answer:
+    """Status, headers in lower case, and the JSON of the answer (bytes if it is none)."""
+    content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", cluster.port, timeout=30)
+    connection.request(method, path, content, headers or {})
+    response = connection.getresponse()
+    data = response.read()
+    connection.close()
+    lower = {name.lower(): value for name, value in response.getheaders()}
+    is_json = lower.get("content-type") == "application/json"
+    return response.status, lower, json.loads(data) if is_json else data
+
+
+def chat(text: str = "hi", **fields: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": text}], **fields}
+
+
+def events(data: bytes) -> list[Any]:
+    """The JSON of each event of a stream, checked for its frame."""
+    parts = data.split(b"\n\n")
+    assert parts[-1] == b"" and parts[-2] == b"data: [DONE]"
+    return [json.loads(part.removeprefix(b"data: ")) for part in parts[:-2]]

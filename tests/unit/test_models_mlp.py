@@ -1,0 +1,48 @@
+"""Mixtures of experts: routed as the plain formula says, and only where tokens were sent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.models.config import Activation, ExpertConfig
+from engine.models.mlp import ExpertMlp
+
+HIDDEN, COLUMNS, COUNT = 16, 12, 5
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_experts_against_the_plain_formula(num_tokens: int, normalized: bool) -> None:
+    torch.manual_seed(0)
+    router = torch.randn(COUNT, HIDDEN)
+    gate_up = torch.randn(COUNT, 2 * COLUMNS, HIDDEN)
+    down = torch.randn(COUNT, HIDDEN, COLUMNS)
+    x = torch.randn(num_tokens, HIDDEN)
+    experts = ExpertConfig(COUNT, 2, normalized, "mlp", ("gate", "up", "down"))
+    mlp = ExpertMlp(router, gate_up.flatten(0, 1), down.flatten(0, 1), experts, Activation.SILU)
+    found = mlp(x)
+    for row in range(num_tokens):
+        shares = (router @ x[row]).softmax(0)
+        chosen = shares.argsort(descending=True)[:2].tolist()
+        total = shares[chosen].sum() if normalized else 1.0
+        expected = torch.zeros(HIDDEN)
+        for expert in chosen:
+            gate, up = (gate_up[expert] @ x[row]).chunk(2)
+            expected += shares[expert] / total * (down[expert] @ (F.silu(gate) * up))
+        torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_expert_without_tokens_is_not_read() -> None:
+    torch.manual_seed(0)
+    router = torch.randn(COUNT, HIDDEN)
+    gate_up = torch.randn(COUNT, 2 * COLUMNS, HIDDEN)
+    down = torch.randn(COUNT, HIDDEN, COLUMNS)
+    x = torch.randn(1, HIDDEN)
+    unused = int((router @ x[0]).argmin())
+    gate_up[unused] = torch.nan
+    down[unused] = torch.nan
+    experts = ExpertConfig(COUNT, 2, True, "mlp", ("gate", "up", "down"))
+    mlp = ExpertMlp(router, gate_up.flatten(0, 1), down.flatten(0, 1), experts, Activation.SILU)
+    assert mlp(x).isfinite().all()
