@@ -34,6 +34,7 @@ test: lint unit worlds api recovery
 
 # The same, then the tests that take long.
 test-all: test
+	$(BIN)/python -m tests.world.run --rest
 	$(BIN)/python -m pytest -m slow tests/unit tests/api tests/recovery
 
 lint: $(READY_TEST)
@@ -44,9 +45,9 @@ lint: $(READY_TEST)
 unit: $(READY_TEST)
 	$(BIN)/python -m pytest -m 'not slow' tests/unit
 
-# One mpirun for each shape of world.
+# One mpirun for each shape of world; `make test-all` adds the other shapes.
 worlds: $(READY_TEST)
-	$(BIN)/python -m tests.world.run
+	$(BIN)/python -m tests.world.run --quick
 
 api: $(READY_TEST)
 	$(BIN)/python -m pytest -m 'not slow' tests/api

@@ -144,8 +144,8 @@ class LLM:
     """Offline generation: a server of its own, and a client."""
 
     def __init__(self, model: str | Path, *, show_progress: bool = False, **options: object) -> None:
-        """See Server. Raises ServerError."""
-        self._server = serve(model, show_progress=show_progress, **options)
+        """See Server; no spare is kept unless `spare` asks for one. Raises ServerError."""
+        self._server = serve(model, show_progress=show_progress, **{"spare": "none", **options})
         try:
             self._client = self._server.client()
             self._client.connect()

@@ -217,17 +217,22 @@ class AsyncClient:
         output_token_ids: Sequence[int] = (),
         request_id: str | None = None,
         timeout_s: float | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> AsyncStream:
         """Sends a request and returns its stream of outputs.
 
         `prompt`: text (the front only) or token ids. `stop`: stop strings (the front only).
         `output_token_ids`: tokens that this request brought earlier; generation goes on behind them.
-        `timeout_s`: how long it may bring no token, default `token_timeout_s` of the client. Raises
-        ConnectionLost.
+        `timeout_s`: how long it may bring no token, default `token_timeout_s` of the client.
+        `priority`: lower is served first. `deadline_s`: how long it may take in all (the front only); then it ends
+        as RequestFailed with the code "timeout". Raises ConnectionLost.
         """
         wait_s = self._token_timeout_s if timeout_s is None else timeout_s
         stream = AsyncStream(self, request_id or self._new_id(), wait_s)
-        self._submit(stream.request_id, prompt, params, stop, output_token_ids, stream._put)
+        self._submit(
+            stream.request_id, prompt, params, stop, output_token_ids, stream._put, priority, deadline_s
+        )
         return stream
 
     async def generate(
@@ -258,6 +263,8 @@ class AsyncClient:
         stop: Sequence[str],
         output_token_ids: Sequence[int],
         deliver: Callable[[Event], None],
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> None:
         if request_id in self._requests:
             raise ValueError(f"request id {request_id!r} is already in flight")
@@ -270,6 +277,8 @@ class AsyncClient:
             output_token_ids=list(output_token_ids),
             params=params or SamplingParams(),
             stop=list(stop),
+            priority=priority,
+            deadline_s=deadline_s,
         )
         assert self._connection is not None  # welcome raises otherwise
         self._connection.send(message)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from gateway.grammars import problem_of
 from gateway.protocol import MAX_MESSAGE_BYTES, Limits, SamplingParams, Submit
 
 MAX_LOGIT_BIAS = 1024
@@ -28,8 +29,8 @@ def check_submit(submit: Submit, limits: Limits) -> str | None:
         return "a text prompt: rank 0 takes prompt_token_ids only; send text to the front"
     if submit.stop:
         return "stop strings: rank 0 knows token ids only; send them to the front, or use stop_token_ids"
-    if submit.timeout_s is not None:
-        return "timeout_s: rank 0 keeps no deadlines; send it to the front, or send cancel"
+    if submit.deadline_s is not None:
+        return "deadline_s: rank 0 keeps no deadlines; send it to the front, or send cancel"
     if len(submit.output_token_ids) >= submit.params.max_tokens:
         return (
             f"{len(submit.output_token_ids)} output tokens are given, "
@@ -42,6 +43,31 @@ def check_submit(submit: Submit, limits: Limits) -> str | None:
     if problem is not None:
         return problem
     found = check_params(submit.params, limits, len(submit.prompt_token_ids))
+    return found and found.message
+
+
+def check_request(
+    prompt_token_ids: list[int],
+    params: SamplingParams,
+    stop: list[str],
+    output_token_ids: list[int],
+    limits: Limits | None,
+) -> str | None:
+    """What is wrong with a request at the front, whose worlds have had these limits; None if nothing is."""
+    if not all(stop):
+        return "a stop string is empty"
+    if len(output_token_ids) >= params.max_tokens:
+        return f"{len(output_token_ids)} output tokens are given already, max_tokens is {params.max_tokens}"
+    if params.grammar is not None and (problem := problem_of(params.grammar)) is not None:
+        return problem
+    if limits is None:
+        return None
+    if max(output_token_ids, default=0) >= limits.vocab_size:
+        return f"an output token id is not in the vocabulary of {limits.vocab_size} tokens"
+    problem = check_prompt(prompt_token_ids, params.max_tokens, limits)
+    if problem is not None:
+        return problem
+    found = check_params(params, limits, len(prompt_token_ids))
     return found and found.message
 
 

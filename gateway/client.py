@@ -166,13 +166,22 @@ class Client:
         output_token_ids: Sequence[int] = (),
         request_id: str | None = None,
         timeout_s: float | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> Stream:
         """Sends a request and returns its stream of outputs, see AsyncClient.submit."""
         wait_s = self._token_timeout_s if timeout_s is None else timeout_s
         stream = Stream(self, request_id or self._client._new_id(), wait_s)
         self._call(
             lambda: self._client._submit(
-                stream.request_id, prompt, params, stop, output_token_ids, stream._events.put
+                stream.request_id,
+                prompt,
+                params,
+                stop,
+                output_token_ids,
+                stream._events.put,
+                priority,
+                deadline_s,
             )
         )
         return stream

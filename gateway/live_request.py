@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 from gateway.detokenizer import TextStream
@@ -74,3 +75,36 @@ class Request:
     @property
     def request_id(self) -> str:
         return self.entry.request_id
+
+    def read(self, output: Output, eos_token_ids: Sequence[int]) -> Output:
+        """New tokens with their text, as the client gets them. It has a finish reason that `output` has not if a
+        stop string ended the request; then its tokens may be fewer."""
+        token_ids, finish_reason, stop_reason = output.token_ids, output.finish_reason, output.stop_reason
+        text = self.text
+        pieces = []
+        # An end token has no text, even if it is no special token.
+        ends = finish_reason == "stop" and bool(token_ids)
+        ends = ends and (token_ids[-1] in eos_token_ids or token_ids[-1] in self.entry.params.stop_token_ids)
+        silent = len(token_ids) - 1 if ends else -1
+        for index, token_id in enumerate(token_ids):
+            if index == silent:
+                break
+            pieces.append(text.push(token_id))
+            if text.matched_stop is not None:
+                token_ids = token_ids[: index + 1]
+                finish_reason, stop_reason = "stop", text.matched_stop
+                break
+        if finish_reason is not None and text.matched_stop is None:
+            pieces.append(text.finish())
+            if text.matched_stop is not None:
+                finish_reason, stop_reason = "stop", text.matched_stop
+        return Output(
+            self.request_id,
+            output.position,
+            token_ids,
+            finish_reason,
+            stop_reason,
+            "".join(pieces),
+            output.logprobs and output.logprobs[: len(token_ids)],
+            output.prompt_logprobs,
+        )

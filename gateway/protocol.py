@@ -103,7 +103,7 @@ class Submit(Struct, frozen=True, tag="submit", tag_field="type", omit_defaults=
     """Stop strings; only the front takes them."""
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
     """Lower is served first; first come first served within one."""
-    timeout_s: Annotated[float, Meta(gt=0.0)] | None = None
+    deadline_s: Annotated[float, Meta(gt=0.0)] | None = None
     """Seconds after which the request ends with the error "timeout", whatever it has brought; only the front
     takes it, and keeps it across worlds."""
 

@@ -13,9 +13,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from gateway.checks import check_params, check_prompt
+from gateway.checks import check_request
 from gateway.errors import RequestFailed
-from gateway.grammars import problem_of
 from gateway.journal import Journal, JournalEntry, PositionError
 from gateway.live_request import Request, Sink, World
 from gateway.log import Logger
@@ -113,17 +112,18 @@ class Requests:
         sink: Sink,
         output_token_ids: list[int] | None = None,
         priority: int = 0,
-        timeout_s: float | None = None,
+        deadline_s: float | None = None,
     ) -> Request:
         """Takes a request on, from now on it is not lost. Its outputs go to `sink`, never before this
         returns.
 
-        `output_token_ids`: tokens that the client has from earlier; they are not sent again. `timeout_s`:
-        when the request ends with the error "timeout", if it runs or waits by then. Raises RequestFailed:
+        `output_token_ids`: tokens that the client has from earlier; they are not sent again. `deadline_s`: after
+        how many seconds the request ends with the error "timeout", running or waiting. Raises RequestFailed:
         overloaded, or invalid_request where the last world's limits do not allow it.
         """
         self.check_admission()
-        problem = self._problem(prompt_token_ids, params, stop, output_token_ids or [])
+        limits = self.welcome.limits if self.welcome is not None else None
+        problem = check_request(prompt_token_ids, params, stop, output_token_ids or [], limits)
         if problem is not None:
             self._metrics.refused["invalid_request"] += 1
             raise RequestFailed("invalid_request", problem)
@@ -142,8 +142,8 @@ class Requests:
         self._metrics.accepted += 1
         self._metrics.prompt_tokens += len(prompt_token_ids)
         loop = asyncio.get_running_loop()
-        if timeout_s is not None:
-            request.deadline_timer = loop.call_later(timeout_s, self._pass_deadline, request, timeout_s)
+        if deadline_s is not None:
+            request.deadline_timer = loop.call_later(deadline_s, self._pass_deadline, request, deadline_s)
         if self._world is not None:
             self._submit(request, self._world)
         else:
@@ -218,32 +218,6 @@ class Requests:
 
     # ----------------------------------------------------------------------- inside
 
-    def _problem(
-        self,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        stop: list[str],
-        output_token_ids: list[int],
-    ) -> str | None:
-        if not all(stop):
-            return "a stop string is empty"
-        if len(output_token_ids) >= params.max_tokens:
-            return (
-                f"{len(output_token_ids)} output tokens are given already, max_tokens is {params.max_tokens}"
-            )
-        if params.grammar is not None and (problem := problem_of(params.grammar)) is not None:
-            return problem
-        if self.welcome is None:
-            return None
-        limits = self.welcome.limits
-        if max(output_token_ids, default=0) >= limits.vocab_size:
-            return f"an output token id is not in the vocabulary of {limits.vocab_size} tokens"
-        problem = check_prompt(prompt_token_ids, params.max_tokens, limits)
-        if problem is not None:
-            return problem
-        found = check_params(params, limits, len(prompt_token_ids))
-        return found and found.message
-
     def _submit(self, request: Request, world: World) -> None:
         assert world.welcome is not None
         entry = request.entry
@@ -315,51 +289,17 @@ class Requests:
         if request.request_id not in self._live:
             return  # ended by an earlier output of the same batch
         metrics = self._metrics
-        token_ids, finish_reason, stop_reason = output.token_ids, output.finish_reason, output.stop_reason
-        if token_ids:
+        if output.token_ids:
             self._time(request, now)
         if output.prompt_logprobs is not None:
             request.has_prompt_logprobs = True
-        pieces = []
-        # An end token has no text, even if it is no special token.
-        silent = len(token_ids) - 1 if self._ends(request, output) else -1
-        for index, token_id in enumerate(token_ids):
-            if index == silent:
-                break
-            pieces.append(request.text.push(token_id))
-            if request.text.matched_stop is not None:
-                token_ids = token_ids[: index + 1]
-                if finish_reason is None:
-                    self._cancel_in_engine(request)
-                finish_reason, stop_reason = "stop", request.text.matched_stop
-                break
-        if finish_reason is not None and request.text.matched_stop is None:
-            pieces.append(request.text.finish())
-            if request.text.matched_stop is not None:
-                finish_reason, stop_reason = "stop", request.text.matched_stop
-        metrics.generation_tokens += len(token_ids)
-        if finish_reason is not None:
-            self._end(request, finish_reason)
-        request.sink.output(
-            request,
-            Output(
-                request.request_id,
-                output.position,
-                token_ids,
-                finish_reason,
-                stop_reason,
-                "".join(pieces),
-                output.logprobs and output.logprobs[: len(token_ids)],
-                output.prompt_logprobs,
-            ),
-        )
-
-    def _ends(self, request: Request, output: Output) -> bool:
-        """Whether the last token is the one that ended the request."""
-        if output.finish_reason != "stop" or not output.token_ids or self.welcome is None:
-            return False
-        last = output.token_ids[-1]
-        return last in self.welcome.eos_token_ids or last in request.entry.params.stop_token_ids
+        shown = request.read(output, self.welcome.eos_token_ids if self.welcome is not None else ())
+        if shown.finish_reason is not None and output.finish_reason is None:
+            self._cancel_in_engine(request)
+        metrics.generation_tokens += len(shown.token_ids)
+        if shown.finish_reason is not None:
+            self._end(request, shown.finish_reason)
+        request.sink.output(request, shown)
 
     def _time(self, request: Request, now: float) -> None:
         if request.first_token_at is None:
@@ -394,9 +334,9 @@ class Requests:
         self._fail(request, self._unavailable())
         self._call_after_batch()
 
-    def _pass_deadline(self, request: Request, timeout_s: float) -> None:
+    def _pass_deadline(self, request: Request, deadline_s: float) -> None:
         count = len(request.entry.output_token_ids)
-        text = f"the request was cancelled at its timeout of {timeout_s:.3g} s, after {count} output tokens"
+        text = f"the request was cancelled at its timeout of {deadline_s:.3g} s, after {count} output tokens"
         self._fail(request, RequestFailed("timeout", text))
         self._call_after_batch()
 

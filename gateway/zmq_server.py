@@ -155,7 +155,7 @@ class ZmqServer:
                 live,
                 message.output_token_ids,
                 message.priority,
-                message.timeout_s,
+                message.deadline_s,
             )
         except RequestFailed as error:
             self.fail(live, error)

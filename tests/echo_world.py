@@ -159,10 +159,10 @@ class EchoWorld:
         time.sleep(self._step_s)
         self._step += 1
         outputs = [(key[0], sequence.next_output()) for key, sequence in self._running.items()]
-        self.gateway.send_tokens(self._step, outputs)
         for client, output in outputs:
             if output.finish_reason is not None:
                 del self._running[client, output.request_id]
+        self.gateway.send_tokens(self._step, outputs)
         self._report()
 
     def _report(self) -> None:

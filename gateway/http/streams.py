@@ -61,7 +61,7 @@ class Ask:
 
     stop: list[str]
     priority: int = 0
-    timeout_s: float | None = None
+    deadline_s: float | None = None
     shows_logprobs: bool = False
 
 
@@ -93,7 +93,7 @@ class Group:
                     ask.stop,
                     sink,
                     priority=ask.priority,
-                    timeout_s=ask.timeout_s,
+                    deadline_s=ask.deadline_s,
                 )
                 self._members.append(request)
                 if ask.shows_logprobs:

@@ -68,6 +68,7 @@ def test_a_killed_rank_does_not_show(tmp_path: Path, rank: int) -> None:
         text, tokens, logprobs = read(api)
         book: Any = json.loads(text)
         assert len(book["chapters"]) == 8 and "book" not in text
+        assert b"".join(bytes(content) for _, content in tokens[:-1]).decode() == text
         world = served.active_world()
         again = read(api, kill=world["ranks"][rank]["pid"])
         assert served.active_world(above=world["epoch"])["epoch"] > world["epoch"]

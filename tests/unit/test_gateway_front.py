@@ -283,6 +283,34 @@ def test_what_the_front_does_not_use_itself_passes_through(cluster: EchoCluster)
     world.gateway.close()
 
 
+def test_prompt_logprobs_that_came_are_not_asked_for_again(cluster: EchoCluster) -> None:
+    world = DrivenWorld(cluster, 1)
+    params = SamplingParams(max_tokens=3, seed=1, logprobs=0, prompt_logprobs=0)
+    entries = [TokenLogprobs(71, -0.5, 1, [], [])]
+    with Client(cluster.zmq) as zmq_client:
+        streams = [zmq_client.submit([70, 71], params, priority=-4) for _ in range(2)]
+        client, first = world.next_submit()
+        world.next_submit()
+        world.send(client, Output(first.request_id, 0, [70], logprobs=entries, prompt_logprobs=entries))
+        assert next(streams[0]).prompt_logprobs == entries
+        world.gateway.close()
+        later = DrivenWorld(cluster, 2)
+        again = [later.next_submit()[1] for _ in streams]
+        assert [submit.params.prompt_logprobs for submit in again] == [None, 0]
+        assert all(submit.params.logprobs == 0 and submit.priority == -4 for submit in again)
+        later.gateway.close()
+
+
+def test_a_zmq_request_has_a_deadline(cluster: EchoCluster) -> None:
+    serve(cluster)
+    with Client(cluster.zmq) as zmq_client:
+        stream = zmq_client.submit(PROMPT, SamplingParams(max_tokens=1000, ignore_eos=True), deadline_s=0.3)
+        with pytest.raises(RequestFailed, match=r"timeout of 0\.3 s") as error:
+            stream.collect()
+        assert error.value.code == "timeout"
+        cluster.wait(lambda: num_running(cluster) == 0)
+
+
 # --------------------------------------------------------------------------- outages and admission
 
 

@@ -49,6 +49,7 @@ def test_defaults() -> None:
     assert (settings.host, settings.port, settings.zmq) == ("127.0.0.1", 8000, "tcp://127.0.0.1:5555")
     assert (settings.max_num_seqs, settings.max_num_batched_tokens) == (64, 1024)
     assert settings.dtype == "auto"
+    assert settings.spare == "warm"
 
 
 def test_flag_over_file_over_default(tmp_path: Path) -> None:
@@ -81,6 +82,15 @@ def test_bad_files(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(SettingsError, match=expected) as caught:
         settings_of("m", "--config", str(config))
     assert str(config) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_spare_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("spare: none\n")
+    assert settings_of("m", "--config", str(file)).spare == "none"
+    file.write_text("spare: cold\n")
+    with pytest.raises(SettingsError, match="none, warm, hot"):
+        settings_of("m", "--config", str(file))
 
 
 def test_missing_file(tmp_path: Path) -> None:

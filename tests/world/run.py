@@ -1,4 +1,4 @@
-"""Runs the world tests: one mpirun for each shape of world. `python -m tests.world.run [tp,pp ...]`."""
+"""Runs the world tests, one mpirun for each shape: `python -m tests.world.run [--quick | --rest | tp,pp ...]`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from pathlib import Path
 from tests import family_references, references
 
 SHAPES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3)]
+QUICK_SHAPES = [(1, 1), (2, 1), (2, 2)]
+"""Alone, tensor-parallel, and everything at once."""
 
 
 def main(arguments: list[str]) -> int:
-    shapes = [(int(a), int(b)) for a, b in (argument.split(",") for argument in arguments)] or SHAPES
+    if arguments == ["--quick"]:
+        shapes = QUICK_SHAPES
+    elif arguments == ["--rest"]:
+        shapes = [shape for shape in SHAPES if shape not in QUICK_SHAPES]
+    else:
+        shapes = [(int(a), int(b)) for a, b in (argument.split(",") for argument in arguments)] or SHAPES
     references.load()
     family_references.load()
     failed = [shape for shape in shapes if not _run(*shape)]
