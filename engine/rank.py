@@ -258,7 +258,17 @@ class _GatewayPort:
             outputs.append(
                 (
                     client,
-                    Output(request_id, token.position, token_ids, token.finish_reason, token.stop_token_id),
+                    Output(
+                        request_id,
+                        token.position,
+                        token_ids,
+                        token.finish_reason,
+                        token.stop_token_id,
+                        logprobs=None if token.logprobs is None else [_to_wire(token.logprobs)],
+                        prompt_logprobs=None
+                        if token.prompt_logprobs is None
+                        else [_to_wire(entry) for entry in token.prompt_logprobs],
+                    ),
                 )
             )
         self._gateway.send_tokens(step, outputs)

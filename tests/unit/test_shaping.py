@@ -26,7 +26,9 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     from transformers import RepetitionPenaltyLogitsProcessor
 
     logits = torch.randn(VOCAB)
-    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([PROMPT + OUTPUT]), logits.clone()[None])
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([PROMPT + OUTPUT]), logits.clone()[None]
+    )
     assert torch.equal(shaped(LogitShaping(repetition_penalty=penalty), logits), expected[0])
 
 
