@@ -118,10 +118,38 @@ def _control_plane(result: Result) -> str:
     )
 
 
+def _recovery(result: Result) -> str:
+    spares = result["spares"]
+    rows = []
+    for part, what in result["parts"].items():
+        row = [f"{part}: {what}"]
+        for spare in spares.values():
+            seconds = spare["seconds"].get(part)
+            row.append(f"{_number(seconds['p50'])} / {_number(seconds['max'])}" if seconds else "")
+        rows.append(row)
+    rows.append(
+        ["tokens lost, repeated", *(f"{spare['lost']}, {spare['repeated']}" for spare in spares.values())]
+    )
+    rows.append(
+        [
+            "memory of the spare, MB",
+            *(_number(s["spare_mb"]) if s["spare_mb"] else "" for s in spares.values()),
+        ]
+    )
+    return _table(["seconds from the kill, p50 / max", *(f"--spare {name}" for name in spares)], rows)
+
+
 SECTIONS: dict[str, tuple[Callable[[Result], str], Callable[[Result], str]]] = {
     "offline": (lambda result: "Tokens per second, SmolLM2-135M in bfloat16.", _offline),
     "serve": (lambda result: f"Serving, tp {result['tp']}.", _serve),
     "startup": (lambda result: f"Start of `phalanx serve`, tp {result['tp']}.", _startup),
+    "recovery": (
+        lambda result: (
+            f"A rank is killed in the middle of {result['streams']} streams of {result['new_tokens']} tokens, "
+            f"tp {result['tp']}, {result['kills']} kills each, at a load average of {result['load_average']:.0f}."
+        ),
+        _recovery,
+    ),
     "control_plane": (lambda result: "A step's plan for 32 decoding sequences.", _control_plane),
 }
 """By the name of the result file: title and table."""
