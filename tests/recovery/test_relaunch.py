@@ -39,8 +39,14 @@ def test_streams_outlive_every_rank(tmp_path: Path, tp: int, pp: int) -> None:
                 hit_in_mid_stream(served, rank, number)
 
 
-@pytest.mark.parametrize("kind", ["warm", "hot"])
-@pytest.mark.parametrize(("tp", "pp"), SHAPES)
+@pytest.mark.parametrize(
+    ("tp", "pp", "kind"),
+    [
+        pytest.param(2, 1, "warm", id="tp2-pp1-warm"),
+        pytest.param(2, 1, "hot", id="tp2-pp1-hot", marks=pytest.mark.slow),
+        pytest.param(1, 2, "warm", id="tp1-pp2-warm", marks=pytest.mark.slow),
+    ],
+)
 def test_streams_pass_to_the_spare(tmp_path: Path, tp: int, pp: int, kind: str) -> None:
     """The same with a spare: it is the one that takes over, and another one comes up."""
     shape = ["--tp", str(tp), "--pp", str(pp)]
