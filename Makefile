@@ -10,6 +10,8 @@ READY := $(VENV)/.ready
 READY_TEST := $(VENV)/.ready-test
 # With two cores the ranks of a world already fill the machine: one compute thread each.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
+# Threads that wait for each other sleep soon: on cores that are shared, spinning ones make everything crawl.
+export GOMP_SPINCOUNT := 1000
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
 .PHONY: serve test test-all lint unit worlds api recovery bench clean

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ def perplexity(logits: np.ndarray, tokens: list[int]) -> float:
 
 
 def _compute(folder: Path, file: Path) -> None:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see the Makefile; read when torch is imported
     import torch
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
