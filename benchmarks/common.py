@@ -78,7 +78,7 @@ def free_port() -> int:
 
 def mpirun(ranks: int, segments: str) -> list[str]:
     beside = Path(sys.executable).with_name("mpirun")
-    crowded = ["--mca", "mpi_yield_when_idle", "1"] if ranks > len(os.sched_getaffinity(0)) else []
+    crowded = ["--mca", "mpi_yield_when_idle", "1"] if ranks >= len(os.sched_getaffinity(0)) else []
     return [
         str(beside) if beside.exists() else "mpirun", "--oversubscribe", "--bind-to", "none",
         "--mca", "pml", "ob1", "--mca", "btl", "self,sm", "--mca", "btl_sm_backing_directory", segments,

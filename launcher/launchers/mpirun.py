@@ -118,8 +118,8 @@ def environment(
         variables.setdefault("OMPI_MCA_pml", "ob1")
         variables.setdefault("OMPI_MCA_btl", "self,sm")
         variables["OMPI_MCA_btl_sm_backing_directory"] = str(shm_dir)
-        if ranks > cores:
-            # Without it a waiting rank spins on the core that the awaited one needs.
+        if ranks >= cores:
+            # Without it a waiting rank spins on the core that the awaited one, or the front, needs.
             variables.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     elif mpirun.flavor is Flavor.INTEL:
         variables.setdefault("I_MPI_FABRICS", "shm")

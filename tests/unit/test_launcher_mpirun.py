@@ -32,7 +32,8 @@ def test_threads_share_the_cores(ranks: int, cores: int, threads: str) -> None:
 
 def test_ranks_yield_only_where_cores_are_short() -> None:
     assert make(OPEN_MPI, 4, 2)["OMPI_MCA_mpi_yield_when_idle"] == "1"
-    assert "OMPI_MCA_mpi_yield_when_idle" not in make(OPEN_MPI, 2, 2)
+    assert make(OPEN_MPI, 2, 2)["OMPI_MCA_mpi_yield_when_idle"] == "1", "the front needs a core, too"
+    assert "OMPI_MCA_mpi_yield_when_idle" not in make(OPEN_MPI, 2, 4)
 
 
 def test_threads_do_not_spin_for_long() -> None:
