@@ -14,6 +14,10 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export GOMP_SPINCOUNT := 1000
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
+# What `make test` runs of the tests with whole servers; `make test-all` runs the others, too.
+QUICK_API := $(addprefix tests/api/test_,openai.py operations.py python.py zeromq.py)
+QUICK_RECOVERY := $(addprefix tests/recovery/test_,refusals.py relaunch.py stopping.py)
+
 .PHONY: serve test test-all lint unit worlds api recovery bench clean
 
 serve: $(READY)
@@ -37,6 +41,7 @@ test: lint unit worlds api recovery
 # The same, then the tests that take long.
 test-all: test
 	$(BIN)/python -m tests.world.run --rest
+	$(BIN)/python -m pytest -m 'not slow' tests/api tests/recovery $(addprefix --ignore=,$(QUICK_API) $(QUICK_RECOVERY))
 	$(BIN)/python -m pytest -m slow tests/unit tests/api tests/recovery
 
 lint: $(READY_TEST)
@@ -52,10 +57,10 @@ worlds: $(READY_TEST)
 	$(BIN)/python -m tests.world.run --quick
 
 api: $(READY_TEST)
-	$(BIN)/python -m pytest -m 'not slow' tests/api
+	$(BIN)/python -m pytest -m 'not slow' $(QUICK_API)
 
 recovery: $(READY_TEST)
-	$(BIN)/python -m pytest -m 'not slow' tests/recovery
+	$(BIN)/python -m pytest -m 'not slow' $(QUICK_RECOVERY)
 
 bench: $(READY_TEST)
 	$(BIN)/python -m benchmarks.offline
