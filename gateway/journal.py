@@ -6,7 +6,7 @@ another world. In memory today; the interface is that of a store on disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from gateway.errors import GatewayError
@@ -35,6 +35,8 @@ class JournalEntry:
     accepted_at: float
     """Unix time in seconds."""
     output_token_ids: list[int] = field(default_factory=list)
+    crashes: int = 0
+    """Worlds that died with this request in them, as `Journal.add_crash` counted."""
 
 
 class Journal:
@@ -61,6 +63,14 @@ class Journal:
     def finish(self, request_id: str, reason: FinishReason | None) -> None:
         """The request ended, with an error if there is no reason; nothing of it is needed any more."""
         self._entries.pop(request_id, None)
+
+    def add_crash(self, request_ids: Iterable[str]) -> None:
+        """One more world died with each of these requests in it. Written when this returns; ids that are not
+        there are left out."""
+        for request_id in request_ids:
+            entry = self._entries.get(request_id)
+            if entry is not None:
+                entry.crashes += 1
 
     def flush(self) -> None:
         """Makes what was written last. Nothing to do in memory."""

@@ -52,3 +52,12 @@ def test_an_id_is_taken_once() -> None:
 def test_nobody_writes_to_what_is_not_there() -> None:
     with pytest.raises(KeyError):
         Journal().append("a", 0, [1])
+
+
+def test_crashes_are_counted_for_each_request() -> None:
+    journal = Journal()
+    journal.accept(entry("a"))
+    journal.accept(entry("b"))
+    journal.add_crash(["a", "gone"])
+    journal.add_crash(["a", "b"])
+    assert [(found.request_id, found.crashes) for found in journal.unfinished()] == [("a", 2), ("b", 1)]
