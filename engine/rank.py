@@ -31,6 +31,7 @@ from launcher.watch import Phase, ProgressPage, SpareKind, StartGate, die_with_p
 if TYPE_CHECKING:
     # What imports torch is imported once the progress page says so: see _run.
     from engine.engine import Engine
+    from engine.faults import Faults
     from engine.step_loop import Key, Status
     from engine.world import World
 
@@ -50,13 +51,18 @@ def main(argv: list[str] | None = None) -> None:
         die_with_parent()
     page = ProgressPage.open(Path(page_path) if page_path else None)
     gate = StartGate.from_environment()
+    faults = None
     try:
-        _run(arguments, page, gate)
+        if "PHALANX_FAULTS" in os.environ:
+            from engine.faults import Faults
+
+            faults = Faults.from_environment(arguments.epoch, page)
+        _run(arguments, page, gate, faults)
     except BaseException as error:
         _die(error)
 
 
-def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate) -> None:
+def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, faults: Faults | None) -> None:
     page.enter(Phase.IMPORTING)
     # Read when OpenMP is loaded. Threads that spin for milliseconds hold up the ones that they wait for wherever
     # cores are shared with anything else.
@@ -95,6 +101,8 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate) -> 
         _park(page, gate)
         page.enter(Phase.LOADING)
     engine = loaded.reserve_cache()
+    if faults is not None:
+        faults.watch_engine(world, engine.runner)
     sign = _PageSign(page)
     if world.at.rank != 0:
         # The stop plan ends this rank; until it comes, rank 0 may still need it.
