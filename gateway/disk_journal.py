@@ -236,6 +236,11 @@ class DiskJournal(Journal):
         self._batch.crashes += [(slot.entry.crashes, slot.number) for slot in found]
         self.flush()
 
+    def acquit(self, request_id: str) -> None:
+        super().acquit(request_id)
+        if (slot := self._slots.get(request_id)) is not None:
+            self._batch.crashes.append((0, slot.number))
+
     def flush(self) -> None:
         if self._step:
             self._batch.step = (self._next_step, encode(self._step))

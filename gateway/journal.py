@@ -46,7 +46,7 @@ class JournalEntry:
     output_token_ids: list[int] = field(default_factory=list)
     """As the client gets them: nothing behind a stop string."""
     crashes: int = 0
-    """Worlds that died with this request in them, as `Journal.add_crash` counted."""
+    """Worlds that died with this request in them, as `Journal.add_crash` counted, since `Journal.acquit`."""
     deadline_at: float | None = None
     """Unix time at which it ends with the error "timeout"."""
     num_given: int = 0
@@ -208,6 +208,13 @@ class Journal:
             entry = self._entries.get(request_id)
             if entry is not None:
                 entry.crashes += 1
+
+    def acquit(self, request_id: str) -> None:
+        """The request was not what those worlds died of: its count begins anew. Written with the next flush;
+        an id that is not there is left out."""
+        entry = self._entries.get(request_id)
+        if entry is not None:
+            entry.crashes = 0
 
     def flush(self) -> None:
         """Makes what was written last. Nothing to do in memory."""

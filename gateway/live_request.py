@@ -41,6 +41,8 @@ class Request:
     __slots__ = (
         "accepted_at",
         "deadline_timer",
+        "deaths_alone",
+        "ended",
         "engine_id",
         "entry",
         "epoch",
@@ -69,6 +71,9 @@ class Request:
         self.last_token_at = 0.0
         self.has_prompt_logprobs = False
         """They have come; a later world is not asked for them."""
+        self.deaths_alone = 0
+        """Worlds that died while they had nothing but this request: see quarantine.py."""
+        self.ended = False
         self.wait_timer: asyncio.TimerHandle | None = None
         self.deadline_timer: asyncio.TimerHandle | None = None
 

@@ -79,6 +79,8 @@ class FrontMetrics:
         self.generation_tokens = 0
         self.replays = 0
         self.position_errors = 0
+        self.trials: Counter[str] = Counter({"acquitted": 0, "failed": 0})
+        """Of requests that may be what kills worlds, by verdict."""
         self.http_responses: Counter[int] = Counter()
         self.live = 0
         """Requests accepted and not ended."""
@@ -162,6 +164,12 @@ class FrontMetrics:
         for code, count in self.refused.items():
             refused.add_metric([self._model, code], count)
         yield refused
+        trials = CounterMetricFamily(
+            "phalanx_quarantine_trials", "Requests tried alone, by verdict.", labels=["model", "verdict"]
+        )
+        for verdict, count in self.trials.items():
+            trials.add_metric([self._model, verdict], count)
+        yield trials
         responses = CounterMetricFamily("phalanx_http_responses", "HTTP responses.", labels=["status"])
         for status, count in sorted(self.http_responses.items()):
             responses.add_metric([str(status)], count)

@@ -194,6 +194,7 @@ ErrorCode = Literal[
     "overloaded",  # too many requests are waiting; retry later
     "unavailable",  # no world is there to serve it, and the wait limit has passed
     "internal",  # the server's fault
+    "poisoned",  # each world that ran the request died, the last one with nothing else in it; do not send it again
 ]
 
 
@@ -287,6 +288,10 @@ class Fault(Struct, frozen=True):
     """Seconds from the last sign of life to detection."""
     recover_s: float | None = None
     """Seconds from detection until a world served again; None while none does."""
+    signal: str | None = None
+    """Name of the signal that ended the rank, like SIGSEGV."""
+    phase: str | None = None
+    """What the rank was doing, as in RankEntry.state."""
 
 
 class WorldTable(Struct, frozen=True, tag="world_table", tag_field="type"):

@@ -22,6 +22,7 @@ from gateway.metrics import FrontMetrics
 from gateway.protocol import (
     Cancel,
     Failed,
+    Fault,
     FinishReason,
     Output,
     SamplingParams,
@@ -31,7 +32,9 @@ from gateway.protocol import (
     Tokens,
     Welcome,
 )
+from gateway.quarantine import Quarantine, is_suspect
 from gateway.rank0 import with_seed
+from gateway.replay import ReplayQueue
 from gateway.text import TextModel
 
 MAX_RESUBMITS_IN_A_WORLD = 3
@@ -69,6 +72,8 @@ class Requests:
         self._world: World | None = None
         self._live: dict[str, Request] = {}
         self._in_engine: dict[str, Request] = {}
+        self._replays = ReplayQueue()
+        self._quarantine = Quarantine(self, journal, metrics, log)
         self._num_waiting = 0
         self._numbers = itertools.count(1)
         self._world_waiters: list[asyncio.Future[None]] = []
@@ -144,8 +149,8 @@ class Requests:
         loop = asyncio.get_running_loop()
         if deadline_s is not None:
             request.deadline_timer = loop.call_later(deadline_s, self._pass_deadline, request, deadline_s)
-        if self._world is not None:
-            self._submit(request, self._world)
+        if self._world is not None and not self._quarantine.holds:
+            self.submit(request)
         else:
             request.wait_timer = loop.call_later(self.max_wait_s, self._give_up_waiting, request)
         self._count()
@@ -172,7 +177,7 @@ class Requests:
     # ----------------------------------------------------------------------- for the link to the world
 
     def world_up(self, world: World, welcome: Welcome) -> None:
-        """A world serves: everything that has not finished is submitted to it, oldest first."""
+        """A world serves: everything that has not finished is submitted to it, replays shortest first."""
         self._world = world
         self.welcome = welcome
         self.resumed_at = None
@@ -181,22 +186,23 @@ class Requests:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
-        replayed = 0
-        for request in list(self._live.values()):
-            if self._world is not world:
-                break  # it went down again
-            replayed += request.submissions > 0
-            self._submit(request, world)
+        replayed = sum(request.submissions > 0 for request in self._live.values())
         if replayed:
             self._metrics.replays += replayed
             self._log.info("replayed", epoch=welcome.epoch, requests=replayed)
+        self._quarantine.world_up(welcome.epoch, self._live.values())
+        if not self._quarantine.holds:
+            self.open()
 
     def world_down(self) -> None:
         """No world serves: everything waits for the next one. What the old one still says is dropped."""
+        if self._metrics.serving_epoch is not None:
+            self._quarantine.world_down(self._metrics.serving_epoch, list(self._in_engine.values()))
         self._world = None
         self._metrics.serving_epoch = None
         self._metrics.stats = None
         self._in_engine.clear()
+        self._replays.clear()
         for request in self._live.values():
             request.epoch = None
             request.resubmits = 0
@@ -216,9 +222,42 @@ class Requests:
         elif isinstance(message, Failed):
             self._receive_failed(message)
 
-    # ----------------------------------------------------------------------- inside
+    def judge(self, faults: list[Fault]) -> None:
+        """What the supervisor knows of the worlds that died: see quarantine.py."""
+        self._quarantine.judge(faults)
 
-    def _submit(self, request: Request, world: World) -> None:
+    # ----------------------------------------------------------------------- for the quarantine
+
+    def open(self) -> None:
+        """Everybody who is not in the world, and no suspect, has a turn: replays by and by, new ones at once."""
+        waiting = [request for request in self._live.values() if request.epoch is None]
+        waiting = [request for request in waiting if not is_suspect(request)]
+        self._replays.add(request for request in waiting if request.submissions)
+        self._submit_replays()
+        for request in waiting:
+            if not request.submissions:
+                self.submit(request)
+
+    def withdraw(self, request: Request) -> None:
+        """Takes it out of the world; it stays live."""
+        self._cancel_in_engine(request)
+        request.epoch = None
+
+    def withdraw_all(self) -> None:
+        self._replays.clear()
+        for request in list(self._in_engine.values()):
+            self.withdraw(request)
+
+    def fail(self, request: Request, error: RequestFailed) -> None:
+        """Ends it with an error for its client."""
+        self._fail(request, error)
+        self._call_after_batch()
+
+    def submit(self, request: Request) -> None:
+        """Into the world that serves, behind what the journal has. Does nothing if none does."""
+        world = self._world
+        if world is None:
+            return
         assert world.welcome is not None
         entry = request.entry
         if request.wait_timer is not None:
@@ -243,11 +282,19 @@ class Requests:
             )
         )
 
+    # ----------------------------------------------------------------------- inside
+
+    def _submit_replays(self) -> None:
+        for request in self._replays.take():
+            self.submit(request)
+
     def _journal_output(self, output: Output) -> tuple[Request, Output] | None:
         """Writes new tokens down; None for outputs that are nobody's or bring nothing new."""
         request = self._in_engine.get(output.request_id)
-        if request is None:
-            return None  # cancelled, or submitted again
+        if request is None:  # cancelled, or submitted again
+            if output.finish_reason is not None:
+                self._quarantine.left(output.request_id)
+            return None
         token_ids = output.token_ids
         try:
             self._journal.append(request.request_id, output.position, token_ids)
@@ -282,7 +329,7 @@ class Requests:
         if self._world is None or request.resubmits > MAX_RESUBMITS_IN_A_WORLD:
             self._fail(request, RequestFailed("internal", "the engine dropped tokens of this request"))
             return
-        self._submit(request, self._world)
+        self.submit(request)
 
     def _deliver(self, request: Request, output: Output, now: float) -> None:
         """Hands new tokens, which are in the journal, to the client with their text."""
@@ -299,7 +346,15 @@ class Requests:
         metrics.generation_tokens += len(shown.token_ids)
         if shown.finish_reason is not None:
             self._end(request, shown.finish_reason)
+        elif shown.token_ids and request.submissions > 1:
+            self._go_on(request)
         request.sink.output(request, shown)
+
+    def _go_on(self, request: Request) -> None:
+        """It brings new tokens in a later world."""
+        if self._replays.done(request):
+            self._submit_replays()
+        self._quarantine.brought_token(request)
 
     def _time(self, request: Request, now: float) -> None:
         if request.first_token_at is None:
@@ -322,9 +377,9 @@ class Requests:
         request = self._in_engine.get(message.request_id)
         if request is None:
             return
+        del self._in_engine[message.request_id]  # the world has nothing more of it
         if message.code == "unavailable":
             # The world is about to end; the next one gets it.
-            del self._in_engine[message.request_id]
             request.epoch = None
             return
         self._fail(request, RequestFailed(message.code, message.message, request.request_id))
@@ -352,6 +407,7 @@ class Requests:
             request.sink.failed(request, error)
 
     def _end(self, request: Request, reason: FinishReason | None) -> None:
+        request.ended = True
         del self._live[request.request_id]
         self._in_engine.pop(request.engine_id, None)
         self._journal.finish(request.request_id, reason)
@@ -364,9 +420,13 @@ class Requests:
         self._metrics.finished[reason or "error"] += 1
         self._metrics.request_latency.observe(time.monotonic() - request.accepted_at)
         self._count()
+        if self._replays.done(request):
+            self._submit_replays()
+        self._quarantine.ended(request)
 
     def _cancel_in_engine(self, request: Request) -> None:
         if self._in_engine.pop(request.engine_id, None) is not None and self._world is not None:
+            self._quarantine.leaves(request.engine_id)
             self._world.send(Cancel(request.engine_id, request.epoch or 0))
 
     def _call_after_batch(self) -> None:

@@ -94,6 +94,7 @@ class Worlds:
             if active is not None and (active.epoch, active.gateway) == (linked.epoch, linked.gateway):
                 return
             self._drop_link("the world is not active any more")
+        self._requests.judge(table.faults)
         if active is None or (self._retry is not None and active.epoch == self._retry_epoch):
             return
         self._cancel_retry()

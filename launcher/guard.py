@@ -23,7 +23,7 @@ import zmq
 
 from launcher.guard_environment import PREFIX, GuardEnvironment, rank_of_environment
 from launcher.hangs import HangWatch
-from launcher.post_mortem import describe_progress, last_lines, memory_bytes
+from launcher.post_mortem import describe_progress, last_lines, memory_bytes, signal_name
 from launcher.processes import ProcessId, StateReader, host_id, host_name, is_alive
 from launcher.watch import (
     PARENT_VARIABLE,
@@ -227,11 +227,7 @@ class Guard:
             return
         doing = describe_progress(self._page.read())
         if code < 0:
-            try:
-                name = signal.Signals(-code).name
-            except ValueError:
-                name = f"signal {-code}"
-            kind, detail = "killed", f"rank {self.rank} was killed by {name} while {doing}"
+            kind, detail = "killed", f"rank {self.rank} was killed by {signal_name(code)} while {doing}"
         else:
             kind, detail = "exit", f"rank {self.rank} exited with code {code} while {doing}"
         self._report(kind, detail, code, since_check_s)

@@ -4,11 +4,22 @@ and supervisor; reads files only."""
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 from launcher.watch import Phase, Progress
 
 LAST_LINES_BYTES = 4096
+
+
+def signal_name(exit_code: int | None) -> str | None:
+    """Name of the signal that ended a process, from its exit code as subprocess gives it; None if none did."""
+    if exit_code is None or exit_code >= 0:
+        return None
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:
+        return f"signal {-exit_code}"
 
 
 def describe_progress(progress: Progress) -> str:

@@ -19,6 +19,7 @@ from launcher.front_process import FrontProcess
 from launcher.guard_environment import GuardEnvironment
 from launcher.guard_link import GuardLink
 from launcher.logs import EventLog
+from launcher.post_mortem import signal_name
 from launcher.processes import ProcessId, host_id
 from launcher.run_dir import RUN_ID_VARIABLE, RunDir
 from launcher.spares import Spares
@@ -309,6 +310,7 @@ class Supervisor:
             detail=f"spare: {fault.detail}" if world.is_spare else fault.detail,
             detect_s=fault.detect_s,
             recover_s=recover_s,
+            signal=signal_name(fault.exit_code),
         )
         self._faults = [record, *self._faults][:_KEPT_FAULTS]
 

@@ -72,4 +72,6 @@ def from_failure(error: RequestFailed) -> ApiError:
     if code == "timeout":
         # The SDK would try a 408 again: what the client did not want to wait for any longer.
         return ApiError(408, error.message, type="timeout_error", code=code, should_retry=False)
-    return ApiError(500, error.message, type="server_error", code=code)
+    # What ended worlds is not tried again, least of all by an SDK on its own.
+    should_retry = False if code == "poisoned" else None
+    return ApiError(500, error.message, type="server_error", code=code, should_retry=should_retry)

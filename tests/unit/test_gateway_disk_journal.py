@@ -81,7 +81,9 @@ def test_everything_of_a_request_is_there_when_it_is_opened_again(tmp_path: Path
     journal.flush()
     journal.append("r1", 1, [8], [reported(8)])
     journal.flush()
-    journal.add_crash(["r1"])
+    journal.add_crash(["r1", "r2"])
+    journal.acquit("r2")
+    journal.flush()
     killed(journal)
 
     again = opened(tmp_path)
