@@ -180,8 +180,9 @@ TINY_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 prompts of the tests, caps low enough to bite, and heads such that tensor parallelism cuts through groups."""
 
 
-def make_tiny_family(folder: Path, name: str, seed: int = 0) -> Path:
-    """Writes a small random model of TINY_FAMILIES, as `make_tiny_llama` does: four layers, 384 tokens."""
+def make_tiny_family(folder: Path, name: str, seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
+    """Writes a small random model of TINY_FAMILIES, as `make_tiny_llama` does: four layers, 384 tokens. `changes`
+    replace what its config says."""
     import transformers
 
     prefix, options = TINY_FAMILIES[name]
@@ -197,12 +198,13 @@ def make_tiny_family(folder: Path, name: str, seed: int = 0) -> Path:
         "eos_token_id": 2,
         "pad_token_id": 2,
         **options,
+        **changes,
     }
     if "rope_parameters" in options:
         del options["rope_theta"]
     options = {key: value for key, value in options.items() if value is not None}
     config: Any = getattr(transformers, f"{prefix}Config")(**options)
-    return _write_random(folder, f"{prefix.removesuffix('Text')}ForCausalLM", config, seed)
+    return _write_random(folder, f"{prefix.removesuffix('Text')}ForCausalLM", config, seed, dtype)
 
 
 def _write_random(

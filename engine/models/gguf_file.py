@@ -22,7 +22,6 @@ class GgufFile:
     """One GGUF file. Raises ModelError if it is none, is truncated, or is one part of several."""
 
     def __init__(self, path: Path) -> None:
-        import gguf
 
         self.path = path
         try:
@@ -33,7 +32,9 @@ class GgufFile:
         if magic != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file; fetch the model again")
         try:
-            self._reader = gguf.GGUFReader(path)
+            self._reader = _reader_class()(path)
+        except ModelError:
+            raise
         except Exception as error:
             # The package checks nothing: a file that ends early shows as whatever numpy says of it.
             raise ModelError(f"{path} is truncated or damaged ({error}); fetch the model again") from None
@@ -74,38 +75,106 @@ class GgufFile:
             raise ModelError(f"{self.path}: metadata {key} is not UTF-8: {error}") from None
 
     def numbers(self, key: str) -> list[int]:
-        """A metadata list of whole numbers; empty if there is none."""
+        """A metadata list of whole numbers, or a single one as such a list; empty if there is none."""
         field = self._reader.fields.get(key)
         return [] if field is None else [int(field.parts[index][0]) for index in field.data]
 
+    def scores(self, key: str) -> list[float]:
+        """A metadata list of numbers, which may be long; empty if there is none."""
+        field = self._reader.fields.get(key)
+        return [] if field is None else [float(field.parts[index][0]) for index in field.data]
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A metadata value that counts something. Raises ModelError as `get` does, and for one below 1."""
+        value: int = self.get(key, int, default)
+        if value < 1:
+            raise ModelError(f"{self.path}: metadata {key} is {value}; it has to be at least 1")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A metadata value as the number that was meant: a file holds float32, whose shortest decimal form is 1e-05
+        and not 9.99999975e-06."""
+        if default is not None and not self.has(key):
+            return default
+        value: float = self.get(key, float)
+        return float(str(np.float32(value)))
+
+    def floats(self, tensor: str) -> list[float]:
+        """A small tensor of factors, each as the number that was meant."""
+        return [float(str(value)) for part in self.rows(tensor) for value in part.ravel()]
+
     def has(self, key: str) -> bool:
         return key in self._reader.fields
+
+    def length(self, key: str) -> int:
+        """Entries of a metadata list; 0 if there is none."""
+        field = self._reader.fields.get(key)
+        return 0 if field is None else len(field.data)
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """The shape as everybody but GGUF writes it: rows first."""
         return tuple(int(size) for size in reversed(self.tensors[tensor].shape))
 
-    def rows(self, name: str, row_order: NDArray[np.intp] | None = None) -> Iterator[NDArray[np.float32]]:
-        """A tensor as float32, some 16 MiB of rows at a time, in another order of the rows if wanted.
+    def check_type(self, name: str) -> None:
+        """Raises ModelError if a tensor is of a type that cannot be read, without reading it."""
+        import gguf
 
-        Rows are reordered while they are quantized still, which is exact: no block spans two of them.
+        kind = self.tensors[name].tensor_type
+        block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
+        if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+            return
+        try:
+            gguf.quants.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
+        except NotImplementedError:
+            raise ModelError(
+                f"{self.path}: tensor {name} is of type {kind.name}, which cannot be read; "
+                "take another quantization of the model"
+            ) from None
+
+    def rows(
+        self, name: str, row_order: NDArray[np.intp] | None = None, expert: int | None = None
+    ) -> Iterator[NDArray[np.float32]]:
+        """A tensor as float32, some 16 MiB of rows at a time, in another order of the rows if wanted, and of a
+        tensor that holds several one after another only the one that `expert` says.
+
+        Rows are reordered while they are quantized still, which is exact: no block spans two of them. Raises
+        ModelError for a type that cannot be read.
         """
         from gguf.quants import dequantize
 
+        self.check_type(name)
         tensor = self.tensors[name]
-        data = tensor.data if row_order is None else tensor.data[row_order]
+        data = tensor.data if expert is None else tensor.data[expert]
+        if row_order is not None:
+            data = data[row_order]
         if len(self.shape(name)) == 1:
             data = data.reshape(1, -1)
         row_elements = self.shape(name)[-1]
         step = max(1, _ROWS_AT_ONCE_ELEMENTS // row_elements)
         for start in range(0, len(data), step):
-            try:
-                yield np.asarray(dequantize(data[start : start + step], tensor.tensor_type), dtype=np.float32)
-            except NotImplementedError:
-                raise ModelError(
-                    f"{self.path}: tensor {name} is of type {tensor.tensor_type.name}, which cannot be read; "
-                    "take another quantization of the model"
-                ) from None
+            yield np.asarray(dequantize(data[start : start + step], tensor.tensor_type), dtype=np.float32)
+
+
+def _reader_class() -> Any:
+    """The package's reader, which says of a type that it does not know in which tensor it stands."""
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            for field in fields:
+                _length, name, _num_dims, _dims, kind, _offset = field.parts
+                if int(kind[0]) not in gguf.GGMLQuantizationType._value2member_map_:
+                    raise ModelError(
+                        f"{self.path}: tensor {bytes(name).decode(errors='replace')} is of type {int(kind[0])}, "
+                        "which is not known; the file is damaged, or newer than the gguf package here"
+                    )
+            super()._build_tensors(start_offs, fields)
+
+        def __init__(self, path: Path) -> None:
+            self.path = path
+            super().__init__(path)
+
+    return Reader
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

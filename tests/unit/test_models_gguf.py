@@ -275,10 +275,10 @@ def test_the_scaling_of_llama_3_is_found_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"architecture": "gemma3"}, ["gemma3", "llama", "qwen2"]),
-        ({"metadata": {"tokenizer.ggml.model": "llama"}}, ["SentencePiece", "Hugging Face folder"]),
-        ({"metadata": {"tokenizer.ggml.pre": "tekken"}}, ["tekken", "smollm"]),
-        ({"metadata": {"llama.expert_count": 8}}, ["experts"]),
+        ({"architecture": "gptneox"}, ["gptneox", "llama", "qwen2"]),
+        ({"metadata": {"tokenizer.ggml.model": "t5"}}, ["t5", "SentencePiece", "Hugging Face folder"]),
+        ({"metadata": {"tokenizer.ggml.pre": "viking"}}, ["viking", "smollm"]),
+        ({"metadata": {"llama.expert_count": 8}}, ["llama.expert_used_count"]),
         ({"metadata": {"llama.block_count": None}}, ["llama.block_count", "missing"]),
         ({"metadata": {"llama.block_count": "two"}}, ["llama.block_count", "two"]),
         ({"metadata": {"llama.rope.dimension_count": 8}}, ["16 elements", "8"]),
