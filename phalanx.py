@@ -8,6 +8,8 @@
 
     with phalanx.LLM("smollm2-135m-instruct", tp=2) as llm:
         print(llm.generate(["Once upon a time"], phalanx.SamplingParams(max_tokens=32))[0].text)
+        print(llm.embed(["a cat", "a dog"], kind="mean"))
+        print(llm.score("The capital of France is", [" Paris", " Rome"]))
 """
 
 from __future__ import annotations
@@ -21,19 +23,23 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
-from gateway.client import AsyncClient, Client, Generation, Prompt, Stream
+from gateway.client import AsyncClient, Client, Stream
 from gateway.errors import RequestFailed
-from gateway.protocol import SamplingParams
+from gateway.generation import Generation, Prompt, numbers_of, scored
+from gateway.protocol import Pooling, SamplingParams
 
 __all__ = [
     "LLM",
     "AsyncClient",
     "Client",
     "Generation",
+    "Pooling",
     "RequestFailed",
     "SamplingParams",
     "Server",
@@ -141,7 +147,7 @@ def serve(model: str | Path, *, show_progress: bool = False, **options: object) 
 
 
 class LLM:
-    """Offline generation: a server of its own, and a client."""
+    """Offline use: generate, embed, score. A server of its own, and a client."""
 
     def __init__(self, model: str | Path, *, show_progress: bool = False, **options: object) -> None:
         """See Server; no spare is kept unless `spare` asks for one. Raises ServerError."""
@@ -166,20 +172,61 @@ class LLM:
         Up to MAX_IN_FLIGHT prompts are with the server at a time; the world batches them. Raises RequestFailed for
         a prompt that is refused.
         """
+        asks = [partial(self._client.submit, prompt, params, stop=stop) for prompt in _listed(prompts)]
+        return self._collect(asks, "generate", show_progress)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        kind: Literal["last", "mean"] = "last",
+        normalize: bool = True,
+        show_progress: bool = True,
+    ) -> list[list[float]]:
+        """Each prompt (text or token ids) as `hidden_size` numbers: the hidden state of its last token after the
+        model's final norm, or the mean over all its tokens; divided by its length if `normalize`. Raises
+        RequestFailed for a prompt that is refused."""
+        params = SamplingParams(pooling=Pooling(kind, normalize))
+        asks = [partial(self._client.submit, prompt, params) for prompt in _listed(prompts)]
+        return [numbers_of(done) for done in self._collect(asks, "embed", show_progress)]
+
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt],
+        *,
+        show_progress: bool = True,
+    ) -> list[list[float]]:
+        """The log-probability of each token of a continuation behind its prompt; nothing is generated. One prompt
+        goes with all continuations, else there must be as many; a pair is text, tokenized each by itself, or token
+        ids. Raises ValueError, and RequestFailed for a pair that is refused."""
+        many, behind = _listed(prompts), _listed(continuations)
+        if len(many) == 1:
+            many *= len(behind)
+        if len(many) != len(behind):
+            raise ValueError(
+                f"{len(many)} prompts and {len(behind)} continuations; give as many, or one prompt"
+            )
+        pairs = [scored(prompt, continuation) for prompt, continuation in zip(many, behind, strict=True)]
+        asks = [partial(self._client.submit, **pair) for pair in pairs]
+        return [numbers_of(done) for done in self._collect(asks, "score", show_progress)]
+
+    def _collect(
+        self, asks: Sequence[Callable[[], Stream]], what: str, show_progress: bool
+    ) -> list[Generation]:
+        """Asks for all, MAX_IN_FLIGHT at a time, and waits for their ends, in their order."""
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-        many: list[Prompt] = [prompts] if is_single else list(prompts)  # type: ignore[list-item,arg-type]
         columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
-        todo = deque(many)
+        todo = deque(asks)
         in_flight: deque[Stream] = deque()
         done: list[Generation] = []
         with Progress(*columns, disable=not show_progress, transient=True) as progress:
-            task = progress.add_task("generate", total=len(many))
+            task = progress.add_task(what, total=len(asks))
             try:
                 while todo or in_flight:
                     while todo and len(in_flight) < MAX_IN_FLIGHT:
-                        in_flight.append(self._client.submit(todo.popleft(), params, stop=stop))
+                        in_flight.append(todo.popleft()())
                     done.append(in_flight[0].collect())
                     in_flight.popleft()
                     progress.advance(task)
@@ -201,3 +248,10 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list."""
+    if isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

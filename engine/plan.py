@@ -8,12 +8,16 @@ same order, so that block tables and positions never travel twice.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import msgspec
 import numpy as np
 
 _HEADER_INTS = 10
 _STOP = 1
+_SAMPLES = -1
+_POOLS = -2
+"""In place of the token after a chunk: it is the last of its sequence, which goes on with a drawn token, or ends."""
 
 
 class LogitShaping(msgspec.Struct, frozen=True, array_like=True):
@@ -28,6 +32,27 @@ class LogitShaping(msgspec.Struct, frozen=True, array_like=True):
     ending_token_ids: list[int] = []
     bad_words: list[list[int]] = []
     """Token sequences that are never completed."""
+
+
+class PoolingKind(StrEnum):
+    """What of a prompt is wanted instead of tokens after it."""
+
+    LAST = "last"
+    """The hidden state of its last token, after the final norm."""
+    MEAN = "mean"
+    """The mean of the hidden states of all its tokens."""
+    SCORE = "score"
+    """The log-probabilities of its own tokens, from one of them on."""
+
+
+class Pooling(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that ends with its prompt, and brings float32 numbers instead of tokens."""
+
+    kind: PoolingKind
+    normalize: bool = False
+    """Of a hidden state: divided by its Euclidean length."""
+    first_scored: int = 0
+    """With SCORE: position of the first token whose log-probability is wanted, 1 or more."""
 
 
 class SequenceParams(msgspec.Struct, frozen=True, array_like=True):
@@ -51,6 +76,8 @@ class SequenceParams(msgspec.Struct, frozen=True, array_like=True):
     """What the output must match, as llguidance writes it."""
     output_token_ids: list[int] = []
     """With `grammar`: output tokens so far."""
+    pooling: Pooling | None = None
+    """Nothing is drawn for this sequence."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +92,12 @@ class Chunk:
     """Appended to the sequence's block table."""
     next_token: int | None
     """The token after the chunk; None if this is the last chunk, and it is to be drawn from the last row."""
+    pools: bool = False
+    """This is the last chunk, and the sequence ends with it: what was pooled is returned, nothing is drawn."""
 
     @property
     def samples(self) -> bool:
-        return self.next_token is None
+        return self.next_token is None and not self.pools
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -91,6 +120,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """As `token_ids`; empty when no sequence asked."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     """By handle: of the chunk's prompt tokens, from the one after its first on."""
+    pooled: dict[int, bytes] = {}
+    """By handle: float32 numbers of the sequences that were pooled to their end."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +181,7 @@ class PlanCodec:
             words = np.frombuffer(packed + bytes(-len(packed) % 4), dtype=np.int32)
             body += (handle, len(packed), *words.tolist())
         for chunk in plan.chunks:
-            following = -1 if chunk.next_token is None else chunk.next_token
+            following = _POOLS if chunk.pools else _SAMPLES if chunk.next_token is None else chunk.next_token
             body += (chunk.handle, chunk.start, len(chunk.token_ids), len(chunk.new_blocks), following)
             body += chunk.new_blocks
             body += chunk.token_ids
@@ -195,7 +226,9 @@ class PlanCodec:
             handle, start, num_tokens, num_new_blocks, following = reader.take(5)
             new_blocks = reader.take(num_new_blocks)
             next_token = None if following < 0 else following
-            chunks.append(Chunk(handle, start, reader.take(num_tokens), new_blocks, next_token))
+            chunks.append(
+                Chunk(handle, start, reader.take(num_tokens), new_blocks, next_token, following == _POOLS)
+            )
         plan = StepPlan(
             step=step,
             slot=slot,

@@ -19,11 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from engine.plan import LogitShaping, SequenceParams, TokenLogprobs
+from engine.plan import LogitShaping, Pooling, PoolingKind, SequenceParams, TokenLogprobs
 from engine.scheduling.scheduler import NewToken
 from engine.scheduling.sequence import Sequence
 from gateway.errors import EndpointError
 from gateway.protocol import Limits, Output, Submit
+from gateway.protocol import Pooling as WirePooling
 from gateway.protocol import TokenLogprobs as WireLogprobs
 from gateway.rank0 import Rank0Gateway
 from launcher.watch import Phase, ProgressPage, SpareKind, StartGate, die_with_parent
@@ -178,6 +179,7 @@ def _open_gateway(arguments: argparse.Namespace, world: World, engine: Engine) -
             kv_cache_tokens=engine.kv_cache_tokens,
             max_num_seqs=engine.limits.max_num_seqs,
             vocab_size=engine.config.vocab_size,
+            hidden_size=engine.config.hidden_size,
         ),
         list(engine.config.eos_token_ids),
     )
@@ -235,7 +237,7 @@ class _GatewayPort:
             key=key,
             tokens=[*submit.prompt_token_ids, *submit.output_token_ids],
             num_prompt_tokens=len(submit.prompt_token_ids),
-            max_tokens=params.max_tokens,
+            max_tokens=params.num_new_tokens,
             end_token_ids=end_token_ids,
             stop_token_ids=stop_token_ids,
             params=SequenceParams(
@@ -251,6 +253,7 @@ class _GatewayPort:
                 num_prompt_tokens=len(submit.prompt_token_ids),
                 shaping=None if shaping == _NO_SHAPING else shaping,
                 grammar=params.grammar,
+                pooling=None if params.pooling is None else _to_plan(params.pooling),
             ),
             priority=submit.priority,
             prompt_logprobs=None if params.prompt_logprobs is None else [],
@@ -276,6 +279,7 @@ class _GatewayPort:
                         prompt_logprobs=None
                         if token.prompt_logprobs is None
                         else [_to_wire(entry) for entry in token.prompt_logprobs],
+                        pooled=token.pooled,
                     ),
                 )
             )
@@ -298,6 +302,10 @@ class _GatewayPort:
             prefix_cache_queries=status.prefix_cache_queries,
             prefix_cache_hits=status.prefix_cache_hits,
         )
+
+
+def _to_plan(pooling: WirePooling) -> Pooling:
+    return Pooling(PoolingKind(pooling.kind), pooling.normalize, pooling.first_scored)
 
 
 def _to_wire(entry: TokenLogprobs) -> WireLogprobs:

@@ -10,18 +10,19 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Literal
 
 import zmq
 
 from gateway.connection import SERVER_SILENCE_S, Connection
 from gateway.errors import ConnectionLost, RequestFailed, RequestTimeout
+from gateway.generation import Generation, Prompt, numbers_of, scored
 from gateway.protocol import (
     Cancel,
     Failed,
-    FinishReason,
     Output,
+    Pooling,
     SamplingParams,
     ServerMessage,
     Stats,
@@ -34,30 +35,8 @@ CONNECT_TIMEOUT_S = 10.0
 TOKEN_TIMEOUT_S = 300.0
 """Default of how long a request may bring no token: longer than a world needs to come back."""
 
-Prompt = str | Sequence[int]
-"""Text (the front only) or token ids."""
-
 Event = Output | Exception
 """What a request brings; an exception is its last."""
-
-
-@dataclass
-class Generation:
-    """A finished request, or what there is of it."""
-
-    request_id: str
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    """Empty when rank 0 answered, which knows token ids only."""
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-    def add(self, output: Output) -> None:
-        self.token_ids += output.token_ids
-        self.text += output.text or ""
-        if output.finish_reason is not None:
-            self.finish_reason = output.finish_reason
-            self.stop_reason = output.stop_reason
 
 
 class AsyncStream(AsyncIterator[Output]):
@@ -219,6 +198,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
+        continuation: str | None = None,
     ) -> AsyncStream:
         """Sends a request and returns its stream of outputs.
 
@@ -226,12 +206,20 @@ class AsyncClient:
         `output_token_ids`: tokens that this request brought earlier; generation goes on behind them.
         `timeout_s`: how long it may bring no token, default `token_timeout_s` of the client.
         `priority`: lower is served first. `deadline_s`: how long it may take in all (the front only); then it ends
-        as RequestFailed with the code "timeout". Raises ConnectionLost.
+        as RequestFailed with the code "timeout". `continuation`: see `score`. Raises ConnectionLost.
         """
         wait_s = self._token_timeout_s if timeout_s is None else timeout_s
         stream = AsyncStream(self, request_id or self._new_id(), wait_s)
         self._submit(
-            stream.request_id, prompt, params, stop, output_token_ids, stream._put, priority, deadline_s
+            stream.request_id,
+            prompt,
+            params,
+            stop,
+            output_token_ids,
+            stream._put,
+            priority,
+            deadline_s,
+            continuation,
         )
         return stream
 
@@ -252,6 +240,31 @@ class AsyncClient:
             stream.cancel()
             raise
 
+    async def embed(
+        self,
+        prompt: Prompt,
+        *,
+        kind: Literal["last", "mean"] = "last",
+        normalize: bool = True,
+        timeout_s: float | None = None,
+    ) -> list[float]:
+        """The prompt as `hidden_size` numbers: the last token's hidden state, or the mean over all tokens, divided by
+        its length if `normalize`. Raises as AsyncStream does."""
+        params = SamplingParams(pooling=Pooling(kind, normalize))
+        return numbers_of(await self.generate(prompt, params, timeout_s=timeout_s))
+
+    async def score(
+        self, prompt: Prompt, continuation: Prompt, *, timeout_s: float | None = None
+    ) -> list[float]:
+        """The log-probability of each token of `continuation` behind `prompt` and the tokens before it. Both are text
+        (the front only), tokenized each by itself, or both are token ids. Raises as AsyncStream does."""
+        stream = self.submit(**scored(prompt, continuation), timeout_s=timeout_s)
+        try:
+            return numbers_of(await stream.collect())
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+
     def _new_id(self) -> str:
         return f"{self._name or 'request'}-{next(self._numbers)}"
 
@@ -265,6 +278,7 @@ class AsyncClient:
         deliver: Callable[[Event], None],
         priority: int = 0,
         deadline_s: float | None = None,
+        continuation: str | None = None,
     ) -> None:
         if request_id in self._requests:
             raise ValueError(f"request id {request_id!r} is already in flight")
@@ -278,6 +292,7 @@ class AsyncClient:
             params=params or SamplingParams(),
             stop=list(stop),
             priority=priority,
+            continuation=continuation,
             deadline_s=deadline_s,
         )
         assert self._connection is not None  # welcome raises otherwise

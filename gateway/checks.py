@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
+
 from gateway.grammars import problem_of
 from gateway.protocol import MAX_MESSAGE_BYTES, Limits, SamplingParams, Submit
 
 MAX_LOGIT_BIAS = 1024
+_PLAIN = SamplingParams()
 _BYTES_OF_A_LOGPROB = 16
 """Of one alternative as msgpack has it: an id, a float, and its share of the rest."""
 
@@ -31,7 +34,9 @@ def check_submit(submit: Submit, limits: Limits) -> str | None:
         return "stop strings: rank 0 knows token ids only; send them to the front, or use stop_token_ids"
     if submit.deadline_s is not None:
         return "deadline_s: rank 0 keeps no deadlines; send it to the front, or send cancel"
-    if len(submit.output_token_ids) >= submit.params.max_tokens:
+    if submit.continuation is not None:
+        return "a continuation of text: rank 0 takes token ids only; send text to the front"
+    if submit.params.pooling is None and len(submit.output_token_ids) >= submit.params.max_tokens:
         return (
             f"{len(submit.output_token_ids)} output tokens are given, "
             f"max_tokens {submit.params.max_tokens} leaves none to generate"
@@ -39,8 +44,12 @@ def check_submit(submit: Submit, limits: Limits) -> str | None:
     largest = max(submit.output_token_ids, default=0)
     if largest >= limits.vocab_size:
         return f"token id {largest} is not in the vocabulary of {limits.vocab_size} tokens"
-    problem = check_prompt(submit.prompt_token_ids, submit.params.max_tokens, limits)
+    problem = check_prompt(submit.prompt_token_ids, submit.params.num_new_tokens, limits)
     if problem is not None:
+        return problem
+    if (
+        problem := check_pooling(submit.params, len(submit.prompt_token_ids), submit.output_token_ids)
+    ) is not None:
         return problem
     found = check_params(submit.params, limits, len(submit.prompt_token_ids))
     return found and found.message
@@ -56,7 +65,11 @@ def check_request(
     """What is wrong with a request at the front, whose worlds have had these limits; None if nothing is."""
     if not all(stop):
         return "a stop string is empty"
-    if len(output_token_ids) >= params.max_tokens:
+    if (problem := check_pooling(params, len(prompt_token_ids), output_token_ids)) is not None:
+        return problem
+    if params.pooling is not None and stop:
+        return "stop strings have no meaning with pooling, which generates nothing"
+    if params.pooling is None and len(output_token_ids) >= params.max_tokens:
         return f"{len(output_token_ids)} output tokens are given already, max_tokens is {params.max_tokens}"
     if params.grammar is not None and (problem := problem_of(params.grammar)) is not None:
         return problem
@@ -64,11 +77,32 @@ def check_request(
         return None
     if max(output_token_ids, default=0) >= limits.vocab_size:
         return f"an output token id is not in the vocabulary of {limits.vocab_size} tokens"
-    problem = check_prompt(prompt_token_ids, params.max_tokens, limits)
+    problem = check_prompt(prompt_token_ids, params.num_new_tokens, limits)
     if problem is not None:
         return problem
     found = check_params(params, limits, len(prompt_token_ids))
     return found and found.message
+
+
+def check_pooling(params: SamplingParams, num_prompt_tokens: int, output_token_ids: list[int]) -> str | None:
+    """What is wrong with a request for numbers about its prompt; None if nothing is, or if it is none."""
+    pooling = params.pooling
+    if pooling is None:
+        return None
+    if output_token_ids:
+        return f"{len(output_token_ids)} output tokens are given; with pooling there are none"
+    plain = msgspec.structs.replace(
+        params, pooling=None, seed=None, max_tokens=_PLAIN.max_tokens, temperature=_PLAIN.temperature
+    )
+    for name in plain.__struct_fields__:
+        if getattr(plain, name) != getattr(_PLAIN, name):
+            return f"{name} has no meaning with pooling, which generates nothing; leave it out"
+    if pooling.kind == "score" and not 1 <= pooling.first_scored < num_prompt_tokens:
+        return (
+            f"pooling.first_scored is {pooling.first_scored}; allowed: 1 to {num_prompt_tokens - 1}, the index of a "
+            f"token of the prompt behind its first"
+        )
+    return None
 
 
 def check_prompt(prompt_token_ids: list[int], max_tokens: int, limits: Limits) -> str | None:
@@ -79,7 +113,9 @@ def check_prompt(prompt_token_ids: list[int], max_tokens: int, limits: Limits) -
     if largest >= limits.vocab_size:
         return f"token id {largest} is not in the vocabulary of {limits.vocab_size} tokens"
     total = len(prompt_token_ids) + max_tokens
-    asked = f"the prompt has {len(prompt_token_ids)} tokens and max_tokens is {max_tokens}, {total} together"
+    asked = f"the prompt has {len(prompt_token_ids)} tokens"
+    if max_tokens:
+        asked += f" and max_tokens is {max_tokens}, {total} together"
     if total > limits.max_model_len:
         return f"{asked}; the maximum length of this model is {limits.max_model_len} tokens"
     if total > limits.kv_cache_tokens:

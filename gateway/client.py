@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from gateway.async_client import (
     CONNECT_TIMEOUT_S,
@@ -20,13 +20,12 @@ from gateway.async_client import (
     AsyncClient,
     AsyncStream,
     Event,
-    Generation,
-    Prompt,
     timeout_error,
 )
 from gateway.connection import SERVER_SILENCE_S
 from gateway.errors import ConnectionLost, GatewayError, RequestFailed, RequestTimeout
-from gateway.protocol import Output, SamplingParams, Stats, Welcome
+from gateway.generation import Generation, Prompt, numbers_of, scored
+from gateway.protocol import Output, Pooling, SamplingParams, Stats, Welcome
 
 __all__ = [
     "AsyncClient",
@@ -36,6 +35,7 @@ __all__ = [
     "GatewayError",
     "Generation",
     "Output",
+    "Pooling",
     "RequestFailed",
     "RequestTimeout",
     "SamplingParams",
@@ -168,6 +168,7 @@ class Client:
         timeout_s: float | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
+        continuation: str | None = None,
     ) -> Stream:
         """Sends a request and returns its stream of outputs, see AsyncClient.submit."""
         wait_s = self._token_timeout_s if timeout_s is None else timeout_s
@@ -182,6 +183,7 @@ class Client:
                 stream._events.put,
                 priority,
                 deadline_s,
+                continuation,
             )
         )
         return stream
@@ -201,6 +203,22 @@ class Client:
         except KeyboardInterrupt:
             stream.cancel()
             raise
+
+    def embed(
+        self,
+        prompt: Prompt,
+        *,
+        kind: Literal["last", "mean"] = "last",
+        normalize: bool = True,
+        timeout_s: float | None = None,
+    ) -> list[float]:
+        """The prompt as `hidden_size` numbers, see AsyncClient.embed."""
+        params = SamplingParams(pooling=Pooling(kind, normalize))
+        return numbers_of(self.generate(prompt, params, timeout_s=timeout_s))
+
+    def score(self, prompt: Prompt, continuation: Prompt, *, timeout_s: float | None = None) -> list[float]:
+        """The log-probability of each token of `continuation`, see AsyncClient.score."""
+        return numbers_of(self.submit(**scored(prompt, continuation), timeout_s=timeout_s).collect())
 
     def _cancel(self, request_id: str) -> None:
         if self._loop is not None:

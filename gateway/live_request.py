@@ -112,4 +112,5 @@ class Request:
             "".join(pieces),
             output.logprobs and output.logprobs[: len(token_ids)],
             output.prompt_logprobs,
+            output.pooled,
         )

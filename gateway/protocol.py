@@ -30,8 +30,20 @@ class ProtocolError(Exception):
     """A frame that is not a valid message. Its text says what was wrong and may be sent to the peer."""
 
 
+class Pooling(Struct, frozen=True, omit_defaults=True):
+    """Numbers about the prompt instead of tokens after it; the request ends with them. They come as float32."""
+
+    kind: Literal["last", "mean", "score"] = "last"
+    """`last`, `mean`: the hidden state of the last token, or the mean over all tokens, after the model's final norm.
+    `score`: the log-probability of each token from `first_scored` on, given those before it."""
+    normalize: bool = True
+    """Of a hidden state: divided by its Euclidean length."""
+    first_scored: Annotated[int, Meta(ge=0)] = 0
+    """With `score`: index of a token of the prompt, 1 or more."""
+
+
 class SamplingParams(Struct, frozen=True, omit_defaults=True):
-    """How the tokens of one request are chosen.
+    """How the tokens of one request are chosen, or that none are.
 
     `seed` and `choice` key the noise together with the token's absolute position in the sequence, so that a
     token depends on its request alone: never on batch mates, on the world, or on a replay.
@@ -70,6 +82,13 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     """The end token is sampled and fed back like any other, and ends nothing."""
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = field(default_factory=list)
+    pooling: Pooling | None = None
+    """Asks for numbers about the prompt. Nothing is generated: every other option but `seed` stays as it is here."""
+
+    @property
+    def num_new_tokens(self) -> int:
+        """How many tokens the request may bring."""
+        return 0 if self.pooling is not None else self.max_tokens
 
 
 # --------------------------------------------------------------------------- client -> server
@@ -103,6 +122,9 @@ class Submit(Struct, frozen=True, tag="submit", tag_field="type", omit_defaults=
     """Stop strings; only the front takes them."""
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
     """Lower is served first; first come first served within one."""
+    continuation: str | None = None
+    """Text whose tokens are scored behind `prompt`: sets `first_scored` of a pooling of kind `score`; only the front
+    takes it."""
     deadline_s: Annotated[float, Meta(gt=0.0)] | None = None
     """Seconds after which the request ends with the error "timeout", whatever it has brought; only the front
     takes it, and keeps it across worlds."""
@@ -135,6 +157,8 @@ class Limits(Struct, frozen=True):
     """Tokens that the KV cache of the world holds, over all sequences."""
     max_num_seqs: int
     vocab_size: int
+    hidden_size: int = 0
+    """Numbers of a pooled hidden state; 0: not known."""
 
 
 class Welcome(Struct, frozen=True, tag="welcome", tag_field="type"):
@@ -176,6 +200,8 @@ class Output(Struct, frozen=True, array_like=True):
     """One entry for each of `token_ids`, when asked for."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of the prompt's tokens from the second on; with the first output token, when asked for."""
+    pooled: bytes | None = None
+    """Float32 numbers, little-endian, in the only output of a request with `pooling`."""
 
 
 class Tokens(Struct, frozen=True, tag="tokens", tag_field="type"):

@@ -98,7 +98,7 @@ class Rank0Gateway:
         """Sends what step `step` brought: one Tokens message for each client in `outputs`."""
         by_client: dict[bytes, list[Output]] = {}
         for client, output in outputs:
-            if output.prompt_logprobs:
+            if output.prompt_logprobs or output.pooled:
                 # They may be megabytes: a message of their own stays below the bound of one.
                 self._router.send(client, Tokens(self._epoch, step, [output]))
             elif client in by_client:

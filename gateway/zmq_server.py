@@ -109,39 +109,54 @@ class ZmqServer:
 
     def _submit(self, client: bytes, message: Submit) -> None:
         live = self._live[client, message.request_id] = _ClientRequest(self, client, message.request_id)
-        if message.prompt is not None and message.prompt_token_ids:
-            self.fail(live, RequestFailed("invalid_request", "give prompt or prompt_token_ids, not both"))
-        elif len(message.prompt or "") > LONG_TEXT or message.params.grammar is not None:
+        problem = _problem_of_texts(message)
+        if problem is not None:
+            self.fail(live, RequestFailed("invalid_request", problem))
+        elif (
+            len(message.prompt or "") + len(message.continuation or "") > LONG_TEXT
+            or message.params.grammar is not None
+        ):
             task = asyncio.ensure_future(self._accept_long(live, message))
             self._background.add(task)
             task.add_done_callback(self._background.discard)
         elif message.prompt is None:
             self._accept(live, message, message.prompt_token_ids)
         else:
-            self._encode_and_accept(live, message, message.prompt)
+            self._encode_and_accept(live, message)
 
-    def _encode_and_accept(self, live: _ClientRequest, message: Submit, prompt: str) -> None:
+    def _encode_and_accept(self, live: _ClientRequest, message: Submit) -> None:
         try:
-            prompt_token_ids = self._text.encode(prompt, at_most=self._max_model_len())
+            message = self._encode(message)
         except ValueError as error:
             self.fail(live, RequestFailed("invalid_request", str(error)))
             return
-        self._accept(live, message, prompt_token_ids)
+        self._accept(live, message, message.prompt_token_ids)
+
+    def _encode(self, message: Submit) -> Submit:
+        """The same with token ids in place of text. Raises ValueError."""
+        if message.prompt is None:
+            return message
+        at_most = self._max_model_len()
+        token_ids = self._text.encode(message.prompt, at_most=at_most)
+        params = message.params
+        if message.continuation is not None and params.pooling is not None:
+            scored = self._text.encode(message.continuation, at_most=at_most, add_special_tokens=False)
+            pooling = msgspec.structs.replace(params.pooling, first_scored=len(token_ids))
+            params = msgspec.structs.replace(params, pooling=pooling)
+            token_ids = token_ids + scored
+        return msgspec.structs.replace(message, prompt_token_ids=token_ids, params=params)
 
     async def _accept_long(self, live: _ClientRequest, message: Submit) -> None:
         """For what takes so long that it is done in a thread."""
-        prompt_token_ids = message.prompt_token_ids
         try:
-            if message.prompt is not None:
-                at_most = self._max_model_len()
-                prompt_token_ids = await asyncio.to_thread(self._text.encode, message.prompt, at_most=at_most)
+            message = await asyncio.to_thread(self._encode, message)
             if message.params.grammar is not None:
                 await asyncio.to_thread(problem_of, message.params.grammar)  # kept, for accept
         except ValueError as error:
             self.fail(live, RequestFailed("invalid_request", str(error)))
             return
         if not live.ended:  # not cancelled meanwhile
-            self._accept(live, message, prompt_token_ids)
+            self._accept(live, message, message.prompt_token_ids)
 
     def _max_model_len(self) -> int | None:
         return self._requests.welcome.limits.max_model_len if self._requests.welcome is not None else None
@@ -181,3 +196,14 @@ class ZmqServer:
         for client, client_outputs in outputs.items():
             self._router.send(client, Tokens(epoch, self._batch, client_outputs))
         self._pump.check()
+
+
+def _problem_of_texts(message: Submit) -> str | None:
+    """What is wrong with the texts of a request; None if nothing is."""
+    if message.prompt is not None and message.prompt_token_ids:
+        return "give prompt or prompt_token_ids, not both"
+    if message.continuation is not None:
+        pooling = message.params.pooling
+        if pooling is None or pooling.kind != "score" or message.prompt is None:
+            return "continuation is text to score: it goes with prompt and with params.pooling of kind score"
+    return None

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -34,6 +36,7 @@ from gateway.protocol import (
     FrontState,
     Limits,
     Output,
+    Pooling,
     RankEntry,
     Submit,
     TokenLogprobs,
@@ -71,6 +74,19 @@ def echo_logprobs(token: int, num_top: int) -> TokenLogprobs:
     return TokenLogprobs(token, -0.5, 1, top, [-0.5 - number for number in range(num_top)])
 
 
+HIDDEN_SIZE = 8
+
+
+def echo_numbers(prompt: list[int], pooling: Pooling) -> list[float]:
+    """What every echo world says of a prompt that is pooled: a direction of its last token and its length, of length
+    1 or 3; or minus its token ids as scores."""
+    if pooling.kind == "score":
+        return [-float(token) for token in prompt[pooling.first_scored :]]
+    length = 1.0 if pooling.normalize else 3.0
+    angle = (prompt[-1] if pooling.kind == "last" else sum(prompt) / len(prompt)) / 100
+    return [math.cos(angle) * length, math.sin(angle) * length, *[0.0] * (HIDDEN_SIZE - 2)]
+
+
 def write_text_folder(folder: Path) -> Path:
     """Writes tokenizer.json and tokenizer_config.json of a byte-level tokenizer: three special tokens, one
     token for each byte, and a few longer ones."""
@@ -102,6 +118,10 @@ class _Sequence:
 
     def next_output(self) -> Output:
         params = self.submit.params
+        if params.pooling is not None:
+            numbers = echo_numbers(self.submit.prompt_token_ids, params.pooling)
+            pooled = struct.pack(f"<{len(numbers)}f", *numbers)
+            return Output(self.submit.request_id, 0, [], "stop", pooled=pooled)
         position = len(self.output)
         token = echo_token(self.submit.prompt_token_ids, position, params.choice)
         self.output.append(token)
@@ -178,7 +198,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--kv-cache-tokens", type=int, default=65536)
     options = parser.parse_args()
-    limits = Limits(options.max_model_len, options.kv_cache_tokens, 64, VOCAB_SIZE)
+    limits = Limits(options.max_model_len, options.kv_cache_tokens, 64, VOCAB_SIZE, HIDDEN_SIZE)
     world = EchoWorld(options.endpoint, options.epoch, limits, options.step_s)
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from engine.plan import SequenceParams, StepPlan
+from engine.plan import Chunk, Pooling, PoolingKind, SequenceParams, StepPlan
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,21 @@ class PromptRows:
 
 
 @dataclass(frozen=True)
+class PooledRows:
+    """A chunk of a sequence that is pooled: rows `begin:end` of the batch."""
+
+    handle: int
+    begin: int
+    end: int
+    pooling: Pooling
+    is_last: bool
+    """The sequence ends with this chunk."""
+    score_begin: int
+    """With SCORE: the row whose next token is the first of `targets`."""
+    targets: list[int]
+
+
+@dataclass(frozen=True)
 class Batch:
     """The tokens of one step, decode rows first, then the chunks one after another."""
 
@@ -71,6 +86,7 @@ class Batch:
     sampling_history: list[list[int] | None]
     """All tokens before the one drawn, for rows with logit shaping; the table's own lists, not to be changed."""
     prompt_rows: list[PromptRows]
+    pooled_rows: list[PooledRows]
 
     @property
     def num_tokens(self) -> int:
@@ -121,6 +137,7 @@ class SequenceTable:
 
         chunks = []
         prompt_rows = []
+        pooled_rows = []
         sampling_rows = list(range(len(handles)))
         sampling_positions = (decode_positions + 1).tolist()
         for chunk in plan.chunks:
@@ -141,6 +158,8 @@ class SequenceTable:
                 following = [*chunk.token_ids[1:], *([] if chunk.next_token is None else [chunk.next_token])]
                 targets = following[: max(0, params.num_prompt_tokens - 1 - chunk.start)]
                 prompt_rows.append(PromptRows(chunk.handle, begin, targets, params.num_prompt_logprobs))
+            if params.pooling is not None:
+                pooled_rows.append(_pooled_rows(chunk, begin, params.pooling))
             if chunk.samples:
                 sampling_rows.append(end - 1)
                 sampling_positions.append(stop)
@@ -155,6 +174,7 @@ class SequenceTable:
             sampling_positions=sampling_positions,
             sampling_history=[self._history.get(handle) for handle in plan.sampling_handles],
             prompt_rows=prompt_rows,
+            pooled_rows=pooled_rows,
         )
 
     def _decode_groups(self, handles: np.ndarray, lengths: np.ndarray) -> list[DecodeGroup]:
@@ -201,3 +221,15 @@ class SequenceTable:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+
+def _pooled_rows(chunk: Chunk, begin: int, pooling: Pooling) -> PooledRows:
+    """The rows of a chunk that begins at row `begin` of the batch."""
+    end = begin + len(chunk.token_ids)
+    score_begin, targets = begin, []
+    if pooling.kind is PoolingKind.SCORE:
+        # A row predicts the token after it: the one before the first scored token is the first to look at.
+        skipped = min(len(chunk.token_ids), max(0, pooling.first_scored - 1 - chunk.start))
+        following = [] if chunk.next_token is None else [chunk.next_token]
+        score_begin, targets = begin + skipped, [*chunk.token_ids[1:], *following][skipped:]
+    return PooledRows(chunk.handle, begin, end, pooling, chunk.pools, score_begin, targets)

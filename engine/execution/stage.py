@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from engine.execution.batch import Batch, PromptRows, SequenceTable
+from engine.execution.batch import Batch, PooledRows, PromptRows, SequenceTable
 from engine.execution.kv_cache import KVCache
 from engine.execution.logprobs import token_logprobs
+from engine.execution.pooling import Pooler
 from engine.execution.sampler import Sampler
 from engine.models.decoder import DecoderStage
-from engine.plan import StepPlan, StepResult, TokenLogprobs
+from engine.plan import PoolingKind, StepPlan, StepResult, TokenLogprobs
 from engine.world import World
 
 PROMPT_LOGPROB_ROWS = 64
@@ -31,6 +34,7 @@ class StageRunner:
     ) -> None:
         self.sampler = sampler
         """At the sampling rank only."""
+        self._pooler = None if sampler is None else Pooler()
         self._world = world
         self._stage = stage
         self._cache = cache
@@ -45,17 +49,20 @@ class StageRunner:
         batch = self._table.apply(plan)
         if self.sampler is not None:
             self.sampler.apply(plan)
+        if self._pooler is not None:
+            self._pooler.apply(plan)
         hidden = self.forward(batch)
         if hidden is None:
             return None
         # Every rank of the last stage computes its columns of the logits; the sampler gathers them.
         prompt_logprobs = {rows.handle: self._prompt_logprobs(hidden, rows) for rows in batch.prompt_rows}
+        pooled = self._pool(hidden, batch.pooled_rows)
         logits = self.logits(hidden, batch.sampling_rows)
         if logits is None:
             return None
         assert self.sampler is not None, "logits arrived at a rank that does not sample"
         token_ids, logprobs = self.sampler.draw(logits, batch, plan)
-        return StepResult(token_ids, logprobs, prompt_logprobs)
+        return StepResult(token_ids, logprobs, prompt_logprobs, pooled)
 
     def forward(self, batch: Batch) -> torch.Tensor | None:
         """Hidden states `[num_tokens, hidden_size]` float32 after the last layer; None at earlier stages, which
@@ -82,10 +89,33 @@ class StageRunner:
     def _prompt_logprobs(self, hidden: torch.Tensor, rows: PromptRows) -> list[TokenLogprobs]:
         """In pieces: the logits of a whole prompt would take gigabytes."""
         found: list[TokenLogprobs] = []
-        for begin in range(0, len(rows.targets), PROMPT_LOGPROB_ROWS):
-            targets = rows.targets[begin : begin + PROMPT_LOGPROB_ROWS]
-            first = rows.begin + begin
-            logits = self.logits(hidden, torch.arange(first, first + len(targets), device=hidden.device))
+        for targets, logits in self._logits_of(hidden, rows.begin, rows.targets):
             if logits is not None:
                 found += token_logprobs(logits, targets, [rows.num_logprobs] * len(targets))
+        return found
+
+    def _logits_of(
+        self, hidden: torch.Tensor, first: int, targets: list[int]
+    ) -> Iterator[tuple[list[int], torch.Tensor | None]]:
+        """Pieces of the tokens after rows `first` and on, each with its rows' logits at the sampler."""
+        for begin in range(0, len(targets), PROMPT_LOGPROB_ROWS):
+            piece = targets[begin : begin + PROMPT_LOGPROB_ROWS]
+            rows = torch.arange(first + begin, first + begin + len(piece), device=hidden.device)
+            yield piece, self.logits(hidden, rows)
+
+    def _pool(self, hidden: torch.Tensor, chunks: list[PooledRows]) -> dict[int, bytes]:
+        """What ended with this step, by handle, at the sampler. Every rank of the stage has the whole hidden states;
+        only logits are gathered."""
+        found = {}
+        for rows in chunks:
+            if rows.pooling.kind is PoolingKind.SCORE:
+                for targets, logits in self._logits_of(hidden, rows.score_begin, rows.targets):
+                    if self._pooler is not None and logits is not None:
+                        self._pooler.add_scores(rows.handle, logits, targets)
+            elif self._pooler is not None:
+                # Of a last token alone nothing else is looked at.
+                wanted = rows.begin if rows.pooling.kind is PoolingKind.MEAN else rows.end - 1
+                self._pooler.add_states(rows, self._stage.final_norm(hidden[wanted : rows.end]))
+            if self._pooler is not None and rows.is_last:
+                found[rows.handle] = self._pooler.finish(rows)
         return found

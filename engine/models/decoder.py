@@ -85,6 +85,11 @@ class DecoderStage:
             layer.transform(hidden)
         return hidden
 
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last stage's hidden states as the head sees them: `[num_rows, hidden_size]` float32, to the same."""
+        assert self._norm is not None
+        return self._norm(hidden)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """This rank's columns of the logits: `[num_rows, hidden_size]` to `[num_rows, len(vocab)]` float32."""
         assert self._head is not None and self._norm is not None

@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from engine.plan import Chunk, SequenceParams, StepPlan, StepResult, TokenLogprobs
+from engine.plan import Chunk, PoolingKind, SequenceParams, StepPlan, StepResult, TokenLogprobs
 from engine.scheduling.kv_blocks import BlockPool, Digest, extend_digests
 from engine.scheduling.sequence import Sequence
 
@@ -45,6 +45,8 @@ class NewToken:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     """All of them, with the first token."""
+    pooled: bytes | None = None
+    """Float32 numbers of a sequence that was pooled; they end it."""
 
 
 class Refused(Exception):
@@ -66,6 +68,8 @@ class Scheduler:
         """Handles to release in the next plan; they may be given out again in that same plan."""
         self._in_flight: list[list[Sequence]] = [[] for _ in range(num_slots)]
         """Sequences of the slot's outstanding plan that sample, in the order of their tokens."""
+        self._pooling_in_flight: list[list[Sequence]] = [[] for _ in range(num_slots)]
+        """Those that end with the plan, pooled."""
         self._busy: list[bool] = [False] * num_slots
         self._steps = count(1)
         self._arrivals = count()
@@ -79,16 +83,15 @@ class Scheduler:
         total = sequence.num_prompt_tokens + sequence.max_tokens
         if sequence.num_prompt_tokens == 0:
             raise Refused("the prompt is empty; at least one token is needed")
+        asked = (
+            f"prompt of {sequence.num_prompt_tokens} tokens plus max_tokens {sequence.max_tokens} is {total}"
+        )
         if total > self.limits.max_model_len:
-            raise Refused(
-                f"prompt of {sequence.num_prompt_tokens} tokens plus max_tokens {sequence.max_tokens} is {total}, "
-                f"but the model's length is {self.limits.max_model_len}"
-            )
+            raise Refused(f"{asked}, but the model's length is {self.limits.max_model_len}")
         capacity = self.pool.num_blocks * self.pool.block_size
         if total > capacity:
             raise Refused(
-                f"prompt of {sequence.num_prompt_tokens} tokens plus max_tokens {sequence.max_tokens} is {total}, "
-                f"but the KV cache holds {capacity} tokens; raise --kv-cache-memory or ask for less"
+                f"{asked}, but the KV cache holds {capacity} tokens; raise --kv-cache-memory or ask for less"
             )
         sequence.arrival = next(self._arrivals)
         self._by_key[sequence.key] = sequence
@@ -191,6 +194,8 @@ class Scheduler:
         for sequence, chunk in zip(planned[num_decoding:], chunks, strict=True):
             if chunk.samples:
                 self._in_flight[slot].append(sequence)
+            elif chunk.pools:
+                self._pooling_in_flight[slot].append(sequence)
         self._busy[slot] = True
         return plan
 
@@ -205,6 +210,13 @@ class Scheduler:
         for sequence, token_id, token_logprobs in zip(in_flight, result.token_ids, logprobs, strict=True):
             if not sequence.cancelled:
                 yield self._append(sequence, token_id, token_logprobs)
+        pooled, self._pooling_in_flight[slot] = self._pooling_in_flight[slot], []
+        for sequence in pooled:
+            if not sequence.cancelled:
+                numbers = result.pooled[_handle(sequence)]
+                self._leave(sequence)
+                del self._by_key[sequence.key]
+                yield NewToken(sequence.key, 0, None, "stop", pooled=numbers)
         for sequence in [s for s in self.running[slot] if s.cancelled]:
             yield self._end_cancelled(sequence)
 
@@ -235,14 +247,20 @@ class Scheduler:
             token_ids=sequence.tokens[start : start + length],
             new_blocks=new_blocks,
             next_token=sequence.tokens[start + length] if sequence.num_uncomputed else None,
+            pools=sequence.is_pooled and not sequence.num_uncomputed,
         )
 
     def _shareable(self, sequence: Sequence) -> list[Digest]:
         """Digests of the full blocks of a sequence, but never all of its tokens: the last one must be computed,
-        since the next is drawn from it; and none of a prompt whose log-probabilities are wanted."""
-        if sequence.prompt_logprobs is not None:
+        since the next is drawn from it; and none of a prompt whose log-probabilities are wanted, or the mean of
+        its states. What is scored is computed too."""
+        pooling = sequence.params.pooling
+        if sequence.prompt_logprobs is not None or (pooling and pooling.kind is PoolingKind.MEAN):
             return []
-        num_blocks = (len(sequence.tokens) - 1) // self.pool.block_size
+        num_known = len(sequence.tokens) - 1
+        if pooling and pooling.kind is PoolingKind.SCORE:
+            num_known = pooling.first_scored - 1
+        num_blocks = num_known // self.pool.block_size
         extend_digests(sequence.digests, sequence.tokens, num_blocks, self.pool.block_size)
         return sequence.digests[:num_blocks]
 
@@ -266,7 +284,8 @@ class Scheduler:
         # preempt it a step later would compute its prompt twice.
         candidate = self.waiting[0]
         found, kept = self.pool.peek(self._shareable(candidate))
-        needed = self.pool.blocks_for(len(candidate.tokens) + 1) - found + kept
+        num_tokens = len(candidate.tokens) + (not candidate.is_pooled)
+        needed = self.pool.blocks_for(num_tokens) - found + kept
         return needed <= self.pool.num_free - self._unallocated() - self.num_running
 
     def _unallocated(self) -> int:

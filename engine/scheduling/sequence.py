@@ -58,4 +58,9 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Whether only the token sampled last is still to be computed."""
-        return self.num_uncomputed == 1 and self.num_computed > 0
+        return self.num_uncomputed == 1 and self.num_computed > 0 and not self.is_pooled
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether it ends with its prompt: nothing is drawn."""
+        return self.params.pooling is not None

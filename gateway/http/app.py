@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.http.embeddings import Embeddings
 from gateway.http.errors import ApiError
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
@@ -24,6 +25,7 @@ def make_app(openai: OpenAI, operations: Operations, metrics: FrontMetrics, log:
     """The application. Its own documentation pages are off: they would load from hosts of others."""
     app = FastAPI(title="Phalanx", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(openai.router())
+    app.include_router(Embeddings(openai).router())
     app.include_router(operations.router())
 
     async def api_error(request: Request, error: Exception) -> Response:

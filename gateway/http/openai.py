@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -89,8 +89,8 @@ class OpenAI:
             limit = asked_max_tokens(request.max_tokens, "max_tokens")
         check_sampling(request)
         grammar = await _grammar(request)
-        deadline = _Deadline(timeout_s(request))
-        limits = await self._limits(deadline)
+        deadline = Deadline(timeout_s(request))
+        limits = await self.limits(deadline)
         size = sum(len(message["content"]) for message in messages)
         prompt = await self._encode(
             size, "messages", lambda: self.text.encode_chat(messages, at_most=limits.max_model_len)
@@ -111,17 +111,10 @@ class OpenAI:
         prompts = completion_prompts(request)
         check_sampling(request)
         grammar = await _grammar(request)
-        deadline = _Deadline(timeout_s(request))
-        limits = await self._limits(deadline)
+        deadline = Deadline(timeout_s(request))
+        limits = await self.limits(deadline)
 
-        def encode() -> list[list[int]]:
-            return [
-                self.text.encode(prompt, at_most=limits.max_model_len) if isinstance(prompt, str) else prompt
-                for prompt in prompts
-            ]
-
-        size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-        encoded = await self._encode(size, "prompt", encode)
+        encoded = await self.encode_prompts(prompts, "prompt", limits)
         echo = []
         if request.echo:
             pairs = zip(prompts, encoded, strict=True)
@@ -163,7 +156,7 @@ class OpenAI:
         prompts: list[list[int]],
         max_tokens: int,
         limits: Limits,
-        deadline: _Deadline,
+        deadline: Deadline,
         grammar: str | None,
         prompt_param: str,
         answer_type: type[Answer],
@@ -207,7 +200,7 @@ class OpenAI:
         choices = best_choices(candidates, len(prompts), num_choices(request))
         return Response(answer.whole(choices, completion_tokens), media_type="application/json")
 
-    async def _limits(self, deadline: _Deadline) -> Limits:
+    async def limits(self, deadline: Deadline) -> Limits:
         """What the world allows; waits for the first one, up to the deadline. Raises ApiError."""
         try:
             async with asyncio.timeout(deadline.left_s()):
@@ -217,6 +210,19 @@ class OpenAI:
         except TimeoutError:
             text = f"no world has come up to serve the model within the timeout of {deadline.timeout_s:g} s"
             raise from_failure(RequestFailed("timeout", text)) from None
+
+    async def encode_prompts(
+        self, prompts: Sequence[str | list[int]], param: str, limits: Limits
+    ) -> list[list[int]]:
+        """The token ids of texts; what is token ids already stays. Raises ApiError."""
+
+        def encode() -> list[list[int]]:
+            return [
+                self.text.encode(prompt, at_most=limits.max_model_len) if isinstance(prompt, str) else prompt
+                for prompt in prompts
+            ]
+
+        return await self._encode(sum(len(p) for p in prompts if isinstance(p, str)), param, encode)
 
     async def _encode(self, size: int, param: str, function: Callable[[], _T]) -> _T:
         """Runs an encoding of so many characters, in a thread if they are many. Raises ApiError."""
@@ -240,7 +246,7 @@ class OpenAI:
         }
 
 
-class _Deadline:
+class Deadline:
     """The end of a request's own timeout, counted from here."""
 
     def __init__(self, timeout_s: float | None) -> None:

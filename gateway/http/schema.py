@@ -103,10 +103,18 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
 }
 
 _Request = TypeVar("_Request", bound=CommonRequest)
+_Body = TypeVar("_Body", bound=Struct)
 
 
 def decode_request(body: bytes, kind: type[_Request]) -> _Request:
     """The request of a body. Raises ApiError for broken JSON or UTF-8, wrong types, unserved fields."""
+    request = decode_body(body, kind)
+    _refuse_unserved(request)
+    return request
+
+
+def decode_body(body: bytes, kind: type[_Body]) -> _Body:
+    """The struct of a body. Raises ApiError for broken JSON or UTF-8 and wrong types."""
     try:
         body.decode()  # msgspec does not look into the fields that it skips
         request = msgspec.json.decode(body, type=kind)
@@ -122,7 +130,6 @@ def decode_request(body: bytes, kind: type[_Request]) -> _Request:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
-    _refuse_unserved(request)
     return request
 
 
@@ -147,15 +154,20 @@ def _same_kind(value: Any, allowed: Any) -> bool:
 
 def check_common(request: CommonRequest, model: str) -> None:
     """Raises ApiError for another model and for options without their meaning."""
-    if request.model is not None and request.model != model:
+    check_model(request.model, model)
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options is only allowed with stream: true", param="stream_options")
+
+
+def check_model(asked: str | None, model: str) -> None:
+    """Raises ApiError for another model than the one that is served."""
+    if asked is not None and asked != model:
         raise ApiError(
             404,
-            f"the model {request.model!r} does not exist; this server has {model!r}",
+            f"the model {asked!r} does not exist; this server has {model!r}",
             param="model",
             code="model_not_found",
         )
-    if request.stream_options is not None and not request.stream:
-        raise ApiError(400, "stream_options is only allowed with stream: true", param="stream_options")
 
 
 def asked_max_tokens(value: int | None, param: str) -> int | None:
@@ -213,28 +225,33 @@ def _text(content: str | list[ContentPart] | None, place: str) -> str:
 
 
 def completion_prompts(request: CompletionRequest) -> list[str | list[int]]:
-    """The prompts: one string, many, one list of token ids, or many. Raises ApiError."""
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise ApiError(400, "prompt is empty", param="prompt")
-    if all(isinstance(part, int) for part in prompt):
-        return [_token_ids(prompt)]
+    """The prompts of a completion. Raises ApiError."""
+    return texts_or_token_ids(request.prompt, "prompt", MAX_PROMPTS)
+
+
+def texts_or_token_ids(
+    given: str | list[str | int | list[int]], param: str, at_most: int
+) -> list[str | list[int]]:
+    """One string, many, one list of token ids, or many, as a list. Raises ApiError."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise ApiError(400, f"{param} is empty", param=param)
+    if all(isinstance(part, int) for part in given):
+        return [_token_ids(given, param)]
+    check(len(given) <= at_most, param, f"{len(given)} prompts", f"up to {at_most}")
     prompts: list[str | list[int]] = []
-    for part in prompt:
-        if isinstance(part, int) or isinstance(part, str) != isinstance(prompt[0], str):
-            raise ApiError(
-                400, "prompt mixes kinds; give strings, token ids, or lists of token ids", param="prompt"
-            )
-        prompts.append(part if isinstance(part, str) else _token_ids(part))
-    check(len(prompts) <= MAX_PROMPTS, "prompt", f"{len(prompts)} prompts", f"up to {MAX_PROMPTS}")
+    for part in given:
+        if isinstance(part, int) or isinstance(part, str) != isinstance(given[0], str):
+            text = f"{param} mixes kinds; give strings, token ids, or lists of token ids"
+            raise ApiError(400, text, param=param)
+        prompts.append(part if isinstance(part, str) else _token_ids(part, param))
     return prompts
 
 
-def _token_ids(prompt: list[Any]) -> list[int]:
+def _token_ids(prompt: list[Any], param: str) -> list[int]:
     if not all(0 <= token < 2**31 for token in prompt):
-        raise ApiError(400, "a prompt has a negative or too large token id", param="prompt")
+        raise ApiError(400, f"{param} has a negative or too large token id", param=param)
     return prompt
 
 

@@ -145,18 +145,8 @@ class Collector:
 
     async def wait(self, group: Group, receive: Receive) -> list[Choice]:
         """All answers. Raises ApiError, or ClientGone after the group was cancelled."""
-        watcher = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait((self.done, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if not self.done.done():
-                raise ClientGone
-            self.done.result()
-            return self.choices
-        except RequestFailed as error:
-            raise from_failure(error) from None
-        finally:
-            watcher.cancel()
-            group.cancel()
+        await wait_for(self.done, group, receive)
+        return self.choices
 
 
 class EventQueue:
@@ -245,6 +235,22 @@ class EventStream(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": self._running > 0})
+
+
+async def wait_for(done: asyncio.Future[None], group: Group, receive: Receive) -> None:
+    """Waits until a group's answer is complete, or its client is gone. Raises ApiError, or ClientGone; whatever still
+    runs of the group is cancelled."""
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((done, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise ClientGone
+        done.result()
+    except RequestFailed as error:
+        raise from_failure(error) from None
+    finally:
+        watcher.cancel()
+        group.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests import family_references, references
+from tests import family_references, pooling_references, references
 
 SHAPES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3)]
 QUICK_SHAPES = [(2, 1), (1, 2)]
@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> int:
         shapes = [(int(a), int(b)) for a, b in (argument.split(",") for argument in arguments)] or SHAPES
     references.load()
     family_references.load()
+    pooling_references.load()
     failed = [shape for shape in shapes if not _run(*shape)]
     if failed:
         print("world tests failed on (tp, pp) " + ", ".join(map(str, failed)))
