@@ -151,7 +151,9 @@ class LLM:
 
     def __init__(self, model: str | Path, *, show_progress: bool = False, **options: object) -> None:
         """See Server; no spare is kept unless `spare` asks for one. Raises ServerError."""
-        self._server = serve(model, show_progress=show_progress, **{"spare": "none", **options})
+        # Nobody else asks this server: what is in flight here may wait there, however long the prompts are.
+        defaults = {"spare": "none", "max_waiting_tokens": 2**31}
+        self._server = serve(model, show_progress=show_progress, **{**defaults, **options})
         try:
             self._client = self._server.client()
             self._client.connect()

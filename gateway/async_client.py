@@ -313,7 +313,9 @@ class AsyncClient:
         elif isinstance(message, Failed) and message.request_id is not None:
             request = self._requests.pop(message.request_id, None)
             if request is not None:
-                request.deliver(RequestFailed(message.code, message.message, message.request_id))
+                request.deliver(
+                    RequestFailed(message.code, message.message, message.request_id, message.retry_after_s)
+                )
         elif isinstance(message, Stats):
             self.stats = message
 

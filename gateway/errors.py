@@ -27,13 +27,21 @@ class RequestTimeout(GatewayError, TimeoutError):
 
 
 class RequestFailed(GatewayError):
-    """The server refused or gave up a request. `code` says whose fault it is, see protocol.ErrorCode."""
+    """The server refused or gave up a request. `code` says whose fault it is, see protocol.ErrorCode.
+    `retry_after_s`: when a request that was refused as "overloaded" may be tried again."""
 
-    def __init__(self, code: ErrorCode, message: str, request_id: str | None = None) -> None:
+    def __init__(
+        self,
+        code: ErrorCode,
+        message: str,
+        request_id: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.code: ErrorCode = code
         self.message = message
         self.request_id = request_id
+        self.retry_after_s = retry_after_s
 
 
 class ModelFilesError(GatewayError):

@@ -22,6 +22,7 @@ import uvicorn
 import uvloop
 import zmq
 
+from gateway.admission import MAX_WAITING, MAX_WAITING_TOKENS
 from gateway.control import Control
 from gateway.errors import EndpointError, GatewayError
 from gateway.http.app import make_app
@@ -58,6 +59,7 @@ class FrontConfig:
     control: str
     max_wait_s: float
     max_waiting: int
+    max_waiting_tokens: int
 
 
 class _Server(uvicorn.Server):
@@ -83,6 +85,7 @@ class Front:
             log,
             max_wait_s=config.max_wait_s,
             max_waiting=config.max_waiting,
+            max_waiting_tokens=config.max_waiting_tokens,
         )
         self._zmq_server = ZmqServer(config.zmq, self._requests, text, config.model)
         self._worlds = Worlds(self._context, self._requests, log, self._serving_changed)
@@ -176,7 +179,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
         "--max-wait-s", type=float, default=60.0, help="how long a new request waits for a world"
     )
     parser.add_argument(
-        "--max-waiting", type=int, default=1024, help="how many requests may wait for their first token"
+        "--max-waiting",
+        type=int,
+        default=MAX_WAITING,
+        help="how many requests may wait for their first token",
+    )
+    parser.add_argument(
+        "--max-waiting-tokens",
+        type=int,
+        default=MAX_WAITING_TOKENS,
+        help="how many tokens the prompts of those may have together",
     )
     options = parser.parse_args(arguments)
     return FrontConfig(
@@ -187,6 +199,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
         control=options.control,
         max_wait_s=options.max_wait_s,
         max_waiting=options.max_waiting,
+        max_waiting_tokens=options.max_waiting_tokens,
     )
 
 

@@ -49,6 +49,7 @@ class Request:
         "first_token_at",
         "has_prompt_logprobs",
         "last_token_at",
+        "num_waiting_tokens",
         "resubmits",
         "sink",
         "submissions",
@@ -58,6 +59,8 @@ class Request:
 
     def __init__(self, entry: JournalEntry, sink: Sink, text: TextStream) -> None:
         self.entry = entry
+        self.num_waiting_tokens = len(entry.prompt_token_ids) + len(entry.output_token_ids)
+        """What it counts for while it has no first token."""
         self.sink = sink
         self.text = text
         self.epoch: int | None = None

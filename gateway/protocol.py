@@ -231,6 +231,8 @@ class Failed(Struct, frozen=True, tag="failed", tag_field="type"):
     request_id: str | None
     code: ErrorCode
     message: str
+    retry_after_s: float | None = None
+    """With `overloaded`: seconds after which it is worth a new try."""
 
 
 class Pong(Struct, frozen=True, tag="pong", tag_field="type"):

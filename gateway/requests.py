@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from gateway.admission import MAX_WAITING_TOKENS, WaitingRoom
 from gateway.checks import check_request
 from gateway.errors import RequestFailed
 from gateway.journal import Journal, JournalEntry, PositionError
@@ -53,9 +54,10 @@ class Requests:
         *,
         max_wait_s: float,
         max_waiting: int,
+        max_waiting_tokens: int = MAX_WAITING_TOKENS,
     ) -> None:
-        """`max_wait_s`: how long a new request waits for a world. `max_waiting`: how many requests may be
-        without a first token."""
+        """`max_wait_s`: how long a new request waits for a world. `max_waiting`, `max_waiting_tokens`: how
+        many requests may be without a first token, and how long their prompts may be together."""
         self.max_wait_s = max_wait_s
         self.welcome: Welcome | None = None
         """Of the last world that served; its limits hold while there is none."""
@@ -68,13 +70,12 @@ class Requests:
         self._text = text
         self._metrics = metrics
         self._log = log
-        self.max_waiting = max_waiting
+        self.waiting = WaitingRoom(max_waiting, max_waiting_tokens)
         self._world: World | None = None
         self._live: dict[str, Request] = {}
         self._in_engine: dict[str, Request] = {}
         self._replays = ReplayQueue()
         self._quarantine = Quarantine(self, journal, metrics, log)
-        self._num_waiting = 0
         self._numbers = itertools.count(1)
         self._world_waiters: list[asyncio.Future[None]] = []
 
@@ -101,13 +102,13 @@ class Requests:
         assert self.welcome is not None
         return self.welcome
 
-    def check_admission(self, count: int = 1) -> None:
-        """Raises RequestFailed(overloaded) if so many more requests would be too many."""
-        if self._num_waiting + count > self.max_waiting:
-            self._metrics.refused["overloaded"] += 1
-            raise RequestFailed(
-                "overloaded", f"{self._num_waiting} requests are waiting already; try again later"
-            )
+    def check_admission(self, count: int, num_prompt_tokens: int) -> None:
+        """Raises RequestFailed if so many more requests, with so many tokens together, would be too many."""
+        try:
+            self.waiting.check(count, num_prompt_tokens, time.monotonic())
+        except RequestFailed as error:
+            self._metrics.refused[error.code] += 1
+            raise
 
     def accept(
         self,
@@ -126,7 +127,7 @@ class Requests:
         how many seconds the request ends with the error "timeout", running or waiting. Raises RequestFailed:
         overloaded, or invalid_request where the last world's limits do not allow it.
         """
-        self.check_admission()
+        self.check_admission(1, len(prompt_token_ids) + len(output_token_ids or ()))
         limits = self.welcome.limits if self.welcome is not None else None
         problem = check_request(prompt_token_ids, params, stop, output_token_ids or [], limits)
         if problem is not None:
@@ -143,7 +144,7 @@ class Requests:
         self._journal.accept(entry)
         self._journal.flush()
         self._live[request_id] = request
-        self._num_waiting += 1
+        self.waiting.enter(request.num_waiting_tokens)
         self._metrics.accepted += 1
         self._metrics.prompt_tokens += len(prompt_token_ids)
         loop = asyncio.get_running_loop()
@@ -359,7 +360,7 @@ class Requests:
     def _time(self, request: Request, now: float) -> None:
         if request.first_token_at is None:
             request.first_token_at = now
-            self._num_waiting -= 1
+            self.waiting.leave(request.num_waiting_tokens, now)
             self._metrics.time_to_first_token.observe(now - request.accepted_at)
         else:
             self._metrics.inter_token_latency.observe(now - request.last_token_at)
@@ -416,7 +417,7 @@ class Requests:
         if request.deadline_timer is not None:
             request.deadline_timer.cancel()
         if request.first_token_at is None:
-            self._num_waiting -= 1
+            self.waiting.leave(request.num_waiting_tokens, time.monotonic())
         self._metrics.finished[reason or "error"] += 1
         self._metrics.request_latency.observe(time.monotonic() - request.accepted_at)
         self._count()

@@ -142,10 +142,17 @@ class Router:
         if state is not None:
             state.requests.discard(request_id)
 
-    def fail(self, client: bytes, request_id: str, code: ErrorCode, message: str) -> None:
+    def fail(
+        self,
+        client: bytes,
+        request_id: str,
+        code: ErrorCode,
+        message: str,
+        retry_after_s: float | None = None,
+    ) -> None:
         """Ends a request with Failed."""
         self.finish(client, request_id)
-        self.send(client, Failed(self._epoch, request_id, code, message))
+        self.send(client, Failed(self._epoch, request_id, code, message, retry_after_s))
 
     def send(self, client: bytes, message: ServerMessage) -> None:
         """Sends to a client that is known; to others nothing."""

@@ -86,7 +86,7 @@ class ZmqServer:
         """Tells the client that a request ended with an error."""
         if not live.ended:
             self._forget(live)
-            self._router.fail(live.client, live.request_id, error.code, error.message)
+            self._router.fail(live.client, live.request_id, error.code, error.message, error.retry_after_s)
             self._pump.check()
 
     def _welcome(self) -> Welcome | None:

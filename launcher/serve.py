@@ -183,6 +183,8 @@ def front_command(
     ]
     command += ["--http-fd", str(http_fd), "--zmq", settings.zmq]
     command += ["--control", f"ipc://{run_dir.control_socket}", "--run-dir", str(run_dir.path)]
+    command += ["--max-waiting", str(settings.max_waiting)]
+    command += ["--max-waiting-tokens", str(settings.max_waiting_tokens)]
     return [*command, "--max-wait-s", f"{settings.max_wait_s:g}"]
 
 

@@ -73,6 +73,8 @@ class Settings:
         "CPUs, and half the share of memory for the KV cache. `phalanx status` shows what it takes",
     )
     max_wait_s: float = _flag(60.0, "how long a request waits for a world before it is refused", "SECONDS")
+    max_waiting: int = _flag(1024, "how many requests may wait for their first token", "N")
+    max_waiting_tokens: int = _flag(2**22, "how many tokens the prompts of those may have together", "N")
     run_dir: Path | None = field(
         default=None,
         metadata={
@@ -95,6 +97,8 @@ class Settings:
             ("max_num_seqs", 1),
             ("max_num_batched_tokens", 1),
             ("kv_cache_memory", 0),
+            ("max_waiting", 1),
+            ("max_waiting_tokens", 1),
         ):
             value = getattr(self, name)
             if value < least:

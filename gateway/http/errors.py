@@ -5,6 +5,7 @@ Raised anywhere under gateway/http; app.py turns them into responses.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -62,9 +63,8 @@ def from_failure(error: RequestFailed) -> ApiError:
     if code == "invalid_request":
         return ApiError(400, error.message, code=code)
     if code == "overloaded":
-        return ApiError(
-            429, error.message, type="rate_limit_error", code=code, retry_after_s=RETRY_OVERLOADED_S
-        )
+        wait_s = RETRY_OVERLOADED_S if error.retry_after_s is None else math.ceil(error.retry_after_s)
+        return ApiError(429, error.message, type="rate_limit_error", code=code, retry_after_s=wait_s)
     if code == "unavailable":
         return ApiError(
             503, error.message, type="service_unavailable", code=code, retry_after_s=RETRY_UNAVAILABLE_S

@@ -177,8 +177,9 @@ class OpenAI:
         if found is not None:
             raise ApiError(400, found.message, param=found.field, code="invalid_value")
         params = _params_of_choices(base, num_candidates(request), len(prompts), bool(request.stream))
-        if len(params) > self.requests.max_waiting:
-            text = f"{len(params)} prompts and choices in one request; allowed: {self.requests.max_waiting}"
+        most = self.requests.waiting.max_requests
+        if len(params) > most:
+            text = f"{len(params)} prompts and choices in one request; allowed: {most} (--max-waiting)"
             raise ApiError(400, text, param="n")
         answer = answer_type(self.model, sum(map(len, prompts)), shape, Namer(self.text))
         group = Group(self.requests)

@@ -81,8 +81,8 @@ class Group:
     ) -> None:
         """Accepts all or none: `params` has an element for each prompt and choice, prompt by prompt. Raises
         RequestFailed."""
-        self._requests.check_admission(len(params))
         per_prompt = len(params) // len(prompts)
+        self._requests.check_admission(len(params), sum(map(len, prompts)) * per_prompt)
         try:
             for index, choice_params in enumerate(params):
                 sink = _ChoiceSink(target, index)
