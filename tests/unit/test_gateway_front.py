@@ -177,6 +177,7 @@ def test_a_gateway_of_another_epoch_is_not_believed(cluster: EchoCluster) -> Non
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline:
         with_old_port.receive(0.05)
+    cluster.wait(lambda: bool(cluster.states))
     assert cluster.states[-1].serving_epoch is None
     assert cluster.get("/health/ready")[0] == 503
     with_old_port.close()
