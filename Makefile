@@ -41,6 +41,7 @@ test: lint unit worlds api recovery
 # The same, then the tests that take long.
 test-all: test
 	$(BIN)/python -m tests.world.run --rest
+	$(BIN)/python -m tests.world.run --gemma3
 	$(BIN)/python -m pytest -m 'not slow' tests/api tests/recovery $(addprefix --ignore=,$(QUICK_API) $(QUICK_RECOVERY))
 	$(BIN)/python -m pytest -m slow tests/unit tests/api tests/recovery
 

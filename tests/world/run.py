@@ -1,4 +1,7 @@
-"""Runs the world tests, one mpirun for each shape: `python -m tests.world.run [--quick | --rest | tp,pp ...]`."""
+"""Runs the world tests, one mpirun for each shape.
+
+`python -m tests.world.run [--quick | --rest | --gemma3 | tp,pp ...]`
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests import family_references, pooling_references, references
+from tests import family_references, gemma3_references, pooling_references, references
 
 SHAPES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3)]
 QUICK_SHAPES = [(2, 1), (1, 2)]
 """One of each kind of parallelism, as many ranks as small machines have cores."""
+GEMMA3 = "tests/world/test_gemma3.py"
+"""Fetches 240 MB, and is run on request only."""
+GEMMA3_SHAPES = [(1, 1), (2, 1), (1, 2)]
 
 
 def main(arguments: list[str]) -> int:
@@ -22,18 +28,22 @@ def main(arguments: list[str]) -> int:
         shapes = QUICK_SHAPES
     elif arguments == ["--rest"]:
         shapes = [shape for shape in SHAPES if shape not in QUICK_SHAPES]
-    else:
+    elif arguments != ["--gemma3"]:
         shapes = [(int(a), int(b)) for a, b in (argument.split(",") for argument in arguments)] or SHAPES
-    references.load()
-    family_references.load()
-    pooling_references.load()
-    failed = [shape for shape in shapes if not _run(*shape)]
+    if arguments == ["--gemma3"]:
+        gemma3_references.load()
+        failed = [shape for shape in GEMMA3_SHAPES if not _run(*shape, [GEMMA3])]
+    else:
+        references.load()
+        family_references.load()
+        pooling_references.load()
+        failed = [shape for shape in shapes if not _run(*shape, ["tests/world", f"--ignore={GEMMA3}"])]
     if failed:
         print("world tests failed on (tp, pp) " + ", ".join(map(str, failed)))
     return 1 if failed else 0
 
 
-def _run(tp: int, pp: int) -> bool:
+def _run(tp: int, pp: int, tests: list[str]) -> bool:
     ranks = tp * pp
     mpirun = Path(sys.executable).with_name("mpirun")
     segments = tempfile.mkdtemp(prefix="phalanx-test-", dir="/dev/shm")
@@ -45,7 +55,7 @@ def _run(tp: int, pp: int) -> bool:
         "--mca", "mpi_yield_when_idle", "1",
         "-np", str(ranks),
         sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--with-mpi",
-        "tests/world", "--tp", str(tp), "--pp", str(pp),
+        *tests, "--tp", str(tp), "--pp", str(pp),
     ]  # fmt: skip
     # One thread a rank: on a machine that does other things, too, several wait for each other most of the time.
     environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
