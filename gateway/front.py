@@ -42,6 +42,7 @@ EX_CONFIG = 78
 """No restart can help: sysexits.h."""
 
 SHUTDOWN_S = 2
+DRAIN_CHECK_S = 0.02
 KEEP_CONNECTION_S = 75
 """An idle HTTP connection stays open longer than clients keep one, so that none is closed under a request."""
 
@@ -60,6 +61,7 @@ class FrontConfig:
     max_wait_s: float
     max_waiting: int
     max_waiting_tokens: int
+    drain_timeout_s: float = 0.0
 
 
 class _Server(uvicorn.Server):
@@ -76,6 +78,8 @@ class Front:
     def __init__(self, config: FrontConfig, text: TextModel, log: Logger) -> None:
         """To be made in the running loop. Raises EndpointError."""
         self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._drain_timeout_s = config.drain_timeout_s
         self._context: zmq.Context[Socket] = zmq.Context()
         metrics = FrontMetrics(config.model)
         self._requests = Requests(
@@ -119,6 +123,7 @@ class Front:
         serving = asyncio.create_task(self._http.serve(sockets=[self._http_socket]))
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+        await self._drain()
         # Open streams end with an error that says why; then nothing holds uvicorn up.
         self._requests.close()
         self._http.should_exit = True
@@ -131,8 +136,21 @@ class Front:
         self._zmq_server.close()
         self._context.destroy(linger=0)
 
+    async def _drain(self) -> None:
+        """Takes nothing new, and waits until what runs has finished, for the drain timeout at most."""
+        self._requests.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_timeout_s):
+                while self._requests.num_live and not self._stop_now.is_set():
+                    await asyncio.sleep(DRAIN_CHECK_S)
+
     def stop(self) -> None:
+        """Ends `run` when what runs has finished, or after the drain timeout."""
+        self._stop.set()
+
+    def stop_now(self) -> None:
         """Ends `run` within SHUTDOWN_S and a second."""
+        self._stop_now.set()
         self._stop.set()
 
     def _state(self) -> FrontState:
@@ -150,7 +168,7 @@ class Front:
 
     def _orphaned(self) -> None:
         self._log.error("orphaned", detail="no supervisor is left; the front ends itself")
-        self.stop()
+        self.stop_now()
 
     async def _watch_clients(self) -> None:
         while True:
@@ -159,11 +177,11 @@ class Front:
 
 
 async def serve(config: FrontConfig, text: TextModel, log: Logger) -> None:
-    """Runs a front until SIGTERM or SIGINT. Raises EndpointError."""
+    """Runs a front until SIGTERM, after which it drains, or SIGINT. Raises EndpointError."""
     front = Front(config, text, log)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, front.stop)
+    loop.add_signal_handler(signal.SIGTERM, front.stop)
+    loop.add_signal_handler(signal.SIGINT, front.stop_now)
     await front.run()
 
 
@@ -190,6 +208,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
         default=MAX_WAITING_TOKENS,
         help="how many tokens the prompts of those may have together",
     )
+    parser.add_argument(
+        "--drain-timeout-s", type=float, default=0.0, help="how long SIGTERM lets running requests finish"
+    )
     options = parser.parse_args(arguments)
     return FrontConfig(
         model_dir=options.model_dir,
@@ -200,6 +221,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
         max_wait_s=options.max_wait_s,
         max_waiting=options.max_waiting,
         max_waiting_tokens=options.max_waiting_tokens,
+        drain_timeout_s=options.drain_timeout_s,
     )
 
 

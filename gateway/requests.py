@@ -74,6 +74,8 @@ class Requests:
         self._world: World | None = None
         self._live: dict[str, Request] = {}
         self._in_engine: dict[str, Request] = {}
+        self.draining = False
+        self._closing = False
         self._replays = ReplayQueue()
         self._quarantine = Quarantine(self, journal, metrics, log)
         self._numbers = itertools.count(1)
@@ -83,7 +85,16 @@ class Requests:
 
     @property
     def serving(self) -> bool:
-        return self._world is not None
+        return self._world is not None and not self.draining
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have been accepted and have not ended."""
+        return len(self._live)
+
+    def drain(self) -> None:
+        """Accepts nothing any more; what runs goes on."""
+        self.draining = True
 
     async def known_welcome(self) -> Welcome:
         """What is known of the model's world. Waits up to `max_wait_s` for the first one, then raises
@@ -103,7 +114,11 @@ class Requests:
         return self.welcome
 
     def check_admission(self, count: int, num_prompt_tokens: int) -> None:
-        """Raises RequestFailed if so many more requests, with so many tokens together, would be too many."""
+        """Raises RequestFailed if the server ends, or if so many more requests, with so many tokens together, would
+        be too many."""
+        if self.draining:
+            self._metrics.refused["unavailable"] += 1
+            raise RequestFailed("unavailable", "the server is shutting down; try again later")
         try:
             self.waiting.check(count, num_prompt_tokens, time.monotonic())
         except RequestFailed as error:
@@ -170,9 +185,11 @@ class Requests:
         self._call_after_batch()
 
     def close(self) -> None:
-        """Ends every request with an error, since the front goes away."""
+        """Tells every client that the front goes away. In the journal their requests stay unfinished."""
+        self._closing = True
+        text = "the server was shut down before this request had finished; try again later"
         for request in list(self._live.values()):
-            self._fail(request, RequestFailed("unavailable", "the server is shutting down"))
+            self._fail(request, RequestFailed("unavailable", text, request.request_id))
         self._call_after_batch()
 
     # ----------------------------------------------------------------------- for the link to the world
@@ -257,7 +274,7 @@ class Requests:
     def submit(self, request: Request) -> None:
         """Into the world that serves, behind what the journal has. Does nothing if none does."""
         world = self._world
-        if world is None:
+        if world is None or self._closing:
             return
         assert world.welcome is not None
         entry = request.entry
@@ -411,7 +428,8 @@ class Requests:
         request.ended = True
         del self._live[request.request_id]
         self._in_engine.pop(request.engine_id, None)
-        self._journal.finish(request.request_id, reason)
+        if not self._closing:
+            self._journal.finish(request.request_id, reason)
         if request.wait_timer is not None:
             request.wait_timer.cancel()
         if request.deadline_timer is not None:

@@ -126,10 +126,11 @@ class FrontProcess:
         if self._process is not None:
             self._process.kill()
 
-    def terminate(self) -> None:
-        """Asks it to finish: it stops accepting and ends within seconds."""
+    def terminate(self, at_once: bool = False) -> None:
+        """Asks it to finish: it stops accepting, and ends when what runs has finished or its drain timeout is
+        over. `at_once`: it tells its clients that it ends, and does."""
         if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(signal.SIGINT if at_once else signal.SIGTERM)
 
     def has_ended(self) -> bool:
         return self._process is None or self._process.poll() is not None

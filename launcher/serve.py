@@ -89,6 +89,7 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
                 display, settings.host, port, world, state, prepared.path
             ),
             spare=SpareKind(settings.spare),
+            drain_timeout_s=settings.drain_timeout,
         ).run()
         display.say("stopped")
     finally:
@@ -187,7 +188,8 @@ def front_command(
     command += ["--control", f"ipc://{run_dir.control_socket}", "--run-dir", str(run_dir.path)]
     command += ["--max-waiting", str(settings.max_waiting)]
     command += ["--max-waiting-tokens", str(settings.max_waiting_tokens)]
-    return [*command, "--max-wait-s", f"{settings.max_wait_s:g}"]
+    command += ["--max-wait-s", f"{settings.max_wait_s:g}"]
+    return [*command, "--drain-timeout-s", f"{settings.drain_timeout:g}"]
 
 
 # --------------------------------------------------------------------------- what the user sees

@@ -75,6 +75,9 @@ class Settings:
     max_wait_s: float = _flag(60.0, "how long a request waits for a world before it is refused", "SECONDS")
     max_waiting: int = _flag(1024, "how many requests may wait for their first token", "N")
     max_waiting_tokens: int = _flag(2**22, "how many tokens the prompts of those may have together", "N")
+    drain_timeout: float = _flag(
+        30.0, "how long Ctrl-C or SIGTERM lets running requests finish; a second one ends at once", "SECONDS"
+    )
     run_dir: Path | None = field(
         default=None,
         metadata={
@@ -113,6 +116,8 @@ class Settings:
             raise SettingsError(f"--zmq {self.zmq}: write it like tcp://127.0.0.1:5555")
         if not self.max_wait_s > 0:
             raise SettingsError(f"--max-wait-s {self.max_wait_s:g}: must be more than 0")
+        if not 0 <= self.drain_timeout <= 86400:
+            raise SettingsError(f"--drain-timeout {self.drain_timeout:g}: must be from 0 to 86400")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise SettingsError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens}: must be at least --max-num-seqs "

@@ -33,7 +33,10 @@ DYING_TURN_S = 0.005
 """A world's end is looked at often, since everybody waits for it."""
 TABLE_INTERVAL_S = 0.25
 FRONT_GRACE_S = 5.0
-"""How long the front may take to finish after SIGTERM."""
+"""How long the front may take to end after the drain timeout."""
+LAST_GRACE_S = 2.0
+"""How long it may take where nothing is waited for any more."""
+TELL_DRAIN_AFTER_S = 1.0
 SERVE_TIMEOUT_S = 30.0
 """How long the front may take to be welcomed by a world that is ready."""
 FAILED_STARTS = 3
@@ -63,6 +66,7 @@ class Supervisor:
         on_progress: Callable[[World], None],
         on_ready: Callable[[World, FrontState], None],
         spare: SpareKind = SpareKind.NONE,
+        drain_timeout_s: float = 0.0,
     ) -> None:
         """`on_progress` is called every turn until the first world serves, `on_ready` once it does."""
         self._plan = plan
@@ -102,6 +106,9 @@ class Supervisor:
         self._start_at = 0.0
         self._failed_starts = 0
         self._was_ready = False
+        self._drain_timeout_s = drain_timeout_s
+        self._draining = False
+        """The front finishes what runs; worlds are watched and replaced as ever."""
         self._stopping = False
         self._faults: list[Fault] = []
         self._recovering_since: float | None = None
@@ -118,6 +125,7 @@ class Supervisor:
             self._run_dir.record(front=self._front.process)
             while not self._stop.requested():
                 self._turn()
+            self._drain()
         finally:
             self._stopping = True
             self._shut_down()
@@ -141,9 +149,10 @@ class Supervisor:
         if not self._stopping:
             if self._current is None:
                 self._replace_world(now)
-            elif self._spares.is_due(now):
+            elif self._spares.is_due(now) and not self._draining:
                 self._spares.world = self._start_world(self._spares.kind)
-            self._judge_front(now)
+            if not self._draining:
+                self._judge_front(now)
             if not self._was_ready and self._current is not None:
                 self._on_progress(self._current)
         self._tell_front(now)
@@ -373,12 +382,29 @@ class Supervisor:
 
     # ----------------------------------------------------------------- the end
 
-    def _shut_down(self) -> None:
-        """Front first, so that it can still tell its clients; then the world. A second signal cuts the grace
-        short."""
+    def _drain(self) -> None:
+        """The front takes nothing new and ends when what runs has finished, or its time is over. A second signal
+        cuts that short."""
+        self._draining = True
         self._front.terminate()
-        grace_ends = time.monotonic() + FRONT_GRACE_S
-        while not self._front.has_ended() and time.monotonic() < grace_ends and self._stop.count < 2:
+        began = time.monotonic()
+        told = False
+        while not self._front.has_ended() and self._stop.count < 2:
+            lasts_s = time.monotonic() - began
+            if lasts_s > self._drain_timeout_s + FRONT_GRACE_S:
+                return
+            if lasts_s > TELL_DRAIN_AFTER_S and not told:
+                told = True
+                self._log.info(
+                    "finishing what runs; a second signal ends it", at_most_s=self._drain_timeout_s
+                )
+            self._turn()
+
+    def _shut_down(self) -> None:
+        """Front first, so that it can still tell its clients; then the world."""
+        self._front.terminate(at_once=True)
+        grace_ends = time.monotonic() + LAST_GRACE_S
+        while not self._front.has_ended() and time.monotonic() < grace_ends:
             self._turn()
         self._front.end()
         for world in self._worlds:

@@ -45,6 +45,8 @@ class Operations:
     async def ready(self) -> Response:
         """Whether a world serves, and if not, why not."""
         reason = self.worlds.why_not_ready()
+        if self.requests.draining:
+            reason = f"the server is shutting down; requests that still run: {self.requests.num_live}"
         if reason is None:
             return _json({"ready": True, "epoch": self.worlds.serving_epoch})
         return _json({"ready": False, "reason": reason}, status=503)

@@ -41,7 +41,7 @@ def port_is_free(url: str) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_in_mid_stream_leaves_nothing(tiny_model: Path, tmp_path: Path, number: int) -> None:
     segments = set(os.listdir("/dev/shm"))
-    with serve(tiny_model, tmp_path, "--spare", "none") as served:
+    with serve(tiny_model, tmp_path, "--spare", "none", "--drain-timeout", "0.2") as served:
         everything = served.processes()
         assert len(everything) == 1 + 1 + 2 + 2
         assert len(served.shm_folders()) == 1
