@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from engine.plan import LogitShaping, Pooling, PoolingKind, SequenceParams, TokenLogprobs
 from engine.scheduling.scheduler import NewToken
 from engine.scheduling.sequence import Sequence
+from engine.stacks import dump_stacks_on_signal
 from gateway.errors import EndpointError
 from gateway.protocol import Limits, Output, Submit
 from gateway.protocol import Pooling as WirePooling
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     gate = StartGate.from_environment()
     faults = None
     try:
+        dump_stacks_on_signal()
         if "PHALANX_FAULTS" in os.environ:
             from engine.faults import Faults
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from gateway.histogram import Histogram
 from gateway.journal import RETENTION_S, Journal, JournalCall, JournalEntry, JournalUnavailable
 from gateway.journal_records import (
     Slot,
@@ -32,7 +33,6 @@ from gateway.journal_store import (
     move_aside,
 )
 from gateway.log import Logger
-from gateway.metrics import Histogram
 from gateway.protocol import TokenLogprobs
 
 MAX_BYTES = 1 << 30

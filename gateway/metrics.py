@@ -6,7 +6,6 @@ somebody scrapes. Each figure appears under a name of ours and, where clients ke
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 
@@ -19,6 +18,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import generate_latest
 
+from gateway.fault_metrics import FaultMetrics
+from gateway.histogram import Histogram
 from gateway.protocol import Stats
 
 TOKEN_BUCKETS_S = (
@@ -42,29 +43,6 @@ TOKEN_BUCKETS_S = (
 REQUEST_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 
 
-class Histogram:
-    """Observations in buckets, in seconds."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value_s: float) -> None:
-        self.counts[bisect_left(self.bounds, value_s)] += 1
-        self.total += value_s
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative, as Prometheus wants them."""
-        result, sum_so_far = [], 0
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            sum_so_far += count
-            result.append((bound, float(sum_so_far)))
-        return result
-
-
 class FrontMetrics:
     """Counters and histograms of the front, and the engine's last words about itself."""
 
@@ -81,6 +59,7 @@ class FrontMetrics:
         self.position_errors = 0
         self.trials: Counter[str] = Counter({"acquitted": 0, "failed": 0})
         """Of requests that may be what kills worlds, by verdict."""
+        self.faults = FaultMetrics(model)
         self.http_responses: Counter[int] = Counter()
         self.live = 0
         """Requests accepted and not ended."""
@@ -103,6 +82,7 @@ class FrontMetrics:
         """Called by the registry."""
         yield from self._counters()
         yield from self._gauges()
+        yield from self.faults.collect()
         names = {
             "time_to_first_token_seconds": ("From acceptance to the first token.", self.time_to_first_token),
             "inter_token_latency_seconds": ("Between tokens of a request.", self.inter_token_latency),

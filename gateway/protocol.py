@@ -320,6 +320,25 @@ class Fault(Struct, frozen=True):
     """Name of the signal that ended the rank, like SIGSEGV."""
     phase: str | None = None
     """What the rank was doing, as in RankEntry.state."""
+    exit_code: int | None = None
+    """Of a rank that ended by itself."""
+    tp: int | None = None
+    pp: int | None = None
+    """The rank's place in the world."""
+    pid: int | None = None
+    step: int | None = None
+    """The last step that the rank began, and the collectives that it had begun in it."""
+    collective: int | None = None
+    progress_age_s: float | None = None
+    """Seconds since the rank had last shown progress."""
+    last_lines: str = ""
+    """End of the rank's output, or of mpirun's."""
+    stacks: str = ""
+    """The rank's Python stacks, where they could be had: of an exception, of a fatal signal, of a hang."""
+    abort_s: float | None = None
+    """Seconds from detection until no process of the world was left."""
+    resume_s: float | None = None
+    """Seconds from detection until the first request that went on had a new token; None if there was none."""
 
 
 class WorldTable(Struct, frozen=True, tag="world_table", tag_field="type"):

@@ -242,6 +242,7 @@ class Requests:
 
     def judge(self, faults: list[Fault]) -> None:
         """What the supervisor knows of the worlds that died: see quarantine.py."""
+        self._metrics.faults.update(faults)
         self._quarantine.judge(faults)
 
     # ----------------------------------------------------------------------- for the quarantine

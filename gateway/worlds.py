@@ -88,6 +88,7 @@ class Worlds:
             return
         self.table = table
         self.table_at = time.monotonic()
+        self._requests.judge(table.faults)
         active = self._active()
         if self._link is not None:
             linked = self._link.entry

@@ -23,7 +23,16 @@ import zmq
 
 from launcher.guard_environment import PREFIX, GuardEnvironment, rank_of_environment
 from launcher.hangs import HangWatch
-from launcher.post_mortem import describe_progress, last_lines, memory_bytes, signal_name
+from launcher.post_mortem import (
+    STACK_SIGNAL,
+    STACK_VARIABLE,
+    describe_progress,
+    dump_stacks,
+    last_lines,
+    memory_bytes,
+    python_stacks,
+    signal_name,
+)
 from launcher.processes import ProcessId, StateReader, host_id, host_name, is_alive
 from launcher.watch import (
     PARENT_VARIABLE,
@@ -73,6 +82,7 @@ class Guard:
         self._environment = environment
         self._command = list(command)
         self._log_path = environment.world_dir / f"rank-{rank}.log"
+        self._stack_path = environment.world_dir / f"rank-{rank}.stacks"
         self._mpirun = os.getppid()
         self._stopped_since: float | None = None
         self._reported = False
@@ -123,6 +133,7 @@ class Guard:
         variables = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         variables[PROGRESS_PAGE_VARIABLE] = str(page_path)
         variables[PARENT_VARIABLE] = str(os.getpid())
+        variables[STACK_VARIABLE] = f"{STACK_SIGNAL:d} {self._stack_path}"
         variables["PYTHONUNBUFFERED"] = "1"
         variables["PYTHONFAULTHANDLER"] = "1"  # a segmentation fault leaves a trace for the post-mortem
         gate = -1
@@ -286,6 +297,10 @@ class Guard:
 
     def _report(self, kind: str, detail: str, exit_code: int | None, detect_s: float) -> None:
         self._reported = True
+        progress = self._page.read()
+        stacks = python_stacks(self._log_path)
+        if kind == "hung":
+            stacks = dump_stacks(self._process.pid, self._stack_path)
         self._send(
             FaultReport(
                 epoch=self.epoch,
@@ -295,6 +310,11 @@ class Guard:
                 detail=detail,
                 detect_s=detect_s,
                 last_lines=last_lines(self._log_path),
+                phase=int(progress.phase),
+                step=progress.step,
+                collective=progress.collective,
+                age_s=progress.age_s,
+                stacks=stacks,
             )
         )
 

@@ -52,10 +52,29 @@ def format_cluster(cluster: dict[str, Any]) -> list[str]:
         lines.append("last faults:")
     for fault in faults[:5]:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fault["at"]))
-        recovered = fault.get("recover_s")
-        end = f"served again after {recovered:.1f} s" if recovered is not None else "not recovered yet"
-        lines.append(f"  {at}  world {fault['epoch']}  {fault['kind']}: {fault['detail']}; {end}")
+        lines.append(f"  {at}  world {fault['epoch']}  {fault['kind']}: {fault['detail']}")
+        lines.append(f"      {'; '.join([*_place(fault), *_times(fault)])}")
+        said = (fault.get("last_lines") or "").splitlines()[-1:]
+        lines += [f"      it said: {line}" for line in said]
     return lines
+
+
+def _place(fault: dict[str, Any]) -> list[str]:
+    if fault.get("tp") is None:
+        return []
+    return [f"tp {fault['tp']}, pp {fault['pp']} on {fault['host']}"]
+
+
+def _times(fault: dict[str, Any]) -> list[str]:
+    """How long detection, abort, the next world and the first token took, as far as is known."""
+    words = {
+        "detect_s": "detected after",
+        "abort_s": "world dead after",
+        "recover_s": "served again after",
+        "resume_s": "first token again after",
+    }
+    times = [f"{word} {fault[key]:.2f} s" for key, word in words.items() if fault.get(key) is not None]
+    return times if fault.get("recover_s") is not None else [*times, "not recovered yet"]
 
 
 def _memory(world: dict[str, Any]) -> list[str]:

@@ -10,16 +10,15 @@ import socket
 import time
 from collections.abc import Callable
 
-import msgspec
 import zmq
 
-from gateway.protocol import Fault, FrontState, WorldTable
+from gateway.protocol import FrontState, WorldTable
 from launcher.errors import LauncherError
+from launcher.fault_log import FaultLog
 from launcher.front_process import FrontProcess
 from launcher.guard_environment import GuardEnvironment
 from launcher.guard_link import GuardLink
 from launcher.logs import EventLog
-from launcher.post_mortem import signal_name
 from launcher.processes import ProcessId, host_id
 from launcher.run_dir import RUN_ID_VARIABLE, RunDir
 from launcher.spares import Spares
@@ -43,7 +42,6 @@ FAILED_STARTS = 3
 """After so many worlds in a row that died before they served, another one helps nobody."""
 BACK_OFF_S = 0.5
 """Wait before the start after a failed one; doubled each time."""
-_KEPT_FAULTS = 20
 
 
 class GaveUp(LauncherError):
@@ -110,7 +108,7 @@ class Supervisor:
         self._draining = False
         """The front finishes what runs; worlds are watched and replaced as ever."""
         self._stopping = False
-        self._faults: list[Fault] = []
+        self._faults = FaultLog(log)
         self._recovering_since: float | None = None
         self._resumed_epoch = 0
         self._table_key: tuple[object, ...] = ()
@@ -183,9 +181,7 @@ class Supervisor:
             if state.resumed_at is not None and self._resumed_epoch < world.epoch:
                 self._resumed_epoch = world.epoch
                 self._spares.on_resumed(now)
-                if self._faults:
-                    resumed_s = state.resumed_at - self._faults[0].at
-                    self._log.info("requests resumed", epoch=world.epoch, resumed_s=resumed_s)
+                self._faults.on_resumed(world.epoch, state.resumed_at)
 
     def _on_served(self, world: World, state: FrontState, now: float) -> None:
         if not self._was_ready:
@@ -197,10 +193,7 @@ class Supervisor:
             recover_s = now - self._recovering_since
             self._recovering_since = None
             self._log.info("world recovered", epoch=world.epoch, recover_s=recover_s)
-            self._faults = [
-                fault if fault.recover_s is not None else msgspec.structs.replace(fault, recover_s=recover_s)
-                for fault in self._faults
-            ]
+            self._faults.on_served(recover_s)
 
     # ----------------------------------------------------------------- the world
 
@@ -293,35 +286,11 @@ class Supervisor:
                 self._epoch_is_free = True
             if self._recovering_since is None:
                 self._recovering_since = now
-            self._record(world, fault, "world fault", None)
+            self._faults.record(world, fault, "world fault", None)
             self._replace_world(now)
         elif world is self._spares.world:
-            self._record(world, fault, "spare fault", 0.0)
+            self._faults.record(world, fault, "spare fault", 0.0)
             self._log.warning("spare lost", epoch=world.epoch, next_start_s=self._spares.lose(now))
-
-    def _record(self, world: World, fault: WorldFault, event: str, recover_s: float | None) -> None:
-        """Log and fault table. `recover_s` is 0 where serving was never interrupted."""
-        self._log.error(
-            event,
-            epoch=world.epoch,
-            rank=fault.rank,
-            kind=fault.kind,
-            detail=fault.detail,
-            detect_s=fault.detect_s,
-            last_line=next(iter(fault.last_lines.splitlines()[-1:]), None),
-        )
-        record = Fault(
-            epoch=world.epoch,
-            at=time.time(),
-            kind=fault.kind,
-            rank=fault.rank,
-            host=fault.host,
-            detail=f"spare: {fault.detail}" if world.is_spare else fault.detail,
-            detect_s=fault.detect_s,
-            recover_s=recover_s,
-            signal=signal_name(fault.exit_code),
-        )
-        self._faults = [record, *self._faults][:_KEPT_FAULTS]
 
     def _on_world_dead(self, world: World, now: float) -> None:
         self._worlds.remove(world)
@@ -333,6 +302,7 @@ class Supervisor:
             return
         assert world.times.aborted is not None
         self._log.info("world dead", epoch=world.epoch, abort_s=now - world.times.aborted)
+        self._faults.on_dead(world.epoch, now - world.times.aborted)
         if world.is_spare:
             return
         if final := final_fault(world.faults):
@@ -372,13 +342,19 @@ class Supervisor:
         order = {self._current: 0, self._spares.world: 1}
         worlds = sorted(self._worlds, key=lambda world: order.get(world, 2))
         identity = self._front.state.pid if self._front.state is not None else None
-        faults = sum(1 if fault.recover_s is None else 2 for fault in self._faults)
-        key = (self._epoch, identity, faults, *((w.epoch, w.state, w.is_spare, len(w.ranks)) for w in worlds))
+        key = (
+            self._epoch,
+            identity,
+            self._faults.version,
+            *((w.epoch, w.state, w.is_spare, len(w.ranks)) for w in worlds),
+        )
         if key == self._table_key and now - self._table_sent_at < TABLE_INTERVAL_S:
             return
         self._table_key = key
         self._table_sent_at = now
-        self._front.send(WorldTable(self._epoch, [world.entry(now) for world in worlds], self._faults))
+        self._front.send(
+            WorldTable(self._epoch, [world.entry(now) for world in worlds], self._faults.records)
+        )
 
     # ----------------------------------------------------------------- the end
 

@@ -325,6 +325,13 @@ class FaultReport(Message):
     """Seconds from the last sign of life to detection."""
     last_lines: str
     """End of the rank's output."""
+    phase: int
+    step: int
+    collective: int
+    age_s: float
+    """What the rank was doing, as in Beat."""
+    stacks: str
+    """The rank's Python stacks; empty where they could not be had."""
 
 
 @dataclass(frozen=True)

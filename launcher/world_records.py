@@ -25,6 +25,22 @@ class WorldState(Enum):
     DEAD = "dead"
 
 
+@dataclass(frozen=True)
+class Doing:
+    """What a rank was doing, as far as is known."""
+
+    phase: str | None = None
+    step: int | None = None
+    collective: int | None = None
+    age_s: float | None = None
+    """Seconds since it had last shown progress."""
+
+
+def phase_of(number: int) -> Phase:
+    """A phase of a later version of the rank counts as its neighbour."""
+    return Phase(min(max(number, 0), max(Phase)))
+
+
 @dataclass
 class RankWatch:
     """What the supervisor knows of one rank."""
@@ -37,8 +53,16 @@ class RankWatch:
 
     @property
     def phase(self) -> Phase:
-        """From the last beat; a phase of a later version of the rank counts as its neighbour."""
-        return Phase(min(max(self.beat.phase, 0), max(Phase))) if self.beat is not None else Phase.STARTING
+        """From the last beat."""
+        return phase_of(self.beat.phase) if self.beat is not None else Phase.STARTING
+
+    @property
+    def doing(self) -> Doing | None:
+        """As its last beat said; None before the first."""
+        beat = self.beat
+        if beat is None:
+            return None
+        return Doing(self.phase.name.lower(), beat.step, beat.collective, beat.age_s)
 
     @property
     def guard(self) -> ProcessId:
@@ -61,6 +85,8 @@ class WorldFault:
     detect_s: float | None = None
     exit_code: int | None = None
     last_lines: str = ""
+    doing: Doing | None = None
+    stacks: str = ""
 
 
 @dataclass

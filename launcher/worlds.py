@@ -25,7 +25,7 @@ from launcher.watch import (
     Phase,
     SpareKind,
 )
-from launcher.world_records import RankWatch, WorldFault, WorldPlan, WorldState, WorldTimes
+from launcher.world_records import Doing, RankWatch, WorldFault, WorldPlan, WorldState, WorldTimes, phase_of
 
 BEATS_LOST_AFTER_S = 1.0
 BEATS_STARVED_AFTER_S = 5.0
@@ -161,6 +161,10 @@ class World:
                     detect_s=message.detect_s,
                     exit_code=message.exit_code,
                     last_lines=message.last_lines,
+                    doing=Doing(
+                        phase_of(message.phase).name.lower(), message.step, message.collective, message.age_s
+                    ),
+                    stacks=message.stacks,
                 )
             )
         elif isinstance(message, Killed):

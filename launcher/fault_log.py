@@ -1,0 +1,100 @@
+"""The faults of a deployment: one record for each, for the log, `/cluster` and the metrics. Used by the supervisor
+alone; what is learned later (when the world was dead, when one served again) is filled in."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from gateway.protocol import Fault
+from launcher.logs import EventLog
+from launcher.post_mortem import signal_name
+from launcher.world_records import Doing, WorldFault
+from launcher.worlds import World
+
+KEPT_FAULTS = 20
+
+
+class FaultLog:
+    """The last faults, newest first."""
+
+    def __init__(self, log: EventLog) -> None:
+        self.records: list[Fault] = []
+        self.version = 0
+        """Grows with each change."""
+        self._log = log
+
+    def __bool__(self) -> bool:
+        return bool(self.records)
+
+    def record(self, world: World, fault: WorldFault, event: str, recover_s: float | None) -> None:
+        """A world has to die of it. `recover_s` is 0 where serving was never interrupted."""
+        watch = world.ranks.get(fault.rank) if fault.rank is not None else None
+        doing = fault.doing or (watch.doing if watch is not None else None) or Doing()
+        record = Fault(
+            epoch=world.epoch,
+            at=time.time(),
+            kind=fault.kind,
+            rank=fault.rank,
+            host=fault.host,
+            detail=f"spare: {fault.detail}" if world.is_spare else fault.detail,
+            detect_s=fault.detect_s,
+            recover_s=recover_s,
+            tp=None if fault.rank is None else fault.rank % world.plan.tp,
+            pp=None if fault.rank is None else fault.rank // world.plan.tp,
+            pid=watch.hello.pid if watch is not None else None,
+            signal=signal_name(fault.exit_code),
+            exit_code=fault.exit_code if fault.exit_code is None or fault.exit_code >= 0 else None,
+            phase=doing.phase,
+            step=doing.step,
+            collective=doing.collective,
+            progress_age_s=doing.age_s,
+            last_lines=fault.last_lines,
+            stacks=fault.stacks,
+        )
+        self._log.error(
+            event,
+            epoch=world.epoch,
+            rank=fault.rank,
+            tp=record.tp,
+            pp=record.pp,
+            host=fault.host,
+            kind=fault.kind,
+            signal=record.signal,
+            exit_code=record.exit_code,
+            phase=record.phase,
+            step=record.step,
+            collective=record.collective,
+            progress_age_s=record.progress_age_s,
+            detail=fault.detail,
+            detect_s=fault.detect_s,
+            last_line=next(iter(fault.last_lines.splitlines()[-1:]), None),
+        )
+        self.records = [record, *self.records][:KEPT_FAULTS]
+        self.version += 1
+
+    def on_dead(self, epoch: int, abort_s: float) -> None:
+        """No process of that world is left, so many seconds after the order to end it."""
+        self._replace(
+            [fault.epoch == epoch and fault.abort_s is None for fault in self.records], abort_s=abort_s
+        )
+
+    def on_served(self, recover_s: float) -> None:
+        """A world serves again, so many seconds after the first fault that is not recovered."""
+        self._replace([fault.recover_s is None for fault in self.records], recover_s=recover_s)
+
+    def on_resumed(self, epoch: int, resumed_at: float) -> None:
+        """The first request that world `epoch` took over has brought a token, at this Unix time."""
+        waiting = [f for f in self.records if f.epoch < epoch and f.recover_s and f.resume_s is None]
+        for fault in waiting:
+            resume_s = max(0.0, resumed_at - fault.at)
+            self._replace([other is fault for other in self.records], resume_s=resume_s)
+            self._log.info("requests resumed", epoch=epoch, fault=fault.epoch, resumed_s=resume_s)
+
+    def _replace(self, concerned: list[bool], **values: float) -> None:
+        self.records = [
+            msgspec.structs.replace(fault, **values) if is_concerned else fault
+            for fault, is_concerned in zip(self.records, concerned, strict=True)
+        ]
+        self.version += 1
