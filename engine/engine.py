@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +30,9 @@ from engine.models.weights import load_stage_weights
 from engine.scheduling.kv_blocks import BlockPool
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.world import World
+
+if TYPE_CHECKING:
+    from engine.backends.model_facts import HuggingFaceModel
 
 _CUDA_MEMORY_SHARE = 0.9
 
@@ -53,6 +57,8 @@ class EngineSettings:
     """Blocks of the KV cache, whatever they take: what the world before this one had."""
     memory_share: float = 1.0
     """Of the memory that the default takes for the KV cache."""
+    backend: str = "auto"
+    """What computes the layers: `phalanx` is our decoder, `deepspeed` see `engine.backends`; `auto` is `phalanx`."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -68,7 +74,7 @@ class EngineSettings:
 class Engine:
     """One rank's part of the engine."""
 
-    config: ModelConfig
+    config: ModelConfig | HuggingFaceModel
     runner: StageRunner
     limits: SchedulerLimits
     num_blocks: int
@@ -108,24 +114,20 @@ def load_engine(
 ) -> LoadedEngine:
     """Loads this rank's shard. Every rank calls it; raises ConfigurationError or ModelError.
     `on_load(done_bytes, total_bytes)` is called as weights come in."""
+    if settings.backend == "deepspeed":
+        from engine.backends.engine import load_deepspeed  # takes seconds to import
+
+        return load_deepspeed(world, settings, device, on_load)
     config = ModelConfig.from_folder(settings.model_dir)
     at = world.at
     shapes = shard_world(config, at.tp, at.pp)
     shape = shapes[at.pp_rank][at.tp_rank]
     dtype = getattr(torch, config.dtype if settings.dtype == "auto" else settings.dtype)
-    max_model_len = settings.max_model_len or config.max_model_len
-    if max_model_len > config.max_model_len:
-        raise ConfigurationError(
-            f"--max-model-len {max_model_len} is beyond the model's own length of {config.max_model_len}"
-        )
-    limits = SchedulerLimits(max_model_len, settings.max_num_seqs, settings.max_num_batched_tokens)
-    sampler = None
-    if at.is_sampler:
-        grammars = Grammars(settings.model_dir / "tokenizer.json", config.vocab_size, config.eos_token_ids)
-        sampler = Sampler(grammars)
+    limits = scheduler_limits(settings, config)
+    sampler = new_sampler(settings, config) if at.is_sampler else None
     # Before the weights are there, so that every rank of a host sees the same amount.
     num_blocks = world.control.agree_min(
-        _num_blocks(
+        affordable_blocks(
             settings,
             limits,
             block_bytes(len(shape.layers), len(shape.kv_heads), config.head_dim, dtype),
@@ -147,8 +149,8 @@ def load_engine(
     )
     if device.type != "cpu":
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
-    stage = DecoderStage(config, shape, weights, world.tensor_group, max_model_len)
-    table = SequenceTable(limits.max_num_seqs, max_model_len, BLOCK_SIZE, device)
+    stage = DecoderStage(config, shape, weights, world.tensor_group, limits.max_model_len)
+    table = SequenceTable(limits.max_num_seqs, limits.max_model_len, BLOCK_SIZE, device)
     widths = [len(other.vocab) for other in shapes[at.pp_rank]]
 
     def reserve() -> Engine:
@@ -159,13 +161,29 @@ def load_engine(
     return LoadedEngine(num_blocks, reserve)
 
 
-def _num_blocks(
+def scheduler_limits(settings: EngineSettings, config: ModelConfig | HuggingFaceModel) -> SchedulerLimits:
+    """Raises ConfigurationError for a length that the model does not have."""
+    max_model_len = settings.max_model_len or config.max_model_len
+    if max_model_len > config.max_model_len:
+        raise ConfigurationError(
+            f"--max-model-len {max_model_len} is beyond the model's own length of {config.max_model_len}"
+        )
+    return SchedulerLimits(max_model_len, settings.max_num_seqs, settings.max_num_batched_tokens)
+
+
+def new_sampler(settings: EngineSettings, config: ModelConfig | HuggingFaceModel) -> Sampler:
+    """For the sampling rank."""
+    return Sampler(Grammars(settings.model_dir / "tokenizer.json", config.vocab_size, config.eos_token_ids))
+
+
+def affordable_blocks(
     settings: EngineSettings,
     limits: SchedulerLimits,
     bytes_per_block: int,
     device: torch.device,
     local_size: int,
 ) -> int:
+    """KV blocks that this rank has memory for, or that the user asked for. Raises ConfigurationError for none."""
     if settings.kv_cache_blocks:
         return settings.kv_cache_blocks
     if settings.kv_cache_bytes:

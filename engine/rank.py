@@ -70,14 +70,19 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
     # Read when OpenMP is loaded. Threads that spin for milliseconds hold up the ones that they wait for wherever
     # cores are shared with anything else.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    modules = ["torch", "engine.collectives.mpi", "engine.engine", "engine.step_loop"]
+    if arguments.backend == "deepspeed":
+        modules.append("engine.backends.preload")
     if not gate.is_open():
-        _import_at_low_priority(gate)
+        _import_at_low_priority(gate, modules)
     import torch
 
     from engine.collectives.mpi import join_world
     from engine.engine import EngineSettings, load_engine
     from engine.step_loop import Leader, follow
 
+    for name in modules:
+        importlib.import_module(name)
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     if gate.kind is SpareKind.WARM:
         _park(page, gate)
@@ -95,6 +100,7 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
         kv_cache_bytes=arguments.kv_cache_memory,
         kv_cache_blocks=arguments.kv_cache_blocks,
         memory_share=arguments.memory_share,
+        backend=arguments.backend,
     )
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     loaded = load_engine(world, settings, device, page.load)
@@ -135,7 +141,7 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
     world.control.close()
 
 
-def _import_at_low_priority(gate: StartGate) -> None:
+def _import_at_low_priority(gate: StartGate, modules: list[str]) -> None:
     """Imports what takes long in a thread that gives way to the world that serves. A thread, since nobody but
     root may raise a priority again, and the rank itself must not stay low."""
 
@@ -144,7 +150,7 @@ def _import_at_low_priority(gate: StartGate) -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SPARE_NICENESS)
         # What fails here fails again in the rank's own thread, and is reported there.
         with contextlib.suppress(Exception):
-            for name in ("torch", "engine.collectives.mpi", "engine.engine", "engine.step_loop"):
+            for name in modules:
                 importlib.import_module(name)
 
     thread = threading.Thread(target=work)
@@ -359,6 +365,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         choices=["auto", "float32", "bfloat16"],
         default="auto",
         help="type of weights and activations",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "phalanx", "deepspeed"],
+        default="auto",
+        help="what computes the layers: our decoder, or transformers cut by DeepSpeed AutoTP (--tp only)",
     )
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where ranks compute"

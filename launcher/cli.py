@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from launcher.errors import LauncherError
-from launcher.settings import Settings
+from launcher.settings import BACKENDS, Settings
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -40,6 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     pull = commands.add_parser("pull", help="download and import a model", description="Get a model.")
     pull.add_argument("model", metavar="MODEL", help="catalog name, GGUF file or hub id")
+    pull.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="what is going to serve it (default: auto)"
+    )
 
     doctor = commands.add_parser(
         "doctor", help="check this machine", description="Check what this machine lacks to serve models."
@@ -81,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "pull":
         from launcher.pull import pull
 
-        return pull(options.model)
+        return pull(options.model, options.backend)
     from launcher.doctor import doctor
 
     return doctor(options.port, options.mpirun)

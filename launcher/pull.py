@@ -8,7 +8,7 @@ from launcher.settings import default_cache_dir
 from launcher.stop_signals import StopSignals
 
 
-def pull(model: str) -> int:
+def pull(model: str, backend: str = "auto") -> int:
     """Downloads and imports it, and prints its folder. 0, or 130 if a signal ended it. Raises
     LauncherError."""
     with StopSignals() as stop, choose_display() as display:
@@ -21,6 +21,7 @@ def pull(model: str) -> int:
                 cache_dir=default_cache_dir(),
                 on_progress=lambda event: display.update(event.task, event.done, event.total, event.unit),
                 stop_requested=stop.requested,
+                backend=backend,
             )
             if prepared.license is not None:
                 display.say(f"{prepared.name}: {prepared.license}")

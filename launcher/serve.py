@@ -61,6 +61,7 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
             default_cache_dir(),
             lambda progress: _show_preparation(display, progress),
             stop.requested,
+            settings.backend,
         )
         if prepared.license is not None:
             display.say(f"{prepared.name}: {prepared.license}")
@@ -161,6 +162,7 @@ def rank_command(settings: Settings, prepared: PreparedModel, name: str) -> list
     """What a guard starts as its rank, without `--epoch`."""
     command = [*python_module("engine.rank"), "--model", str(prepared.path), "--served-model-name", name]
     command += ["--tp", str(settings.tp), "--pp", str(settings.pp), "--dtype", prepared.dtype]
+    command += ["--backend", settings.backend]
     command += ["--max-num-seqs", str(settings.max_num_seqs)]
     command += ["--max-num-batched-tokens", str(settings.max_num_batched_tokens)]
     command += ["--shard-cache", str(default_cache_dir() / "shards"), "--gateway", "tcp://127.0.0.1:*"]

@@ -16,6 +16,7 @@ from launcher.errors import SettingsError
 
 DTYPES = ("auto", "float32", "bfloat16")
 SPARES = ("none", "warm", "hot")
+BACKENDS = ("auto", "phalanx", "deepspeed")
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -58,6 +59,12 @@ class Settings:
     tp: int = _flag(1, "ranks that share each layer (tensor parallelism)", "N")
     pp: int = _flag(1, "stages that the layers are cut into (pipeline parallelism)", "N")
     dtype: str = _flag("auto", "numbers that the model computes with; auto: bfloat16")
+    backend: str = _flag(
+        "auto",
+        "what computes the layers. phalanx: our decoder, for the architectures that it knows; deepspeed: any decoder "
+        "of transformers, cut by DeepSpeed AutoTP (--tp only; pip install 'phalanx-serve[deepspeed]'); auto: "
+        "phalanx, and an error that says so if only deepspeed might do",
+    )
     host: str = _flag("127.0.0.1", "address that HTTP listens on", "H")
     port: int = _flag(8000, "port that HTTP listens on; 0: any free one", "P")
     zmq: str = _flag("tcp://127.0.0.1:5555", "endpoint that the front's ZeroMQ server listens on", "ENDPOINT")
@@ -108,6 +115,12 @@ class Settings:
                 raise SettingsError(f"{_as_flag(name)} {value}: must be {least} or more")
         if self.dtype not in DTYPES:
             raise SettingsError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
+        if self.backend not in BACKENDS:
+            raise SettingsError(f"--backend {self.backend}: must be one of {', '.join(BACKENDS)}")
+        if self.backend == "deepspeed" and self.pp != 1:
+            raise SettingsError(
+                f"--pp {self.pp}: --backend deepspeed has no pipeline; use --pp 1 and more --tp, or --backend phalanx"
+            )
         if self.spare not in SPARES:
             raise SettingsError(f"--spare {self.spare}: must be one of {', '.join(SPARES)}")
         if not 0 <= self.port <= 65535:
@@ -141,7 +154,7 @@ class Settings:
             parser.add_argument(
                 _as_flag(setting.name),
                 metavar=setting.metadata["metavar"],
-                choices={"dtype": DTYPES, "spare": SPARES}.get(setting.name),
+                choices={"dtype": DTYPES, "spare": SPARES, "backend": BACKENDS}.get(setting.name),
                 default=argparse.SUPPRESS,  # so that the config file's value is not covered by a default
                 help=f"{setting.metadata['help']}{_default_text(setting.default)}",
             )

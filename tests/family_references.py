@@ -41,13 +41,19 @@ def _load(name: str) -> FamilyReference:
     folder = ROOT / "build" / f"families-{key}" / name
     file = folder / "references.npz"
     if not file.is_file():
-        _compute(tiny_models.make_tiny_family(folder, name), file)
+        compute(tiny_models.make_tiny_family(folder, name), file)
+    return read(folder, file)
+
+
+def read(folder: Path, file: Path) -> FamilyReference:
+    """What `compute` wrote."""
     with np.load(file) as saved:
         prompts = [row[row >= 0].tolist() for row in saved["prompts"]]
         return FamilyReference(folder, prompts, saved["tokens"].tolist(), saved["logits"])
 
 
-def _compute(folder: Path, file: Path) -> None:
+def compute(folder: Path, file: Path) -> None:
+    """Writes to `file` what transformers computes for the model in `folder`."""
     import torch
     from transformers import AutoModelForCausalLM
 

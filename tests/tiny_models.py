@@ -76,7 +76,7 @@ def make_tiny_llama(
         config = transformers.Qwen2Config(**options)
     else:
         raise ValueError(f"no tiny model for {architecture}")
-    return _write_random(folder, architecture, config, seed, dtype, max_shard_size)
+    return write_random(folder, architecture, config, seed, dtype, max_shard_size)
 
 
 _HEADS_6_2 = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96, "head_dim": 16}
@@ -204,10 +204,10 @@ def make_tiny_family(folder: Path, name: str, seed: int = 0, dtype: str = "float
         del options["rope_theta"]
     options = {key: value for key, value in options.items() if value is not None}
     config: Any = getattr(transformers, f"{prefix}Config")(**options)
-    return _write_random(folder, f"{prefix.removesuffix('Text')}ForCausalLM", config, seed, dtype)
+    return write_random(folder, f"{prefix.removesuffix('Text')}ForCausalLM", config, seed, dtype)
 
 
-def _write_random(
+def write_random(
     folder: Path,
     architecture: str,
     config: Any,
@@ -215,6 +215,7 @@ def _write_random(
     dtype: str = "float32",
     max_shard_size: str = "5GB",
 ) -> Path:
+    """Writes a model of that class with random weights, and a tokenizer."""
     import torch
     import transformers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
@@ -11,12 +12,33 @@ from engine.execution.kv_cache import KVCache
 from engine.execution.logprobs import token_logprobs
 from engine.execution.pooling import Pooler
 from engine.execution.sampler import Sampler
-from engine.models.decoder import DecoderStage
 from engine.plan import PoolingKind, StepPlan, StepResult, TokenLogprobs
 from engine.world import World
 
 PROMPT_LOGPROB_ROWS = 64
 """Rows of logits that prompt log-probabilities hold at a time."""
+
+
+class Stage(Protocol):
+    """The layers that one rank computes: those of `engine.models.decoder`, or of a backend."""
+
+    device: torch.device
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """What the first stage's layers begin with, for `[num_tokens]` tokens."""
+        ...
+
+    def layers(self, hidden: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Hidden states `[num_tokens, hidden_size]` float32 after the stage's last layer."""
+        ...
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head sees of `[num_rows, hidden_size]`, float32."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This rank's columns of the logits of `[num_rows, hidden_size]`, float32."""
+        ...
 
 
 class StageRunner:
@@ -25,7 +47,7 @@ class StageRunner:
     def __init__(
         self,
         world: World,
-        stage: DecoderStage,
+        stage: Stage,
         cache: KVCache,
         table: SequenceTable,
         hidden_size: int,

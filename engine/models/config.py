@@ -147,7 +147,7 @@ class ModelConfig:
             mlp_bias=family.mlp_bias and keys.boolean("mlp_bias", False),
             max_model_len=_max_model_len(max_position, rope),
             bos_token_id=next(iter(keys.token_ids("bos_token_id", vocab_size)), None),
-            eos_token_ids=_eos_token_ids(path, keys, vocab_size),
+            eos_token_ids=eos_token_ids(path, keys, vocab_size),
             ropes=ropes,
             windows=windows,
             norms=family.norms,
@@ -186,7 +186,10 @@ def _architecture(keys: Keys) -> str:
     for name in names:
         if name in SUPPORTED_ARCHITECTURES:
             return str(name)
-    raise ModelError(f"{keys.file}: architecture {names[0]} is not supported; supported are {allowed}")
+    hint = ""
+    if str(names[0]).endswith(("ForCausalLM", "LMHeadModel")):
+        hint = "; --backend deepspeed may run it (pip install 'phalanx-serve[deepspeed]')"
+    raise ModelError(f"{keys.file}: architecture {names[0]} is not supported; supported are {allowed}{hint}")
 
 
 def _refuse_what_is_not_computed(keys: Keys) -> None:
@@ -318,7 +321,8 @@ def _max_model_len(max_position: int, rope: RopeConfig) -> int:
     return max_position
 
 
-def _eos_token_ids(path: Path, keys: Keys, vocab_size: int) -> tuple[int, ...]:
+def eos_token_ids(path: Path, keys: Keys, vocab_size: int) -> tuple[int, ...]:
+    """Every token that ends a sequence: those of generation_config.json, then those of config.json."""
     ids: list[int] = []
     generation = path / "generation_config.json"
     if generation.is_file():

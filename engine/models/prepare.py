@@ -2,7 +2,7 @@
 
 Started as a process by the supervisor and the command line. Speaks JSON lines on standard output: progress
 events, then one `ready` or one `error` event (exit code 2). Imports no torch, and nothing slow when there is
-nothing to do.
+nothing to do; with `--backend deepspeed` it imports transformers, and torch with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine.models.catalog import default_cache_folder, resolve_model
 from engine.models.config import ModelConfig
@@ -21,18 +21,21 @@ from engine.models.errors import ModelError
 from engine.models.sharding import shard_world
 from engine.models.source_files import SourceFiles
 
+if TYPE_CHECKING:
+    from engine.backends.model_facts import HuggingFaceModel
+
 EXIT_ERROR = 2
 
 _MIN_INTERVAL_S = 0.05
 
 
-def prepare(model: str, tp: int, pp: int, dtype: str, cache: Path, report: Reporter) -> dict[str, Any]:
+def prepare(
+    model: str, tp: int, pp: int, dtype: str, cache: Path, report: Reporter, backend: str = "auto"
+) -> dict[str, Any]:
     """Finds, fetches, imports and checks a model; returns the `ready` event. Raises ModelError."""
     resolved = resolve_model(model, cache, report.progress)
     folder = resolved.folder
-    config = ModelConfig.from_folder(folder)
-    shard_world(config, tp, pp)
-    SourceFiles(folder).check(config)
+    config = _check(folder, tp, pp, backend)
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(
             f"{folder} has no tokenizer.json; save it there with transformers' "
@@ -49,6 +52,23 @@ def prepare(model: str, tp: int, pp: int, dtype: str, cache: Path, report: Repor
         "dtype": config.resolve_dtype(dtype),
         **({} if resolved.license is None else {"license": resolved.license}),
     }
+
+
+def _check(folder: Path, tp: int, pp: int, backend: str) -> ModelConfig | HuggingFaceModel:
+    """The facts about a model that the backend can serve on such a world. Raises ModelError."""
+    if backend == "deepspeed":
+        from engine.backends.model_facts import HuggingFaceModel
+
+        facts = HuggingFaceModel.from_folder(folder)
+        facts.check_shape(tp, pp)
+        SourceFiles(folder).check_headers()
+        return facts
+    if backend not in ("auto", "phalanx"):
+        raise ModelError(f"--backend {backend} is not known; allowed are auto, phalanx and deepspeed")
+    config = ModelConfig.from_folder(folder)
+    shard_world(config, tp, pp)
+    SourceFiles(folder).check(config)
+    return config
 
 
 class Reporter:
@@ -87,12 +107,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--backend", default="auto")
     parser.add_argument("--cache", type=Path, default=None, help="model cache; default $PHALANX_CACHE")
     report = Reporter()
     try:
         options = parser.parse_args(arguments)
         cache = (options.cache or default_cache_folder()).expanduser().absolute()
-        report.event(prepare(options.model, options.tp, options.pp, options.dtype, cache, report))
+        report.event(
+            prepare(options.model, options.tp, options.pp, options.dtype, cache, report, options.backend)
+        )
     except ModelError as error:
         report.event({"event": "error", "message": str(error)})
         return EXIT_ERROR

@@ -66,6 +66,11 @@ class SourceFiles:
                 path = self.file_of(piece.name)
                 check_tensor(path, headers[path].get(piece.name), piece)
 
+    def check_headers(self) -> None:
+        """Raises ModelError for a file that is broken or cut short, whatever it holds."""
+        for path in self.paths:
+            read_header(path)
+
     def known_identity(self, hashes: ContentHashes) -> str | None:
         """The identity, if none of the files has changed since it was computed; None otherwise."""
         contents = [hashes.known(path) for path in self._hashed]

@@ -13,8 +13,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests import family_references, gemma3_references, pooling_references, references
+from tests import (
+    family_references,
+    gemma3_references,
+    other_architectures,
+    pooling_references,
+    references,
+)
 
+BACKENDS = "tests/world/backends"
+BACKEND_SHAPES = [(1, 1), (2, 1), (3, 1)]
+"""Of the tests in `tests/world/backends`, which run by themselves: what they import takes seconds."""
 SHAPES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3)]
 QUICK_SHAPES = [(2, 1), (1, 2)]
 """One of each kind of parallelism, as many ranks as small machines have cores."""
@@ -37,7 +46,11 @@ def main(arguments: list[str]) -> int:
         references.load()
         family_references.load()
         pooling_references.load()
-        failed = [shape for shape in shapes if not _run(*shape, ["tests/world", f"--ignore={GEMMA3}"])]
+        others = ["tests/world", f"--ignore={GEMMA3}", f"--ignore={BACKENDS}"]
+        failed = [shape for shape in shapes if not _run(*shape, others)]
+    if arguments == ["--rest"]:
+        other_architectures.load()
+        failed += [shape for shape in BACKEND_SHAPES if not _run(*shape, [BACKENDS])]
     if failed:
         print("world tests failed on (tp, pp) " + ", ".join(map(str, failed)))
     return 1 if failed else 0
@@ -69,7 +82,7 @@ def _run(tp: int, pp: int, tests: list[str]) -> bool:
     finally:
         shutil.rmtree(segments, ignore_errors=True)
     verdict = "passed" if code == 0 else "FAILED"
-    print(f"world (tp {tp}, pp {pp}): {verdict} in {time.monotonic() - begin:.1f} s", flush=True)
+    print(f"{tests[0]} (tp {tp}, pp {pp}): {verdict} in {time.monotonic() - begin:.1f} s", flush=True)
     if code != 0:
         print(output, flush=True)
     return code == 0
