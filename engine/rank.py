@@ -112,6 +112,8 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
     engine = loaded.reserve_cache()
     if faults is not None:
         faults.watch_engine(world, engine.runner)
+    if engine.runner.sampler is not None:
+        engine.runner.sampler.show_progress_to(page.collective)
     sign = _PageSign(page)
     if world.at.rank != 0:
         # The stop plan ends this rank; until it comes, rank 0 may still need it.

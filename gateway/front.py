@@ -22,6 +22,7 @@ import uvicorn
 import uvloop
 import zmq
 
+from gateway import grammars
 from gateway.admission import MAX_WAITING, MAX_WAITING_TOKENS
 from gateway.control import Control
 from gateway.errors import EndpointError, GatewayError
@@ -239,7 +240,8 @@ def main() -> int:
     _allow_many_connections()
     try:
         text = TextModel.from_folder(config.model_dir)
-        uvloop.run(serve(config, text, log))
+        with contextlib.closing(grammars.try_with(config.model_dir / "tokenizer.json")):
+            uvloop.run(serve(config, text, log))
     except EndpointError as error:
         print(f"phalanx: error: --zmq: {error}", file=sys.stderr)
         return EX_CONFIG

@@ -7,20 +7,15 @@ for any of it. Nothing here decides tokens: that is the sampler's work.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import threading
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 from gateway.errors import GatewayError
+from gateway.grammar_trial import GrammarTrial
 
 MAX_GRAMMAR_CHARACTERS = 65_536
-CHECK_TIMEOUT_S = 10.0
-STACK_BYTES = 4 * 1024 * 1024
-MAX_MESSAGE_CHARACTERS = 1000
-LONG_GRAMMAR = 4096
-"""Characters; longer ones are checked in a process of their own, see problem_of."""
+_trial = GrammarTrial()
 
 WHITE_SPACE = r"[ \n]?"
 """Between the parts of a JSON text at most one character: a small model that may write spaces writes spaces."""
@@ -81,54 +76,22 @@ def from_grammar(text: str) -> str:
     return _checked(grammar)
 
 
-@lru_cache(maxsize=64)
+def try_with(tokenizer_file: Path) -> GrammarTrial:
+    """From now on this process tries grammars with the tokenizer of the model that it serves. The caller closes what
+    is returned."""
+    global _trial
+    _trial.close()
+    _trial = GrammarTrial(tokenizer_file)
+    return _trial
+
+
+@lru_cache(maxsize=1024)
 def problem_of(grammar: str) -> str | None:
     """What is wrong with a grammar in the engine's own form; None if nothing is. The same schema comes with many
-    requests: answers are kept. May take long, up to CHECK_TIMEOUT_S: the front calls it in a thread first.
-
-    llguidance follows rules recursively: thousands of them, one inside the other, end the process by a stack
-    overflow. What is long enough for that is tried in a process of its own first."""
+    requests: answers are kept. May take long, see grammar_trial: the front calls it in a thread first."""
     if len(grammar) > MAX_GRAMMAR_CHARACTERS + 1000:
         return _too_long(grammar)
-    if len(grammar) <= LONG_GRAMMAR:
-        return _validate(grammar)
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", "gateway.grammars"],
-            input=grammar.encode(errors="surrogatepass"),
-            capture_output=True,
-            timeout=CHECK_TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
-        return f"the grammar is too complex: it could not be checked within {CHECK_TIMEOUT_S:g} s"
-    if child.returncode != 0:
-        return "the grammar is too complex: its rules are nested too deeply"
-    return child.stdout.decode() or None
-
-
-def _validate(grammar: str) -> str | None:
-    from llguidance import LLMatcher
-
-    try:
-        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
-    except (ValueError, TypeError) as error:  # not valid Unicode
-        return f"the grammar is not valid: {error}"
-    # The message quotes the grammar, which may be long.
-    return f"the grammar is not valid: {messages[0].strip()[:MAX_MESSAGE_CHARACTERS]}" if failed else None
-
-
-def _try_apart() -> None:
-    """In a process of its own: writes what is wrong with the grammar on standard input, or dies of it."""
-    from llguidance import LLMatcher, LLTokenizer
-
-    grammar = sys.stdin.buffer.read().decode(errors="replace")
-    problem = _validate(grammar)
-    if problem is None:
-        matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
-        matcher.compute_bitmask()
-        problem = matcher.get_error() or None
-    sys.stdout.write(problem or "")
-    sys.stdout.flush()
+    return _trial.problem_of(grammar)
 
 
 def _checked(grammar: str) -> str:
@@ -145,11 +108,3 @@ def _check_size(text: str) -> None:
 
 def _too_long(text: str) -> str:
     return f"a grammar of {len(text)} characters; allowed: up to {MAX_GRAMMAR_CHARACTERS}"
-
-
-if __name__ == "__main__":
-    # With less stack than a rank has, so that what passes here passes there.
-    threading.stack_size(STACK_BYTES)
-    trial = threading.Thread(target=_try_apart)
-    trial.start()
-    trial.join()

@@ -7,6 +7,8 @@ world. Grammars are those of llguidance (Lark, or its JSON form for schemas); th
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import llguidance
@@ -15,6 +17,9 @@ import numpy as np
 import torch
 
 from engine.plan import StepPlan
+
+MAX_PREPARED = 32
+"""Grammars that are kept beyond the sequences that have them."""
 
 
 class GrammarError(Exception):
@@ -30,7 +35,15 @@ class Grammars:
         self._tokenizer_file = tokenizer_file
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._matchers: dict[int, llguidance.LLMatcher] = {}
+        self._prepared: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        """At their beginnings, least recently used first: a copy costs nothing, preparing one milliseconds."""
         self._mask = llguidance.numpy.allocate_token_bitmask(1, vocab_size)
+        # For each byte of a mask what is added to its eight logits: one pass over a row, and no temporaries.
+        bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+        self._penalties = np.where(bits == 1, 0.0, -np.inf).astype(np.float32)
+        self._row = np.empty((self._mask.nbytes, 8), dtype=np.float32)
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called after each piece of work: many grammars at once may take longer than a step that hangs would."""
         # Building the tokenizer's tree takes 0.3 s: beside the loading of weights, not in the first such step.
         self._builder = threading.Thread(target=self._build, name="grammar-tokenizer", daemon=True)
         self._builder.start()
@@ -47,9 +60,10 @@ class Grammars:
             self._matchers.pop(handle, None)
         for handle, params in plan.admitted:
             if params.grammar is not None:
-                matcher = llguidance.LLMatcher(self._wait(), params.grammar, log_level=0)
+                matcher = self._prepare(params.grammar).deep_copy()
                 matcher.consume_tokens(params.output_token_ids)
                 self._matchers[handle] = matcher
+                self.on_progress()
 
     def constrain(self, logits: torch.Tensor, handle: int) -> None:
         """Sets what the sequence's grammar forbids to -inf, in its row of logits `[vocab_size]`."""
@@ -58,23 +72,34 @@ class Grammars:
             return
         if matcher.is_error() or matcher.is_stopped():
             # Complete, or too complex to go on with: nothing but the end may follow.
-            allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
-            allowed[self._end_token_ids] = True
+            penalty = torch.full((self._vocab_size,), -torch.inf)
+            penalty[self._end_token_ids] = 0.0
         else:
             llguidance.numpy.fill_next_token_bitmask(matcher, self._mask, 0)
-            bits = np.unpackbits(self._mask[0].view(np.uint8), bitorder="little")[: self._vocab_size]
-            allowed = torch.from_numpy(bits).bool()
-        allowed = allowed.to(logits.device)
-        logits.masked_fill_(~allowed, float("-inf"))
-        if not torch.isfinite(logits).any():
+            np.take(self._penalties, self._mask[0].view(np.uint8), axis=0, out=self._row, mode="clip")
+            penalty = torch.from_numpy(self._row).view(-1)[: self._vocab_size]
+        penalty = penalty.to(logits.device)
+        logits.add_(penalty)
+        if logits.max() == -torch.inf:
             # A minimum length or bad words forbade all that the grammar allows; the grammar is the stronger promise.
-            logits[allowed] = 0.0
+            logits.copy_(penalty)
+        self.on_progress()
 
     def advance(self, handle: int, token_id: int) -> None:
         """Notes the token that was drawn."""
         matcher = self._matchers.get(handle)
         if matcher is not None and not matcher.is_stopped():
             matcher.consume_token(token_id)
+
+    def _prepare(self, grammar: str) -> llguidance.LLMatcher:
+        """The grammar at its beginning, not to be changed."""
+        matcher = self._prepared.get(grammar)
+        if matcher is None:
+            matcher = self._prepared[grammar] = llguidance.LLMatcher(self._wait(), grammar, log_level=0)
+            if len(self._prepared) > MAX_PREPARED:
+                self._prepared.popitem(last=False)
+        self._prepared.move_to_end(grammar)
+        return matcher
 
     def _build(self) -> None:
         self._tokenizer = llguidance.LLTokenizer(

@@ -5,6 +5,8 @@ One instance at the sampling rank, used by its stage runner. All it holds can be
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from engine.execution.batch import Batch
@@ -20,6 +22,10 @@ class Sampler:
 
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
+
+    def show_progress_to(self, on_progress: Callable[[], None]) -> None:
+        """`on_progress` is called in the middle of what may take long in a step."""
+        self._grammars.on_progress = on_progress
 
     def apply(self, plan: StepPlan) -> None:
         """Takes note of sequences that come and go."""

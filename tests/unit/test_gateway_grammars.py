@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import llguidance
 import pytest
@@ -178,3 +178,29 @@ def test_what_cannot_be_followed_is_refused(
         assert says in answer["error"]["message"]
         assert answer["error"]["param"] == param
         assert len(answer["error"]["message"]) < 1500
+
+
+@pytest.mark.parametrize(
+    ("grammar", "says"),
+    [
+        # A line of JSON schema whose automaton takes half a minute to make.
+        (lambda: grammars.from_json_schema('{"type": "integer", "multipleOf": 999983}'), "takes more than"),
+        (
+            lambda: grammars.from_grammar("start: " + "(" * 20_000 + '"a"' + ")" * 20_000),
+            "too complex|not valid",
+        ),
+        (lambda: grammars.from_grammar("start: r0\n" + _nested_rules(1500)), "too complex|not valid"),
+    ],
+)
+def test_what_would_hold_up_or_end_a_rank_is_refused_and_the_next_one_is_not(
+    grammar: Callable[[], str], says: str
+) -> None:
+    began = time.monotonic()
+    with pytest.raises(GrammarError, match=says):
+        grammar()
+    assert time.monotonic() - began < 60
+    assert grammars.problem_of(f'start: "after {says}"') is None
+
+
+def _nested_rules(count: int) -> str:
+    return "\n".join(f'r{number}: "a" r{number + 1} "b"' for number in range(count)) + f'\nr{count}: "c"\n'

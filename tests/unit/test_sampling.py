@@ -73,3 +73,51 @@ def test_tiny_probability_tail_and_last_token_stay_in_range() -> None:
     logits = torch.full((64, 10), -1e30)
     logits[:, 9] = 0.0
     assert sample(logits, [params(seed=s) for s in range(64)], [1] * 64) == [9] * 64
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 100, 49_152, 100_003])
+def test_greedy_takes_the_lowest_of_equals(vocab: int) -> None:
+    logits = torch.randn(4, vocab).clamp_(max=0.5)
+    ties = [sorted({0, vocab // 3, vocab - 1}), [vocab - 1], [vocab // 2, vocab - 1], list(range(vocab))]
+    for row, tokens in enumerate(ties):
+        logits[row, tokens] = 3.25
+    expected = [tokens[0] for tokens in ties]
+    assert sample(logits.clone(), [params(0.0)] * 4, [5] * 4) == expected
+    assert sample(logits.bfloat16().float(), [params(0.0)] * 4, [5] * 4) == expected
+
+
+def test_narrowed_to_one_a_draw_is_greedy_ties_and_all() -> None:
+    logits = torch.zeros(1, 50)
+    logits[0, [9, 20]] = 4.0
+    # Ties with the last one that is kept stay: both are drawn, and no other.
+    drawn = {sample(logits.clone(), [params(1.0, top_k=1, seed=seed)], [3])[0] for seed in range(40)}
+    assert drawn == {9, 20}
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+def test_all_at_once_leaves_the_distribution_of_transformers(temperature: float) -> None:
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    torch.manual_seed(3)
+    logits = torch.randn(1, 12) * 2
+    processors = LogitsProcessorList(
+        [
+            TemperatureLogitsWarper(temperature),
+            TopKLogitsWarper(8),
+            MinPLogitsWarper(0.02),
+            TopPLogitsWarper(0.9),
+        ]
+    )
+    expected = torch.softmax(processors(None, logits.clone()), dim=-1)[0].numpy()
+    count = 6000
+    one = SequenceParams(temperature, 0.9, 8, 7, 0, min_p=0.02)
+    drawn = sample(logits.repeat(count, 1), [one] * count, list(range(count)))
+    observed = np.bincount(drawn, minlength=12) / count
+    assert np.all(observed[expected == 0] == 0)
+    assert np.all(np.abs(observed - expected) < 5 * np.sqrt(expected / count) + 1e-9)

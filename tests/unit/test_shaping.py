@@ -59,6 +59,28 @@ def test_minimum_length_forbids_ends_only_as_long_as_it_must() -> None:
     assert torch.equal(shaped(shaping, logits, [*OUTPUT, 1]), logits)
 
 
+@pytest.mark.parametrize("num_output", [0, 4, 5, 6])
+def test_minimum_length_is_that_of_transformers(num_output: int) -> None:
+    from transformers import MinNewTokensLengthLogitsProcessor
+
+    logits = torch.randn(VOCAB)
+    output = [7] * num_output
+    processor = MinNewTokensLengthLogitsProcessor(len(PROMPT), 5, [2, 4])
+    expected = processor(torch.tensor([PROMPT + output]), logits.clone()[None])[0]
+    shaping = LogitShaping(min_tokens=5, ending_token_ids=[2, 4])
+    assert torch.equal(shaped(shaping, logits, output), expected)
+
+
+def test_bias_is_that_of_transformers() -> None:
+    from transformers import SequenceBiasLogitsProcessor
+
+    logits = torch.randn(VOCAB)
+    bias = {6: 100.0, 3: -2.5, 39: 0.25}
+    processor = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
+    expected = processor(torch.tensor([PROMPT]), logits.clone()[None])[0]
+    assert torch.allclose(shaped(LogitShaping(logit_bias=bias), logits), expected)
+
+
 def test_bias_is_added() -> None:
     logits = torch.randn(VOCAB)
     result = shaped(LogitShaping(logit_bias={6: 100.0, 3: -2.5}), logits)

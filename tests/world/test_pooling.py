@@ -99,7 +99,10 @@ def test_the_prefix_cache_changes_nothing(
         _check(numbers[name], reference, pooling)
     # The last state: all full blocks, three times; scores: those before the first scored token; the mean: none.
     num_blocks = 3 * ((end - 1) // 16) + 63 // 16 + 64 // 16 + (end - 2) // 16
-    assert run.num_hit_tokens == num_blocks * 16
+    if world.at.pp == 1:
+        assert run.num_hit_tokens == num_blocks * 16
+    else:  # some begin in another slot while the first is under way
+        assert num_blocks * 8 < run.num_hit_tokens <= num_blocks * 16
 
 
 def test_preempted_ones_begin_anew(world: World, oracle: References, pooled: list[PoolingReference]) -> None:
