@@ -69,9 +69,9 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     """Token id to what is added to its logit."""
     min_tokens: Annotated[int, Meta(ge=0)] = 0
     """Output tokens before which neither end nor stop tokens are drawn."""
-    bad_words: Annotated[list[Annotated[list[TokenId], Meta(min_length=1)]], Meta(max_length=256)] = field(
-        default_factory=list
-    )
+    bad_words: Annotated[
+        list[Annotated[list[TokenId], Meta(min_length=1, max_length=1024)]], Meta(max_length=256)
+    ] = field(default_factory=list)
     """Token sequences that are never completed."""
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     """Alternatives to report with each token; 0 reports the token's own log-probability."""
@@ -118,7 +118,9 @@ class Submit(Struct, frozen=True, tag="submit", tag_field="type", omit_defaults=
     """Text instead of token ids; only the front takes it, rank 0 refuses it."""
     output_token_ids: list[TokenId] = field(default_factory=list)
     params: SamplingParams = field(default_factory=SamplingParams)
-    stop: Annotated[list[str], Meta(max_length=16)] = field(default_factory=list)
+    stop: Annotated[list[Annotated[str, Meta(max_length=4096)]], Meta(max_length=16)] = field(
+        default_factory=list
+    )
     """Stop strings; only the front takes them."""
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
     """Lower is served first; first come first served within one."""

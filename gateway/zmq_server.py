@@ -116,6 +116,11 @@ class ZmqServer:
             len(message.prompt or "") + len(message.continuation or "") > LONG_TEXT
             or message.params.grammar is not None
         ):
+            # What waits for a thread waits, too.
+            if len(self._background) >= self._requests.waiting.max_requests:
+                text = f"{len(self._background)} requests wait to be read already; try again later"
+                self.fail(live, RequestFailed("overloaded", text, retry_after_s=1))
+                return
             task = asyncio.ensure_future(self._accept_long(live, message))
             self._background.add(task)
             task.add_done_callback(self._background.discard)

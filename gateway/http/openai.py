@@ -29,6 +29,7 @@ from gateway.http.errors import ApiError, from_failure
 from gateway.http.logprobs import Namer, lay_out
 from gateway.http.sampling import (
     bad_words,
+    check_answer_size,
     check_sampling,
     num_candidates,
     num_choices,
@@ -176,7 +177,9 @@ class OpenAI:
         found = check_params(base, limits, max(map(len, prompts)))
         if found is not None:
             raise ApiError(400, found.message, param=found.field, code="invalid_value")
-        params = _params_of_choices(base, num_candidates(request), len(prompts), bool(request.stream))
+        count = num_candidates(request)
+        check_answer_size(base, sum(map(len, prompts)), len(prompts), count, bool(request.stream))
+        params = _params_of_choices(base, count, len(prompts), bool(request.stream))
         most = self.requests.waiting.max_requests
         if len(params) > most:
             text = f"{len(params)} prompts and choices in one request; allowed: {most} (--max-waiting)"

@@ -16,11 +16,14 @@ from gateway.text import TextModel
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKEN_IDS = 256
 MAX_BAD_WORDS = 128
 """Each may be two token sequences, with and without a space before it."""
 MAX_BAD_WORD_CHARACTERS = 256
 MAX_TIMEOUT_S = 86_400.0
+MAX_ANSWER_LOGPROBS = 2**22
+"""In one answer: some 100 bytes each as JSON, and as much before."""
 
 
 def sampling_params(request: CommonRequest, max_tokens: int) -> SamplingParams:
@@ -123,6 +126,26 @@ def asked_prompt_logprobs(request: CommonRequest) -> int | None:
     return count
 
 
+def check_answer_size(
+    params: SamplingParams, num_prompt_tokens: int, num_prompts: int, num_choices: int, streams: bool
+) -> None:
+    """Refuses an answer that would take too much of the front's memory. `num_prompt_tokens` is over all prompts. A
+    stream has its tokens' log-probabilities sent on at once. Raises ApiError."""
+    count = 0
+    if params.prompt_logprobs is not None:
+        shown = num_choices if streams else 1
+        count += num_prompt_tokens * shown * (params.prompt_logprobs + 2)
+    if params.logprobs is not None and not streams:
+        count += num_prompts * num_choices * params.max_tokens * (params.logprobs + 2)
+    if count > MAX_ANSWER_LOGPROBS:
+        text = f"the answer may have {count} log-probabilities, over all prompts, choices and alternatives"
+        remedy = "ask for fewer of them or for fewer tokens" + ("" if streams else ", or for a stream")
+        field = "logprobs" if params.logprobs is not None else "prompt_logprobs"
+        raise ApiError(
+            400, f"{text}; allowed: {MAX_ANSWER_LOGPROBS}: {remedy}", param=field, code="invalid_value"
+        )
+
+
 def num_candidates(request: CommonRequest) -> int:
     """How many answers are made for each prompt, of which `n` are shown. Raises ApiError."""
     count = num_choices(request)
@@ -146,7 +169,9 @@ def stop_strings(request: CommonRequest) -> list[str]:
     """The stop strings. Raises ApiError."""
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     check(len(stop) <= MAX_STOP_STRINGS, "stop", f"{len(stop)} strings", f"up to {MAX_STOP_STRINGS}")
-    check(all(stop), "stop", '""', "strings that are not empty")
+    allowed = f"strings of 1 to {MAX_STOP_CHARACTERS} characters"
+    for text in stop:
+        check(0 < len(text) <= MAX_STOP_CHARACTERS, "stop", f"a string of {len(text)} characters", allowed)
     return stop
 
 
