@@ -427,6 +427,13 @@ def test_what_is_left_behind() -> None:
     assert changed(leave) == {Rule.LEFTOVER}
 
 
+def test_a_deployment_that_gives_up() -> None:
+    def give_up(history: History) -> None:
+        history.died = "exit code 1: 3 worlds in a row did not start"
+
+    assert changed(give_up) == {Rule.GAVE_UP}
+
+
 # --------------------------------------------------------------------------- mutations
 
 

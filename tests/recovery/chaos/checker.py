@@ -48,6 +48,7 @@ class Rule(Enum):
     UNRECOVERED = "fault not recovered"
     FALSE_ALARM = "false alarm"
     LEFTOVER = "left behind"
+    GAVE_UP = "gave up"
 
 
 class Violation(Struct, frozen=True):
@@ -75,6 +76,8 @@ def check(history: History, oracle: Oracle, bounds: Bounds) -> list[Violation]:
     """All violations, in no particular order; an empty list is the proof. Raises KeyError for a case that the oracle
     does not know."""
     found = [Violation(Rule.LEFTOVER, leftover.what, leftover.at) for leftover in history.leftovers]
+    if history.died is not None:
+        found.append(Violation(Rule.GAVE_UP, history.died))
     found += _check_faults(history, bounds)
     for request in history.requests:
         found += check_request(request, oracle[request.case], history, bounds)

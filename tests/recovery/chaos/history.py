@@ -116,6 +116,8 @@ class History(Struct):
     detections: list[Detection] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
     leftovers: list[Leftover] = field(default_factory=list)
+    died: str | None = None
+    """How `phalanx serve` ended, if nobody had told it to."""
 
 
 class Expected(Struct, frozen=True):

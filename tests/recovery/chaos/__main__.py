@@ -1,0 +1,39 @@
+"""`python -m tests.recovery.chaos`: a campaign of faults, which goes on where it was cut off."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from tests.recovery.chaos import campaign, oracle
+from tests.recovery.chaos.schedule import Deployment
+from tests.references import ROOT
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.recovery.chaos", description=__doc__)
+    parser.add_argument("--faults", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--faults-a-leg", type=int, default=20, help="before the deployment is started anew")
+    parser.add_argument("--spares", help="only these: none,warm,hot, with --tp and --pp")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--state", type=Path, help="folder of state and logs (default: build/chaos/SEED)")
+    arguments = parser.parse_args()
+    shapes = campaign.SHAPES
+    if arguments.spares:
+        shapes = [Deployment(kind, arguments.tp, arguments.pp) for kind in arguments.spares.split(",")]
+    folder = arguments.state or ROOT / "build" / "chaos" / str(arguments.seed)
+    plan = campaign.Plan(arguments.seed, arguments.faults, folder, shapes, arguments.faults_a_leg)
+    legs = asyncio.run(campaign.run(plan, oracle.load()))
+    violations = [violation for leg in legs for violation in leg.violations]
+    done = sum(len(leg.numbers) for leg in legs)
+    requests = sum(len(leg.history.requests) for leg in legs)
+    print(f"{done} faults, {requests} requests, {len(violations)} violations; logs in {folder}")
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""The schedule: which fault comes when and where. Drawn from (seed, number) alone, so that any fault of a run can be
+had again; pure. Used by the campaign."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Kind(Enum):
+    """What is done to the target. The first group comes from outside, by signals; the second from inside a rank (see
+    engine/faults.py), so that it happens at an exact place."""
+
+    KILL = "kill"
+    STOP = "stop"
+    STOP_AND_GO = "stop for 1.5 s"
+    SHORT_STOP = "stop for 200 ms"
+    SEGMENTATION_FAULT = "segmentation fault"
+
+    HANG = "hang in a step"
+    HANG_IN_COLLECTIVE = "hang in a collective"
+    SKIP_COLLECTIVE = "skipped collective"
+    RAISE = "exception in a step"
+    OUT_OF_MEMORY = "out of memory"
+    KILL_IN_COLLECTIVE = "kill in a collective"
+    KILL_IN_BROADCAST = "kill in mid-broadcast"
+    STOP_IN_COLLECTIVE = "stop in a collective"
+
+
+INSIDE = {
+    Kind.HANG: "hang",
+    Kind.HANG_IN_COLLECTIVE: "hang collective={collective}",
+    Kind.SKIP_COLLECTIVE: "skip collective={collective}",
+    Kind.RAISE: "raise",
+    Kind.OUT_OF_MEMORY: "memory",
+    Kind.KILL_IN_COLLECTIVE: "kill collective={collective}",
+    Kind.KILL_IN_BROADCAST: "kill plan=sent",
+    Kind.STOP_IN_COLLECTIVE: "stop collective={collective}",
+}
+"""How engine/faults.py is told."""
+
+FREEZES = (Kind.STOP, Kind.STOP_AND_GO, Kind.STOP_IN_COLLECTIVE)
+HANGS = (Kind.HANG, Kind.HANG_IN_COLLECTIVE, Kind.SKIP_COLLECTIVE)
+
+
+class Target(Enum):
+    """Who is hit."""
+
+    RANK = "rank"
+    GUARD = "guard"
+    MPIRUN = "mpirun"
+    SPARE_RANK = "spare's rank"
+    SPARE_GUARD = "spare's guard"
+    SPARE_MPIRUN = "spare's mpirun"
+    ALL_RANKS = "every rank"
+    BOTH_WORLDS = "world and spare"
+    FRONT = "front"
+    SUPERVISOR = "supervisor"
+
+
+OF_SPARE = (Target.SPARE_RANK, Target.SPARE_GUARD, Target.SPARE_MPIRUN, Target.BOTH_WORLDS)
+
+PHASES = ("joining", "loading", "loaded")
+"""Of a starting or promoted world, in which a second fault can hit it."""
+
+
+@dataclass(frozen=True)
+class Second:
+    """A fault during the recovery from another: the next world's rank dies, too."""
+
+    rank: int
+    phase: str | None
+    """As it enters this phase; None: after `delay_s`, wherever it is."""
+    delay_s: float
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of the schedule."""
+
+    number: int
+    kind: Kind
+    target: Target
+    rank: int
+    delay_s: float
+    """Wait before it, from the moment at which everything flows again."""
+    prefill: bool = False
+    """Long prompts are sent just before."""
+    collective: int = 1
+    spare_parked: bool = True
+    """Whether the spare is waited for first; else it may hit while the spare is being built."""
+    second: Second | None = None
+
+    @property
+    def label(self) -> str:
+        text = f"{self.kind.value}: {self.target.value}"
+        text += f" {self.rank}" if "rank" in self.target.value or "guard" in self.target.value else ""
+        text += ", in prefill" if self.prefill else ""
+        if self.second is not None:
+            where = f"in {self.second.phase}" if self.second.phase else f"after {self.second.delay_s:.1f} s"
+            text += f", then rank {self.second.rank} of the next world {where}"
+        return text
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The shape of what is hit."""
+
+    spare: str
+    tp: int = 2
+    pp: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.tp * self.pp
+
+    @property
+    def name(self) -> str:
+        shape = " x ".join([f"tp {self.tp}"] * (self.tp > 1) + [f"pp {self.pp}"] * (self.pp > 1))
+        return f"{shape}, {self.spare}"
+
+
+# How often what is done to whom, against the others.
+_OUTSIDE: list[tuple[Kind, Target, int]] = [
+    (Kind.KILL, Target.RANK, 22),
+    (Kind.KILL, Target.ALL_RANKS, 2),
+    (Kind.KILL, Target.GUARD, 4),
+    (Kind.KILL, Target.MPIRUN, 4),
+    (Kind.STOP, Target.RANK, 10),
+    (Kind.STOP_AND_GO, Target.RANK, 3),
+    (Kind.STOP, Target.GUARD, 3),
+    (Kind.SHORT_STOP, Target.RANK, 5),
+    (Kind.SHORT_STOP, Target.GUARD, 2),
+    (Kind.SHORT_STOP, Target.FRONT, 2),
+    (Kind.SHORT_STOP, Target.MPIRUN, 1),
+    (Kind.SHORT_STOP, Target.SUPERVISOR, 2),
+    (Kind.SEGMENTATION_FAULT, Target.RANK, 3),
+]
+_INSIDE: list[tuple[Kind, Target, int]] = [
+    (Kind.HANG, Target.RANK, 2),
+    (Kind.HANG_IN_COLLECTIVE, Target.RANK, 2),
+    (Kind.SKIP_COLLECTIVE, Target.RANK, 3),
+    (Kind.RAISE, Target.RANK, 3),
+    (Kind.OUT_OF_MEMORY, Target.RANK, 3),
+    (Kind.KILL_IN_COLLECTIVE, Target.RANK, 4),
+    (Kind.KILL_IN_BROADCAST, Target.RANK, 4),
+    (Kind.STOP_IN_COLLECTIVE, Target.RANK, 2),
+]
+_OF_SPARE: list[tuple[Kind, Target, int]] = [
+    (Kind.KILL, Target.SPARE_RANK, 4),
+    (Kind.STOP, Target.SPARE_RANK, 2),
+    (Kind.KILL, Target.SPARE_GUARD, 2),
+    (Kind.KILL, Target.SPARE_MPIRUN, 2),
+    (Kind.KILL, Target.BOTH_WORLDS, 3),
+    (Kind.SHORT_STOP, Target.SPARE_RANK, 1),
+]
+_HAVE_SECOND = 0.12
+"""Share of the faults of a world that are followed by another during the recovery."""
+
+
+def draw(seed: int, number: int, deployment: Deployment) -> Fault:
+    """Fault `number` of the run with this seed."""
+    dice = random.Random(f"{seed} {number} {deployment.name}")
+    choices = _OUTSIDE + _INSIDE
+    if deployment.spare != "none":
+        choices = choices + _OF_SPARE
+    kind, target, _ = dice.choices(choices, [weight for _, _, weight in choices])[0]
+    rank = dice.randrange(deployment.size)
+    if kind is Kind.KILL_IN_BROADCAST:
+        rank = 0
+    if kind is Kind.SKIP_COLLECTIVE and deployment.tp == 1:
+        rank = dice.randrange(deployment.size - 1)  # the last stage has none that it could skip
+    second = None
+    ends_world = target not in OF_SPARE and kind is not Kind.SHORT_STOP
+    second_rank, phase = dice.randrange(deployment.size), dice.choice((None, None, *PHASES))
+    second_delay_s = dice.uniform(0.0, 1.5)
+    if dice.random() < _HAVE_SECOND and ends_world:
+        second = Second(second_rank, phase, second_delay_s)
+    return Fault(
+        number=number,
+        kind=kind,
+        target=target,
+        rank=rank,
+        delay_s=dice.uniform(0.0, 2.0),
+        prefill=dice.random() < 0.25 and kind not in INSIDE,
+        collective=dice.randint(1, 20) if deployment.tp > 1 else 1,
+        spare_parked=target in OF_SPARE or dice.random() < 0.85,
+        second=second,
+    )

@@ -1,0 +1,26 @@
+"""Twenty faults drawn from a seed, under load, over the kinds of spares and shapes of worlds; and the schedule they
+come from. The long run is `make chaos`; see docs/recovery.md."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.recovery.chaos import campaign, oracle
+from tests.recovery.chaos.schedule import Deployment
+
+LEGS = [(Deployment("warm"), 7), (Deployment("hot"), 7), (Deployment("none", tp=1, pp=2), 6)]
+SEED = 20
+
+
+@pytest.mark.parametrize(("shape", "num_faults"), LEGS, ids=[shape.name for shape, _ in LEGS])
+def test_no_request_dies(tmp_path: Path, shape: Deployment, num_faults: int) -> None:
+    plan = campaign.Plan(SEED, num_faults, tmp_path / "state", [shape], num_http=4, num_zmq=2)
+    [leg] = asyncio.run(campaign.run(plan, oracle.load()))
+    assert leg.violations == []
+    # What found nothing has also looked at something.
+    assert len(leg.numbers) == num_faults
+    assert len(leg.history.injections) >= num_faults - 1
+    assert len(leg.history.requests) > 2 * num_faults
