@@ -18,7 +18,11 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 QUICK_API := $(addprefix tests/api/test_,openai.py operations.py python.py zeromq.py)
 QUICK_RECOVERY := $(addprefix tests/recovery/test_,refusals.py relaunch.py stopping.py)
 
-.PHONY: serve test test-all lint unit worlds api recovery bench clean
+# How many faults `make chaos` puts in, drawn from SEED; a run that was cut off goes on.
+FAULTS ?= 1000
+SEED ?= 1
+
+.PHONY: serve test test-all lint unit worlds api recovery chaos bench clean
 
 serve: $(READY)
 	@exec $(BIN)/phalanx serve $(MODEL) $(ARGS)
@@ -62,6 +66,10 @@ api: $(READY_TEST)
 
 recovery: $(READY_TEST)
 	$(BIN)/python -m pytest -m 'not slow' $(QUICK_RECOVERY)
+
+# Faults under load for hours; the report goes to benchmarks/results/chaos.html and .json.
+chaos: $(READY_TEST)
+	$(BIN)/python -m tests.recovery.chaos --faults $(FAULTS) --seed $(SEED)
 
 bench: $(READY_TEST)
 	$(BIN)/python -m benchmarks.offline

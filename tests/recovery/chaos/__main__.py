@@ -7,7 +7,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from tests.recovery.chaos import campaign, oracle
+from tests.recovery.chaos import campaign, oracle, report
 from tests.recovery.chaos.schedule import Deployment
 from tests.references import ROOT
 
@@ -21,17 +21,24 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--state", type=Path, help="folder of state and logs (default: build/chaos/SEED)")
+    parser.add_argument("--name", default="chaos", help="of the report's files in benchmarks/results")
+    parser.add_argument("--report-only", action="store_true", help="of what has been done so far; no faults")
     arguments = parser.parse_args()
     shapes = campaign.SHAPES
     if arguments.spares:
         shapes = [Deployment(kind, arguments.tp, arguments.pp) for kind in arguments.spares.split(",")]
     folder = arguments.state or ROOT / "build" / "chaos" / str(arguments.seed)
     plan = campaign.Plan(arguments.seed, arguments.faults, folder, shapes, arguments.faults_a_leg)
-    legs = asyncio.run(campaign.run(plan, oracle.load()))
+    if arguments.report_only:
+        legs = list(campaign.load_legs(folder))
+    else:
+        legs = asyncio.run(campaign.run(plan, oracle.load()))
+    page = report.write(legs, arguments.seed, arguments.name)
     violations = [violation for leg in legs for violation in leg.violations]
     done = sum(len(leg.numbers) for leg in legs)
     requests = sum(len(leg.history.requests) for leg in legs)
     print(f"{done} faults, {requests} requests, {len(violations)} violations; logs in {folder}")
+    print(f"written: {page}")
     return 1 if violations else 0
 
 

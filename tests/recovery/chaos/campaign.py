@@ -73,8 +73,6 @@ class Leg(Struct):
     cores: int
     started_at: float
     ended_at: float = 0.0
-    loads: list[float] = field(default_factory=list)
-    """Load average of the machine at each fault."""
     violations: list[Violation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -204,8 +202,9 @@ class _Runner:
             self._note(f"fault {fault.number} did not come about: {fault.label}")
             self._injector.clear()
             return
-        self._leg.loads.append(os.getloadavg()[0])
         history = self._leg.history
+        for injection in struck.injections:
+            injection.spare_parked = spare is not None
         history.injections += struck.injections
         self._say(f"fault {fault.number}: {fault.label} (world {world['epoch']})")
         doomed = [struck]
@@ -247,14 +246,12 @@ class _Runner:
 
     async def _wait_detected(self, struck: Struck) -> None:
         epochs = {injection.epoch for injection in struck.injections}
-        since = min(injection.at for injection in struck.injections)
-        await self._wait_log(lambda names: bool(names), since, epochs)
+        await self._wait_known(epochs)
 
     async def _wait_settled(self, struck: Struck) -> None:
         """Until each fault is known and nothing waits for a world any more."""
-        since = min(injection.at for injection in struck.injections)
         epochs = {injection.epoch for injection in struck.injections}
-        await self._wait_log(lambda names: True, since, epochs)
+        await self._wait_known(epochs)
         give_up_at = time.monotonic() + BOUNDS.recover_s
         while time.monotonic() < give_up_at and not self._deployment.has_ended:
             log = self._deployment.log()
@@ -264,7 +261,8 @@ class _Runner:
                 return
             await asyncio.sleep(POLL_S)
 
-    async def _wait_log(self, _unused: object, since: float, epochs: set[int | None]) -> None:
+    async def _wait_known(self, epochs: set[int | None]) -> None:
+        """Until the supervisor has found a fault in each of these worlds."""
         give_up_at = time.monotonic() + BOUNDS.detect_s
         while time.monotonic() < give_up_at and not self._deployment.has_ended:
             known = {

@@ -80,6 +80,8 @@ class Injection(Struct):
     until: float | None = None
     """When it was undone, for what can be undone."""
     load_average: float = 0.0
+    spare_parked: bool = False
+    """Whether a spare stood ready when it came."""
 
 
 class Detection(Struct, frozen=True):
