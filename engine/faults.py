@@ -156,7 +156,7 @@ class Faults:
         if getattr(group, "size", 1) > 1:
             group.reduced = self._skippable(group.reduced, lambda partial: partial.float())
         if world.next_stage is not None:
-            world.next_stage.send = self._skippable(world.next_stage.send, lambda hidden: None)
+            world.next_stage.send = self._skippable(world.next_stage.send, lambda *_: None)
 
     def at_phase(self, name: str) -> None:
         self._fire(lambda conditions: conditions.get("phase") == name)
@@ -243,11 +243,11 @@ class Faults:
         elif spec.action == "print":
             print(f"fault: {spec.value} rank {self._rank}", file=sys.stderr, flush=True)
 
-    def _skippable(self, call: Callable[[Any], Any], instead: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def guarded(argument: Any) -> Any:
+    def _skippable(self, call: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*arguments: Any) -> Any:
             if self._skips_next:
                 self._skips_next = False
-                return instead(argument)
-            return call(argument)
+                return instead(*arguments)
+            return call(*arguments)
 
         return guarded

@@ -87,7 +87,7 @@ def compare(
     found = []
     for plan in plans:
         batch = table.apply(plan)
-        hidden = runner.forward(batch)
+        hidden = runner.forward(batch, plan.step)
         assert hidden is not None
         logits = runner.logits(hidden, batch.sampling_rows)
         if logits is not None:

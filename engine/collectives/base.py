@@ -33,16 +33,25 @@ class TensorGroup(Protocol):
         `local` is `[num_rows, widths[tp_rank]]` float32; the result `[num_rows, sum(widths)]`."""
         ...
 
+    def end_step(self) -> None:
+        """Waits until every rank of the group has come to the end of the step.
+
+        Reductions carry no number: a rank that left one out would meet the others' last one with the first of its
+        next step, and wrong sums would go on unseen. Here it waits for ever instead, which its guard sees. Needed
+        only where a rank can go on to another step before this one's tokens are drawn: with several stages."""
+        ...
+
 
 class Link(Protocol):
     """One direction of the pipeline, between two ranks of the same tp_rank."""
 
-    def send(self, hidden: torch.Tensor) -> None:
-        """Hands on `[num_tokens, hidden_size]` float32; returns before it has arrived."""
+    def send(self, hidden: torch.Tensor, step: int) -> None:
+        """Hands on `[num_tokens, hidden_size]` float32 of this step; returns before it has arrived."""
         ...
 
-    def receive(self, hidden: torch.Tensor) -> None:
-        """Fills `hidden` `[num_tokens, hidden_size]` float32."""
+    def receive(self, hidden: torch.Tensor, step: int) -> None:
+        """Fills `hidden` `[num_tokens, hidden_size]` float32. Takes those of this step only: if they were never
+        sent, it waits rather than computing with those of another one."""
         ...
 
 

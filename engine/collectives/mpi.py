@@ -27,6 +27,10 @@ _SPIN_S = 0.002
 _SLEEP_MIN_S, _SLEEP_MAX_S = 20e-6, 1.5e-3
 
 
+_NUM_TAGS = 32768
+"""The MPI standard promises so many."""
+
+
 class WorldShapeError(Exception):
     """mpirun started another number of ranks than tp * pp."""
 
@@ -87,6 +91,9 @@ class SingleRankGroup:
     def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
         return local
 
+    def end_step(self) -> None:
+        return None
+
 
 class MpiTensorGroup:
     """Sums in float32 whatever the model's type: MPI has no bfloat16, and partial sums deserve the bits."""
@@ -94,6 +101,8 @@ class MpiTensorGroup:
     def __init__(self, comm: MPI.Comm, on_collective: Callable[[], None]) -> None:
         self._comm = comm
         self._on_collective = on_collective
+        self._ends = comm.Dup()
+        """Only ends of steps meet here, never reductions."""
         self.size = comm.Get_size()
         self._rank = comm.Get_rank()
 
@@ -119,6 +128,9 @@ class MpiTensorGroup:
         parts = torch.from_numpy(received).split(counts)
         return torch.cat([part.view(num_rows, -1) for part in parts], dim=1)
 
+    def end_step(self) -> None:
+        self._ends.Barrier()
+
 
 class MpiLink:
     """Activations between neighbouring stages. A message in flight keeps its buffer alive here."""
@@ -129,16 +141,16 @@ class MpiLink:
         self._peer = peer
         self._in_flight: deque[tuple[MPI.Request, torch.Tensor]] = deque()
 
-    def send(self, hidden: torch.Tensor) -> None:
+    def send(self, hidden: torch.Tensor, step: int) -> None:
         self._on_collective()
         while self._in_flight and self._in_flight[0][0].Test():
             self._in_flight.popleft()
-        request = self._comm.Isend(hidden.numpy(), dest=self._peer)
+        request = self._comm.Isend(hidden.numpy(), dest=self._peer, tag=step % _NUM_TAGS)
         self._in_flight.append((request, hidden))
 
-    def receive(self, hidden: torch.Tensor) -> None:
+    def receive(self, hidden: torch.Tensor, step: int) -> None:
         self._on_collective()
-        self._comm.Recv(hidden.numpy(), source=self._peer)
+        self._comm.Recv(hidden.numpy(), source=self._peer, tag=step % _NUM_TAGS)
 
 
 class MpiControl:

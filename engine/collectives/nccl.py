@@ -61,17 +61,22 @@ class NcclTensorGroup:
             return None
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
+    def end_step(self) -> None:
+        # A barrier would cost a launch and a wait on the device; sums of another step are not noticed here.
+        return None
+
 
 class NcclLink:
-    """See `base.Link`. Sends are queued on the device's stream, so they never block this rank."""
+    """See `base.Link`. Sends are queued on the device's stream, so they never block this rank. NCCL has no tags: the
+    step is not looked at."""
 
     def __init__(self, peer: int) -> None:
         self._peer = peer
 
-    def send(self, hidden: torch.Tensor) -> None:
+    def send(self, hidden: torch.Tensor, step: int) -> None:
         dist.send(hidden, dst=self._peer)
 
-    def receive(self, hidden: torch.Tensor) -> None:
+    def receive(self, hidden: torch.Tensor, step: int) -> None:
         dist.recv(hidden, src=self._peer)
 
 

@@ -73,7 +73,7 @@ class StageRunner:
             self.sampler.apply(plan)
         if self._pooler is not None:
             self._pooler.apply(plan)
-        hidden = self.forward(batch)
+        hidden = self.forward(batch, plan.step)
         if hidden is None:
             return None
         # Every rank of the last stage computes its columns of the logits; the sampler gathers them.
@@ -86,7 +86,7 @@ class StageRunner:
         token_ids, logprobs = self.sampler.draw(logits, batch, plan)
         return StepResult(token_ids, logprobs, prompt_logprobs, pooled)
 
-    def forward(self, batch: Batch) -> torch.Tensor | None:
+    def forward(self, batch: Batch, step: int) -> torch.Tensor | None:
         """Hidden states `[num_tokens, hidden_size]` float32 after the last layer; None at earlier stages, which
         have sent theirs on."""
         world, stage = self._world, self._stage
@@ -94,10 +94,12 @@ class StageRunner:
             hidden = stage.embed(batch.token_ids)
         else:
             hidden = torch.empty(batch.num_tokens, self._hidden_size, device=stage.device)
-            world.previous_stage.receive(hidden)
+            world.previous_stage.receive(hidden, step)
         hidden = stage.layers(hidden, batch, self._cache)
+        if world.at.pp > 1:
+            world.tensor_group.end_step()
         if world.next_stage is not None:
-            world.next_stage.send(hidden)
+            world.next_stage.send(hidden, step)
             return None
         return hidden
 

@@ -96,7 +96,7 @@ def test_bfloat16_perplexity_is_that_of_transformers(world: World, oracle: Refer
         )
         with torch.inference_mode():
             batch = runner._table.apply(plan)
-            hidden = runner.forward(batch)
+            hidden = runner.forward(batch, plan.step)
             part = None if hidden is None else runner.logits(hidden, torch.arange(len(tokens)))
         if part is not None:
             logits.append(part.numpy())
