@@ -6,8 +6,6 @@ It never decides anything about worlds; it notices that nobody is left to serve 
 from __future__ import annotations
 
 import asyncio
-import os
-import time
 from collections.abc import Callable
 
 import zmq
@@ -26,8 +24,6 @@ from gateway.sockets import ReadPump, Socket, receive_frames
 STATE_INTERVAL_S = 1.0
 """A new supervisor learns of the front by its next word."""
 
-ORPHAN_S = 10.0
-
 
 class Control:
     """A DEALER to the supervisor's ROUTER."""
@@ -40,14 +36,16 @@ class Control:
         on_table: Callable[[WorldTable], None],
         on_orphaned: Callable[[], None],
         log: Logger,
+        gone_s: Callable[[], float | None],
+        orphan_s: float,
     ) -> None:
-        """`on_orphaned` is called when no table has come for ORPHAN_S and the parent process is gone."""
+        """`on_orphaned` is called when no supervisor has been there for `orphan_s`, as `gone_s` tells."""
         self._state = state
         self._on_table = on_table
         self._on_orphaned = on_orphaned
         self._log = log
-        self._parent = os.getppid()
-        self._last_table = time.monotonic()
+        self._gone_s = gone_s
+        self._orphan_s = orphan_s
         self._socket = context.socket(zmq.DEALER)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.SNDHWM, 100)
@@ -75,7 +73,7 @@ class Control:
     def _tick(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(STATE_INTERVAL_S, self._tick)
         self.send_state()
-        if time.monotonic() - self._last_table > ORPHAN_S and os.getppid() != self._parent:
+        if (self._gone_s() or 0.0) > self._orphan_s:
             self._on_orphaned()
 
     def _drain(self) -> None:
@@ -88,5 +86,4 @@ class Control:
             self._log.error("control message", detail=str(error))
             return
         if isinstance(message, WorldTable):
-            self._last_table = time.monotonic()
             self._on_table(message)

@@ -35,6 +35,7 @@ from gateway.metrics import FrontMetrics
 from gateway.protocol import FrontState, WorldTable
 from gateway.requests import Requests
 from gateway.sockets import Socket
+from gateway.supervision import Supervision, adoption_wait_s
 from gateway.text import TextModel
 from gateway.worlds import Worlds
 from gateway.zmq_server import ZmqServer
@@ -59,6 +60,7 @@ class FrontConfig:
     http_fd: int
     zmq: str
     control: str
+    run_dir: Path | None
     max_wait_s: float
     max_waiting: int
     max_waiting_tokens: int
@@ -78,6 +80,7 @@ class Front:
 
     def __init__(self, config: FrontConfig, text: TextModel, log: Logger) -> None:
         """To be made in the running loop. Raises EndpointError."""
+        self._config = config
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._drain_timeout_s = config.drain_timeout_s
@@ -94,13 +97,21 @@ class Front:
         )
         self._zmq_server = ZmqServer(config.zmq, self._requests, text, config.model)
         self._worlds = Worlds(self._context, self._requests, log, self._serving_changed)
+        self._supervision = Supervision(config.run_dir, config.http_fd, log)
         self._control = Control(
-            self._context, config.control, self._state, self._on_table, self._orphaned, log
+            self._context,
+            config.control,
+            self._state,
+            self._on_table,
+            self._orphaned,
+            log,
+            lambda: self._supervision.gone_s,
+            adoption_wait_s(),
         )
         self._requests.on_resumed = self._control.send_state
         self._log = log
         openai = OpenAI(config.model, self._requests, text)
-        operations = Operations(self._worlds, self._requests, metrics)
+        operations = Operations(self._worlds, self._requests, metrics, self._supervision)
         app = make_app(openai, operations, metrics, log)
         self._http = _Server(
             uvicorn.Config(
@@ -134,6 +145,7 @@ class Front:
         stopped.cancel()
         self._worlds.close()
         self._control.close()
+        self._supervision.close()
         self._zmq_server.close()
         self._context.destroy(linger=0)
 
@@ -168,7 +180,10 @@ class Front:
         self._control.send_state()
 
     def _orphaned(self) -> None:
-        self._log.error("orphaned", detail="no supervisor is left; the front ends itself")
+        self._log.error("orphaned", detail="no supervisor has taken over; the front ends itself")
+        if self._config.run_dir is not None:
+            with contextlib.suppress(OSError):
+                Path(self._config.control.removeprefix("ipc://")).unlink()
         self.stop_now()
 
     async def _watch_clients(self) -> None:
@@ -219,6 +234,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
         http_fd=options.http_fd,
         zmq=options.zmq,
         control=options.control,
+        run_dir=options.run_dir,
         max_wait_s=options.max_wait_s,
         max_waiting=options.max_waiting,
         max_waiting_tokens=options.max_waiting_tokens,

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 from launcher.errors import LauncherError
 from launcher.settings import BACKENDS, Settings
@@ -37,6 +38,14 @@ def build_parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show worlds and ranks", description="Show worlds and ranks.")
     _add_url(status)
     status.add_argument("--json", action="store_true", help="print what /cluster answers, for programs")
+
+    stop = commands.add_parser(
+        "stop",
+        help="end a deployment",
+        description="End a deployment of this machine, also one whose supervisor was killed.",
+    )
+    stop.add_argument("--port", type=int, default=8000, metavar="P", help="HTTP port that it serves on")
+    stop.add_argument("--run-dir", type=Path, metavar="DIR", help="its run folder, if it was given one")
 
     pull = commands.add_parser("pull", help="download and import a model", description="Get a model.")
     pull.add_argument("model", metavar="MODEL", help="catalog name, GGUF file or hub id")
@@ -81,6 +90,10 @@ def _run(options: argparse.Namespace) -> int:
         from launcher.status import status
 
         return status(options.url, as_json=options.json)
+    if options.command == "stop":
+        from launcher.stop import stop
+
+        return stop(options.port, options.run_dir)
     if options.command == "pull":
         from launcher.pull import pull
 

@@ -16,8 +16,11 @@ import zmq
 
 from gateway.protocol import FrontState, ProtocolError, WorldTable, decode_control_message, encode
 from launcher.errors import LauncherError
-from launcher.processes import ProcessId
+from launcher.processes import AdoptedProcess, ProcessId
 from launcher.watch import EXIT_CONFIG
+
+SUPERVISOR_VARIABLE = "PHALANX_SUPERVISOR_PID"
+"""Environment variable that tells the front whose child it should be."""
 
 _RESTARTS_IN_A_ROW = 3
 _STABLE_AFTER_S = 10.0
@@ -41,7 +44,7 @@ class FrontProcess:
         self.log_path = log_path
         self.state: FrontState | None = None
         """The last word of the front that runs now."""
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | AdoptedProcess | None = None
         self._identity: bytes | None = None
         self._started_at = 0.0
         self._short_lives = 0
@@ -59,13 +62,24 @@ class FrontProcess:
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
-                env=self._environment,
+                env={**self._environment, SUPERVISOR_VARIABLE: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[self._listener.fileno()],
                 start_new_session=True,
             )
+
+    def adopt(self, process: ProcessId) -> None:
+        """Takes over the front of an earlier supervisor, which finds the control socket by itself."""
+        self._started_at = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):  # ended just now: `run` starts another one
+            self._process = AdoptedProcess(process)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether one was started or adopted, and has not been found dead."""
+        return self._process is not None
 
     @property
     def started_at(self) -> float:

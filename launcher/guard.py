@@ -1,5 +1,6 @@
 """The guard: parent of one rank, started by mpirun. It reaps its rank, sees it stopped, beats to the
-supervisor and kills the rank on order. It must never outlive supervisor or mpirun, nor leave its rank behind.
+supervisor and kills the rank on order. It must never outlive mpirun, nor its wait for a supervisor that takes over
+from one that ended, nor leave its rank behind.
 
     python -m launcher.guard --epoch N [--spare warm|hot] -- COMMAND...
 """
@@ -33,7 +34,8 @@ from launcher.post_mortem import (
     python_stacks,
     signal_name,
 )
-from launcher.processes import ProcessId, StateReader, host_id, host_name, is_alive
+from launcher.processes import ProcessId, StateReader, host_id, host_name
+from launcher.supervisor_tie import SupervisorTie
 from launcher.watch import (
     PARENT_VARIABLE,
     PROGRESS_PAGE_VARIABLE,
@@ -42,8 +44,10 @@ from launcher.watch import (
     FaultReport,
     Go,
     GuardHello,
+    Introduce,
     Kill,
     Killed,
+    Lease,
     Message,
     MessageError,
     Phase,
@@ -63,6 +67,10 @@ FROZEN_AFTER_S = 0.45
 """A rank stopped for less goes on as if nothing had been (a debugger, a checkpoint, a busy cgroup)."""
 ORDER_WAIT_S = 5.0
 """How long a guard whose rank has ended waits for the supervisor's order before it ends by itself."""
+
+
+_ADOPTABLE = (Phase.IDLE, Phase.STEPPING, Phase.PARKED)
+"""No supervisor takes over a world that is still on its way."""
 
 
 class Guard:
@@ -85,7 +93,8 @@ class Guard:
         self._stack_path = environment.world_dir / f"rank-{rank}.stacks"
         self._mpirun = os.getppid()
         self._stopped_since: float | None = None
-        self._reported = False
+        self._report: FaultReport | None = None
+        """What was reported of the rank's fault, once it was."""
         self._ended_at: float | None = None
         self._exit_code: int | None = None
         self._told_to_end = False
@@ -98,6 +107,7 @@ class Guard:
         self._interval_s = STARTING_INTERVAL_S
         self._last_beat = 0.0
         self._last_view: tuple[Phase, str | None] | None = None
+        self._tie: SupervisorTie | None = None
 
     def run(self) -> int:
         """Spawns the rank and watches it until it is dead and the supervisor knows, or nobody is left to
@@ -108,13 +118,17 @@ class Guard:
         page_path = self._environment.shm_dir / f"rank-{self.rank}.progress"
         self._page = ProgressPage.create(page_path)
         self._process = self._spawn(page_path)
+        rank_id = ProcessId.of(self._process.pid)
+        assert rank_id is not None  # it is not reaped yet
+        self._rank_id = rank_id
         self._state = StateReader(self._process.pid)
         try:
             with zmq.Context() as context, self._connect(context) as link:
                 self._link = link
-                return self._watch()
+                return self._watch(link)
         finally:
             self._kill_rank()
+            self._tidy_up()
 
     def _catch_signals(self) -> None:
         # mpirun ends its processes by SIGTERM; the pair of sockets wakes the poll when one comes in.
@@ -163,36 +177,24 @@ class Guard:
         link.linger = 500  # ms: time for the last word to leave
         link.sndhwm = 256
         link.set(zmq.RECONNECT_IVL, 20)
+        link.set(zmq.IMMEDIATE, 1)  # without a supervisor nothing queues up for the next one
         link.connect(self._environment.endpoint)
         return link
 
-    def _watch(self) -> int:
-        rank_id = ProcessId.of(self._process.pid)
-        own_id = ProcessId.of(os.getpid())
-        assert rank_id is not None and own_id is not None  # neither is reaped yet
-        self._send(
-            GuardHello(
-                epoch=self.epoch,
-                rank=self.rank,
-                host=host_name(),
-                host_id=host_id(),
-                guard_pid=own_id.pid,
-                guard_start=own_id.start,
-                pid=rank_id.pid,
-                start=rank_id.start,
-            )
-        )
+    def _watch(self, link: zmq.Socket[bytes]) -> int:
         rank_descriptor = os.pidfd_open(self._process.pid)
         poller = zmq.Poller()
         poller.register(self._link, zmq.POLLIN)
         poller.register(rank_descriptor, select.POLLIN)
         poller.register(self._wake, select.POLLIN)
-        supervisor_descriptor = self._open_supervisor()
-        if supervisor_descriptor is not None:
-            poller.register(supervisor_descriptor, select.POLLIN)
+        tie = self._tie = SupervisorTie(self._environment, link, poller, time.monotonic())
+        if tie.is_lost:  # no other supervisor takes over a world that is only starting
+            self._told_to_end = True
+        greeted = False
         checked_at = time.monotonic()
         while True:
-            planned_s = self._interval_s
+            greeted = greeted or self._say_hello()
+            planned_s = max(0.0, min(self._interval_s, tie.left_s(time.monotonic())))
             events = dict(poller.poll(round(planned_s * 1000)))
             now = time.monotonic()
             if self._wake.fileno() in events:
@@ -202,14 +204,14 @@ class Guard:
                 poller.unregister(rank_descriptor)
                 os.close(rank_descriptor)
                 self._on_rank_end(now - checked_at)
+            if tie.check(events, now) and self._page.read().phase not in _ADOPTABLE:
+                self._told_to_end = True
             if self._told_to_end or (self._link in events and self._hear_orders()):
                 self._kill_rank()
                 self._send(Killed(epoch=self.epoch, rank=self.rank))
                 return self._end_code()
-            if supervisor_descriptor in events or os.getppid() != self._mpirun:
+            if tie.left_s(now) <= 0 or os.getppid() != self._mpirun:
                 self._kill_rank()
-                # The supervisor will not tidy up any more, or is about to do the same.
-                shutil.rmtree(self._environment.shm_dir, ignore_errors=True)
                 return self._end_code()
             if self._ended_at is not None and now - self._ended_at > ORDER_WAIT_S:
                 return self._end_code()
@@ -217,31 +219,33 @@ class Guard:
             checked_at = now
             self._check_state(now, late_s)
 
-    def _open_supervisor(self) -> int | None:
-        """A descriptor that tells of the supervisor's end; None where it runs on another host. If it has
-        ended already, the guard is told to end."""
-        if self._environment.supervisor_host_id != host_id():
-            return None
-        try:
-            descriptor = os.pidfd_open(self._environment.supervisor.pid)
-        except OSError:
-            self._told_to_end = True
-            return None
-        if not is_alive(self._environment.supervisor):  # its pid means another process by now
-            self._told_to_end = True
-        return descriptor
+    def _say_hello(self) -> bool:
+        """Who this guard is, and what it has reported already; False if nobody is connected yet."""
+        own_id = ProcessId.of(os.getpid())
+        assert own_id is not None
+        hello = GuardHello(
+            epoch=self.epoch,
+            rank=self.rank,
+            host=host_name(),
+            host_id=host_id(),
+            guard_pid=own_id.pid,
+            guard_start=own_id.start,
+            pid=self._rank_id.pid,
+            start=self._rank_id.start,
+        )
+        return self._send(hello) and (self._report is None or self._send(self._report))
 
     def _on_rank_end(self, since_check_s: float) -> None:
         self._exit_code = code = self._process.wait()
         self._ended_at = time.monotonic()
-        if self._reported:
+        if self._report is not None:
             return
         doing = describe_progress(self._page.read())
         if code < 0:
             kind, detail = "killed", f"rank {self.rank} was killed by {signal_name(code)} while {doing}"
         else:
             kind, detail = "exit", f"rank {self.rank} exited with code {code} while {doing}"
-        self._report(kind, detail, code, since_check_s)
+        self._tell_fault(kind, detail, code, since_check_s)
 
     def _check_state(self, now: float, late_s: float) -> None:
         """Beats, and reports a rank that has been stopped or silent for too long."""
@@ -253,17 +257,17 @@ class Guard:
         else:
             self._stopped_since += late_s  # it may have run while this guard did not
             stopped_s = now - self._stopped_since
-            if stopped_s > FROZEN_AFTER_S and not self._reported:
+            if stopped_s > FROZEN_AFTER_S and self._report is None:
                 doing = describe_progress(self._page.read())
                 detail = f"rank {self.rank} has been stopped for {stopped_s:.2f} s while {doing}"
-                self._report("frozen", detail, None, stopped_s)
+                self._tell_fault("frozen", detail, None, stopped_s)
         progress = self._page.read()
         hung_s = self._hangs.check(progress, now, late_s)
-        if hung_s is not None and not self._reported:
+        if hung_s is not None and self._report is None:
             doing = describe_progress(progress)
             limit_s = self._hangs.limit_s(progress.num_tokens)
             detail = f"rank {self.rank} has made no progress for {hung_s:.2f} s while {doing}"
-            self._report("hung", f"{detail}; {limit_s:.1f} s were allowed", None, hung_s)
+            self._tell_fault("hung", f"{detail}; {limit_s:.1f} s were allowed", None, hung_s)
         parked = progress.phase is Phase.PARKED and self._gate is not None
         if parked and now - self._memory_at >= MEMORY_INTERVAL_S:
             self._memory_at = now
@@ -292,34 +296,34 @@ class Guard:
                     endpoint=progress.endpoint,
                     kv_blocks=progress.kv_blocks,
                     memory_bytes=self._memory_bytes if parked else 0,
+                    sent_s=now,
                 )
             )
 
-    def _report(self, kind: str, detail: str, exit_code: int | None, detect_s: float) -> None:
-        self._reported = True
+    def _tell_fault(self, kind: str, detail: str, exit_code: int | None, detect_s: float) -> None:
         progress = self._page.read()
         stacks = python_stacks(self._log_path)
         if kind == "hung":
             stacks = dump_stacks(self._process.pid, self._stack_path)
-        self._send(
-            FaultReport(
-                epoch=self.epoch,
-                rank=self.rank,
-                kind=kind,
-                exit_code=exit_code,
-                detail=detail,
-                detect_s=detect_s,
-                last_lines=last_lines(self._log_path),
-                phase=int(progress.phase),
-                step=progress.step,
-                collective=progress.collective,
-                age_s=progress.age_s,
-                stacks=stacks,
-            )
+        self._report = FaultReport(
+            epoch=self.epoch,
+            rank=self.rank,
+            kind=kind,
+            exit_code=exit_code,
+            detail=detail,
+            detect_s=detect_s,
+            last_lines=last_lines(self._log_path),
+            phase=int(progress.phase),
+            step=progress.step,
+            collective=progress.collective,
+            age_s=progress.age_s,
+            stacks=stacks,
         )
+        self._send(self._report)
 
     def _hear_orders(self) -> bool:
-        """Lets the rank of a spare go when told to; True if the rank is to be killed."""
+        """Answers a new supervisor, and lets the rank of a spare go when told to; True if the rank is to be
+        killed."""
         while True:
             try:
                 message = from_bytes(self._link.recv(zmq.NOBLOCK))
@@ -329,7 +333,11 @@ class Guard:
                 continue
             if isinstance(message, Kill) and message.epoch >= self.epoch:
                 return True
-            if isinstance(message, Go) and message.epoch == self.epoch and self._gate is not None:
+            if isinstance(message, (Introduce, Lease)) and self._tie is not None:
+                self._tie.on_message(message)
+                if isinstance(message, Introduce):
+                    self._say_hello()
+            elif isinstance(message, Go) and message.epoch == self.epoch and self._gate is not None:
                 with contextlib.suppress(BrokenPipeError):  # the rank is dead, which is reported by itself
                     os.write(self._gate, b"g")
                 os.close(self._gate)
@@ -343,14 +351,23 @@ class Guard:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._exit_code = self._process.wait(timeout=ORDER_WAIT_S)
 
+    def _tidy_up(self) -> None:
+        """Removes the world's shared memory where no supervisor will: it has ended, or runs on another host."""
+        tie = self._tie
+        if os.getppid() != self._mpirun or tie is None or tie.is_waiting or tie.is_remote:
+            shutil.rmtree(self._environment.shm_dir, ignore_errors=True)
+
     def _end_code(self) -> int:
         """The rank's own code where it had one; an end that nobody planned is never 0."""
         return self._exit_code if self._exit_code is not None and self._exit_code > 0 else 1
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: Message) -> bool:
         # A supervisor that does not read finds old beats worthless later on.
-        with contextlib.suppress(zmq.Again):
+        try:
             self._link.send(message.to_bytes(), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

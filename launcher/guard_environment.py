@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.leases import ADOPTION_WAIT_S
 from launcher.processes import ProcessId
 
 PREFIX = "PHALANX_GUARD_"
@@ -31,6 +32,8 @@ class GuardEnvironment:
     """For the ranks' output."""
     shm_dir: Path
     """The world's shared-memory folder."""
+    adoption_wait_s: float = ADOPTION_WAIT_S
+    """How long the guard waits for the next supervisor when this one has ended."""
 
     def to_environment(self) -> dict[str, str]:
         """The variables; from_environment is the inverse."""
@@ -42,6 +45,7 @@ class GuardEnvironment:
             f"{PREFIX}SUPERVISOR": f"{self.supervisor.pid} {self.supervisor.start} {self.supervisor_host_id}",
             f"{PREFIX}WORLD_DIR": str(self.world_dir),
             f"{PREFIX}SHM_DIR": str(self.shm_dir),
+            f"{PREFIX}ADOPTION_WAIT_S": f"{self.adoption_wait_s:g}",
         }
 
     @classmethod
@@ -57,6 +61,7 @@ class GuardEnvironment:
             supervisor_host_id=supervisor_host_id,
             world_dir=Path(environment[f"{PREFIX}WORLD_DIR"]),
             shm_dir=Path(environment[f"{PREFIX}SHM_DIR"]),
+            adoption_wait_s=float(environment[f"{PREFIX}ADOPTION_WAIT_S"]),
         )
 
 

@@ -4,26 +4,48 @@ Used by the supervisor alone; must never block, and never let a stranger give or
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import zmq
 from zmq.utils import z85
 
-from launcher.watch import MAX_MESSAGE_BYTES, Message, MessageError, from_bytes
+from launcher.guard_environment import GuardEnvironment
+from launcher.processes import ProcessId, host_id
+from launcher.watch import MAX_MESSAGE_BYTES, Introduce, Message, MessageError, from_bytes
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _MAX_MESSAGES_A_TURN = 1000
 
 
-class GuardLink:
-    """Keys made for this run, a ROUTER on loopback, and ZeroMQ's authentication protocol (ZAP, RFC 27)."""
+@dataclass(frozen=True)
+class LinkKeys:
+    """The CURVE keys of one run, in Z85: the supervisor's pair, and the one that all its guards share."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str = "127.0.0.1") -> None:
-        server_public, server_secret = zmq.curve_keypair()
-        client_public, client_secret = zmq.curve_keypair()
-        self.server_key = server_public.decode()
-        self.public_key = client_public.decode()
-        self.secret_key = client_secret.decode()
-        self._client_key = z85.decode(client_public)
+    server_public: str
+    server_secret: str = field(repr=False)
+    client_public: str
+    client_secret: str = field(repr=False)
+
+    @classmethod
+    def make(cls) -> LinkKeys:
+        return cls(*(key.decode() for pair in (zmq.curve_keypair(), zmq.curve_keypair()) for key in pair))
+
+
+class GuardLink:
+    """Keys made for this run, a ROUTER, and ZeroMQ's authentication protocol (ZAP, RFC 27)."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        supervisor: ProcessId,
+        endpoint: str = "tcp://127.0.0.1:*",
+        keys: LinkKeys | None = None,
+    ) -> None:
+        """`keys`: those of the run that is taken over. Raises zmq.ZMQError if the endpoint is not to be had."""
+        self._supervisor = supervisor
+        self.keys = keys = keys or LinkKeys.make()
+        self._client_key = z85.decode(keys.client_public.encode())
 
         self.zap = context.socket(zmq.REP)
         self.zap.linger = 0
@@ -31,13 +53,27 @@ class GuardLink:
 
         self.router = context.socket(zmq.ROUTER)
         self.router.curve_server = True
-        self.router.curve_secretkey = server_secret
+        self.router.curve_secretkey = keys.server_secret.encode()
         self.router.zap_domain = b"guards"
         self.router.linger = 0
         self.router.maxmsgsize = MAX_MESSAGE_BYTES
         self.router.router_mandatory = True
-        self.router.bind(f"tcp://{address}:*")
+        self.router.bind(endpoint)
         self.endpoint = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def guard_environment(self, world_dir: Path, shm_dir: Path, adoption_wait_s: float) -> GuardEnvironment:
+        """What the guards of a world have to know to report here."""
+        return GuardEnvironment(
+            endpoint=self.endpoint,
+            server_key=self.keys.server_public,
+            public_key=self.keys.client_public,
+            secret_key=self.keys.client_secret,
+            supervisor=self._supervisor,
+            supervisor_host_id=host_id(),
+            world_dir=world_dir,
+            shm_dir=shm_dir,
+            adoption_wait_s=adoption_wait_s,
+        )
 
     def close(self) -> None:
         self.router.close()
@@ -75,6 +111,10 @@ class GuardLink:
                 yield identity, from_bytes(frames[0])
             except MessageError:
                 continue
+
+    def introduce(self, identity: bytes, epoch: int) -> None:
+        """Asks a guard for its hello, and tells it whom it says it to."""
+        self.send(identity, Introduce(epoch, self._supervisor.pid, self._supervisor.start, host_id()))
 
     def send(self, identity: bytes, message: Message) -> bool:
         """Sends to one guard without waiting; False if it is not there any more."""

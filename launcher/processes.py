@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +26,7 @@ class ProcessStat:
     session: int
     start: int
     """Start time in clock ticks since boot."""
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def read_stat(pid: int) -> ProcessStat | None:
         parent=int(values[1]),
         session=int(values[3]),
         start=int(values[19]),
+        threads=int(values[17]),
     )
 
 
@@ -102,6 +106,47 @@ def kill(process: ProcessId) -> bool:
         os.close(descriptor)
 
 
+class AdoptedProcess:
+    """A process that an earlier supervisor started, used like a child: it is watched by a descriptor, and how it
+    ended nobody can say any more."""
+
+    UNKNOWN_CODE = 1 << 16
+    """Its exit code once it has ended; no process has this one."""
+
+    def __init__(self, process: ProcessId) -> None:
+        """Raises ProcessLookupError if it is gone."""
+        self.pid = process.pid
+        self._id = process
+        self.returncode: int | None = None
+        self._descriptor = os.pidfd_open(process.pid)
+        if not is_alive(process):
+            os.close(self._descriptor)
+            raise ProcessLookupError(f"process {process.pid} has ended")
+
+    def poll(self) -> int | None:
+        """UNKNOWN_CODE once it has ended, None before."""
+        if self.returncode is None and select.select([self._descriptor], [], [], 0)[0]:
+            self.returncode = self.UNKNOWN_CODE
+            os.close(self._descriptor)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Until it has ended. Raises subprocess.TimeoutExpired after so many seconds."""
+        if self.returncode is None and not select.select([self._descriptor], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+        self.poll()
+        return self.UNKNOWN_CODE
+
+    def send_signal(self, number: int) -> None:
+        """No effect once it has ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 def all_processes() -> Iterator[ProcessStat]:
     """Every process that /proc shows."""
     for entry in os.scandir("/proc"):
@@ -109,6 +154,16 @@ def all_processes() -> Iterator[ProcessStat]:
             stat = read_stat(int(entry.name))
             if stat is not None:
                 yield stat
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """What a process was started with; empty for one that is gone, a zombie or somebody else's."""
+    try:
+        content = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return {}
+    variables = (entry.decode(errors="replace").partition("=") for entry in content.split(b"\0"))
+    return {name: value for name, separator, value in variables if separator}
 
 
 def reap_orphan(pid: int) -> None:

@@ -11,22 +11,29 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import LauncherError
-from launcher.processes import ProcessId, all_processes, kill
+from launcher.processes import ProcessId, all_processes, environment_of, kill
 
 RUN_ID_VARIABLE = "PHALANX_RUN_ID"
 """Environment variable by which every process of a deployment can be told from all others."""
+
+EPOCH_VARIABLE = "PHALANX_EPOCH"
+"""Environment variable that holds the epoch, in every process of a world; the front has none."""
 
 _KEPT_WORLDS = 5
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), without its final zero
 
 
 class RunDirInUse(LauncherError):
-    """Another supervisor holds the lock."""
+    """Another supervisor holds the lock; `supervisor` if it has written down which."""
+
+    def __init__(self, message: str, supervisor: ProcessId | None) -> None:
+        super().__init__(message)
+        self.supervisor = supervisor
 
 
 class RunDir:
@@ -38,6 +45,8 @@ class RunDir:
         self.path = path.absolute()
         self.run_id = secrets.token_hex(6)
         self.control_socket = self.path / "control.sock"
+        self.guards_socket = self.path / "guards.sock"
+        self.listener_socket = self.path / "listen.sock"
         if len(os.fsencode(self.control_socket)) > _MAX_SOCKET_PATH:
             raise LauncherError(f"--run-dir {self.path}: too long for a socket; give a shorter path")
         try:
@@ -49,18 +58,21 @@ class RunDir:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            owner = self._read_record().get("supervisor", {}).get("pid", "unknown")
             os.close(self._lock)
+            recorded = self.read_json("processes.json").get("supervisor")
+            owner = ProcessId(**recorded) if recorded else None
             raise RunDirInUse(
-                f"--run-dir {self.path}: in use by the supervisor with pid {owner}; "
-                "stop it or give another folder"
+                f"--run-dir {self.path}: in use by the supervisor with pid {owner.pid if owner else 'unknown'}; "
+                "stop it or give another folder",
+                owner,
             ) from None
         self._record: dict[str, Any] = {}
 
     def close(self) -> None:
         """Gives up the lock; the folder stays, with its logs."""
-        with contextlib.suppress(OSError):
-            self.control_socket.unlink()
+        for path in (self.control_socket, self.guards_socket):
+            with contextlib.suppress(OSError):
+                path.unlink()
         os.close(self._lock)
 
     # ----------------------------------------------------------------- epoch
@@ -129,31 +141,45 @@ class RunDir:
         self._record["run_id"] = self.run_id
         for name, process in processes.items():
             self._record[name] = None if process is None else {"pid": process.pid, "start": process.start}
-        temporary = self.path / "processes.json.new"
-        temporary.write_text(json.dumps(self._record) + "\n")
-        temporary.rename(self.path / "processes.json")
+        self.write_json("processes.json", self._record)
 
-    def forget(self) -> None:
-        """Removes the record: nothing runs any more."""
-        with contextlib.suppress(OSError):
-            (self.path / "processes.json").unlink()
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Puts a file of this folder in place whole, for its owner alone."""
+        temporary = self.path / f"{name}.new"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "w") as file:
+            file.write(json.dumps(content) + "\n")
+        temporary.rename(self.path / name)
 
-    def _read_record(self) -> Mapping[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What `write_json` put there; empty if it is missing or broken."""
         try:
-            content = json.loads((self.path / "processes.json").read_text())
+            content = json.loads((self.path / name).read_text())
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
 
-    def remove_leftovers(self, timeout_s: float = 5.0) -> list[int]:
+    def forget(self) -> None:
+        """Removes the records: nothing runs any more."""
+        for path in (self.path / "processes.json", self.path / "deployment.json", self.listener_socket):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def remove_leftovers(
+        self, timeout_s: float = 5.0, keep_epochs: Collection[int] = (), keep_pid: int | None = None
+    ) -> list[int]:
         """Ends what an earlier supervisor, killed in mid-run, left behind in this folder, and removes its
-        shared memory. Returns the pids ended. Raises LauncherError if some outlive `timeout_s`."""
-        run_id = self._read_record().get("run_id")
+        shared memory; except for the worlds of `keep_epochs` and the front `keep_pid`, which are taken over.
+        Returns the pids ended. Raises LauncherError if some outlive `timeout_s`."""
+        run_id = self.read_json("processes.json").get("run_id")
         if not isinstance(run_id, str) or not run_id.isalnum():
             return []
+        keep = {str(epoch) for epoch in keep_epochs}
         ended: list[int] = []
         give_up_at = time.monotonic() + timeout_s
-        while left := _processes_of_run(run_id):
+        while left := [
+            process for process, epoch in _processes_of_run(run_id, keep_pid) if epoch not in keep
+        ]:
             if time.monotonic() > give_up_at:
                 pids = ", ".join(str(process.pid) for process in left)
                 raise LauncherError(
@@ -163,21 +189,23 @@ class RunDir:
             time.sleep(0.02)
         for folder in {self.shm_dir(0).parent, Path("/dev/shm")}:
             for leftover in folder.glob(f"phalanx-{run_id}-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                if leftover.name.rpartition("-")[2] not in keep:
+                    shutil.rmtree(leftover, ignore_errors=True)
         for temporary in (self.path / "worlds").glob("*/tmp"):
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.forget()
+            if temporary.parent.name not in keep:
+                shutil.rmtree(temporary, ignore_errors=True)
+        if not keep and keep_pid is None:
+            self.forget()
         return ended
 
 
-def _processes_of_run(run_id: str) -> list[ProcessId]:
-    marker = f"{RUN_ID_VARIABLE}={run_id}".encode()
+def _processes_of_run(run_id: str, keep_pid: int | None) -> list[tuple[ProcessId, str]]:
+    """The living ones but `keep_pid`, each with the epoch of its world; without one, an empty string."""
     found = []
     for stat in all_processes():
-        try:
-            variables = Path(f"/proc/{stat.pid}/environ").read_bytes()
-        except OSError:
+        if stat.state in "ZX" or stat.pid == keep_pid:
             continue
-        if marker in variables.split(b"\0") and stat.state not in "ZX":
-            found.append(ProcessId(stat.pid, stat.start))
+        variables = environment_of(stat.pid)
+        if variables.get(RUN_ID_VARIABLE) == run_id:
+            found.append((ProcessId(stat.pid, stat.start), variables.get(EPOCH_VARIABLE, "")))
     return found

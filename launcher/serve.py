@@ -9,9 +9,12 @@ import json
 import logging
 import shlex
 import socket
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from gateway.protocol import FrontState
+from launcher.adoption import Found, RecordKeeper, find, receive_listener
 from launcher.children import child_environment, python_module
 from launcher.display import Display, choose_display
 from launcher.errors import LauncherError
@@ -28,6 +31,8 @@ from launcher.world_records import WorldPlan
 from launcher.worlds import World
 
 _BACKLOG = 2048
+NOT_RECORDED = ("run_dir", "max_wait_s", "drain_timeout")
+"""Settings that a supervisor may be given otherwise than the one that it takes over from."""
 HOT_MEMORY_SHARE = 0.5
 """Of what a world would take for its KV cache if it were alone on its host."""
 
@@ -49,22 +54,25 @@ def serve(settings: Settings) -> int:
 def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Display) -> None:
     adopt_orphans()
     mpirun = find_mpirun(settings.mpirun)
-    run_dir, listener = _claim(settings, log)
+    run_dir, listener, found = _claim(settings, log)
     try:
         log.to_file(run_dir.path / "supervisor.log")
         port = listener.getsockname()[1]
-        prepared = prepare(
-            settings.model,
-            settings.tp,
-            settings.pp,
-            settings.dtype,
-            default_cache_dir(),
-            lambda progress: _show_preparation(display, progress),
-            stop.requested,
-            settings.backend,
-        )
-        if prepared.license is not None:
-            display.say(f"{prepared.name}: {prepared.license}")
+        if found is not None:
+            prepared = PreparedModel(**{**found.prepared, "path": Path(found.prepared["path"])})
+        else:
+            prepared = prepare(
+                settings.model,
+                settings.tp,
+                settings.pp,
+                settings.dtype,
+                default_cache_dir(),
+                lambda progress: _show_preparation(display, progress),
+                stop.requested,
+                settings.backend,
+            )
+            if prepared.license is not None:
+                display.say(f"{prepared.name}: {prepared.license}")
         name = settings.served_model_name or prepared.name
         plan = WorldPlan(
             mpirun=mpirun,
@@ -91,6 +99,10 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
             ),
             spare=SpareKind(settings.spare),
             drain_timeout_s=settings.drain_timeout,
+            keeper=RecordKeeper(
+                run_dir, recorded_settings(settings), {**asdict(prepared), "path": str(prepared.path)}
+            ),
+            found=found,
         ).run()
         display.say("stopped")
     finally:
@@ -98,9 +110,22 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
         run_dir.close()
 
 
-def _claim(settings: Settings, log: EventLog) -> tuple[RunDir, socket.socket]:
-    """The run folder, tidied of what an earlier run left, and the bound port. The folder comes first: a front
-    that an earlier run left behind may hold the port."""
+def recorded_settings(settings: Settings) -> dict[str, Any]:
+    """By flag, what a supervisor must have been given to take over what another one started."""
+    values = {
+        name: value for name, value in asdict(settings).items() if name not in ("run_dir", "max_wait_s")
+    }
+    return {
+        f"--{name.replace('_', '-')}" if name != "model" else "MODEL": str(value)
+        if value is not None
+        else None
+        for name, value in values.items()
+    }
+
+
+def _claim(settings: Settings, log: EventLog) -> tuple[RunDir, socket.socket, Found | None]:
+    """The run folder, tidied of what an earlier run left, the bound port, and what of an earlier run goes on. The
+    folder comes first: a front that an earlier run left behind may hold the port."""
     listener = None
     path = settings.run_dir
     if path is None:
@@ -116,9 +141,16 @@ def _claim(settings: Settings, log: EventLog) -> tuple[RunDir, socket.socket]:
             f"port {settings.port} is served already ({error}); choose another port with --port"
         ) from None
     try:
-        if ended := run_dir.remove_leftovers():
-            log.warning("ended processes of an earlier run", pids=" ".join(map(str, ended)))
-        return run_dir, listener if listener is not None else bind(settings.host, settings.port)
+        found = find(run_dir, recorded_settings(settings))
+        if found is not None and found.front is not None:
+            listener = receive_listener(run_dir.listener_socket)
+            if listener is None:  # it hangs, or is about to end
+                log.warning(
+                    "the front of an earlier run does not answer; it is replaced", pid=found.front.pid
+                )
+                found = replace(found, front=None)
+                run_dir.remove_leftovers(keep_epochs=[world.epoch for world in found.worlds])
+        return run_dir, listener if listener is not None else bind(settings.host, settings.port), found
     except LauncherError:
         run_dir.close()
         raise

@@ -47,6 +47,15 @@ def format_cluster(cluster: dict[str, Any]) -> list[str]:
             lines.append("  " + "  ".join(cells).rstrip())
     if not lines:
         lines.append("no world is there")
+    supervisor = cluster.get("supervisor", {})
+    if supervisor.get("gone_s") is not None:
+        left_s = max(0.0, supervisor["wait_s"] - supervisor["gone_s"])
+        lines.insert(
+            0,
+            f"the supervisor ended {supervisor['gone_s']:.0f} s ago without an order; what is below is what it knew "
+            f"then. Requests are served on, but no fault is mended: start `phalanx serve` with the same flags to "
+            f"take over, or everything ends in {left_s:.0f} s (`phalanx stop` ends it now)",
+        )
     faults = cluster.get("faults", [])
     if faults:
         lines.append("last faults:")

@@ -13,13 +13,13 @@ from collections.abc import Callable
 import zmq
 
 from gateway.protocol import FrontState, WorldTable
+from launcher.adoption import Found, RecordKeeper, adopt_worlds
 from launcher.errors import LauncherError
 from launcher.fault_log import FaultLog
 from launcher.front_process import FrontProcess
-from launcher.guard_environment import GuardEnvironment
 from launcher.guard_link import GuardLink
 from launcher.logs import EventLog
-from launcher.processes import ProcessId, host_id
+from launcher.processes import AdoptedProcess, ProcessId
 from launcher.run_dir import RUN_ID_VARIABLE, RunDir
 from launcher.spares import Spares
 from launcher.stop_signals import StopSignals
@@ -65,8 +65,11 @@ class Supervisor:
         on_ready: Callable[[World, FrontState], None],
         spare: SpareKind = SpareKind.NONE,
         drain_timeout_s: float = 0.0,
+        keeper: RecordKeeper | None = None,
+        found: Found | None = None,
     ) -> None:
-        """`on_progress` is called every turn until the first world serves, `on_ready` once it does."""
+        """`on_progress` is called every turn until the first world serves, `on_ready` once it does. `found` is
+        what an earlier supervisor left serving: it is taken over."""
         self._plan = plan
         self._run_dir = run_dir
         self._log = log
@@ -75,7 +78,12 @@ class Supervisor:
         self._on_ready = on_ready
         self._environment = {**environment, RUN_ID_VARIABLE: run_dir.run_id}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._link = GuardLink(self._context)
+        own_id = ProcessId.of(os.getpid())
+        assert own_id is not None
+        self._own_id = own_id
+        self._keeper = keeper or RecordKeeper(run_dir, {})
+        keys = found.keys if found is not None else None
+        self._link = GuardLink(self._context, own_id, f"ipc://{run_dir.guards_socket}", keys)
         self._front = FrontProcess(
             self._context,
             front_command,
@@ -87,9 +95,6 @@ class Supervisor:
         self._poller = zmq.Poller()
         for pollable in (self._link.router, self._link.zap, self._front.router, stop):
             self._poller.register(pollable, select.POLLIN)
-        own_id = ProcessId.of(os.getpid())
-        assert own_id is not None
-        self._own_id = own_id
         self._worlds: list[World] = []
         """All that live, in the order of their epochs."""
         self._current: World | None = None
@@ -114,13 +119,15 @@ class Supervisor:
         self._table_key: tuple[object, ...] = ()
         self._table_sent_at = 0.0
         self._turned_at = time.monotonic()
+        if found is not None:
+            self._take_over(found)
 
     def run(self) -> None:
         """Serves until a signal comes, or until no relaunch can help (LauncherError)."""
-        self._run_dir.record(supervisor=self._own_id)
+        self._keep_record()
         try:
-            self._front.start()
-            self._run_dir.record(front=self._front.process)
+            if not self._front.is_there:
+                self._front.start()
             while not self._stop.requested():
                 self._turn()
             self._drain()
@@ -154,6 +161,7 @@ class Supervisor:
             if not self._was_ready and self._current is not None:
                 self._on_progress(self._current)
         self._tell_front(now)
+        self._keep_record()
 
     def _turn_length_s(self) -> float:
         if any(world.state is WorldState.DYING for world in self._worlds):
@@ -187,6 +195,7 @@ class Supervisor:
         if not self._was_ready:
             self._was_ready = True
             self._kv_blocks = world.kv_blocks
+            self._keep_record()  # from the moment at which anybody is told, it can be taken over
             self._on_ready(world, state)
         self._spares.on_served(now, recovered=self._recovering_since is not None)
         if self._recovering_since is not None:
@@ -205,7 +214,6 @@ class Supervisor:
             self._log.info("spare promoted", epoch=spare.epoch, state=spare.state.value)
             spare.promote(now)
             self._current = spare
-            self._run_dir.record(mpirun=self._mpirun_of(spare), spare_mpirun=None)
         elif not self._worlds and now >= self._start_at:
             self._current = self._start_world(SpareKind.NONE)
 
@@ -218,30 +226,36 @@ class Supervisor:
         self._epoch_is_free = False
         epoch = self._epoch
         world = World(epoch, self._plan, self._run_dir, self._link, spare)
-        guard = GuardEnvironment(
-            endpoint=self._link.endpoint,
-            server_key=self._link.server_key,
-            public_key=self._link.public_key,
-            secret_key=self._link.secret_key,
-            supervisor=self._own_id,
-            supervisor_host_id=host_id(),
-            world_dir=self._run_dir.world_dir(epoch),
-            shm_dir=self._run_dir.shm_dir(epoch),
-        )
         self._worlds.append(world)
         try:
-            world.start(guard, self._environment, self._kv_blocks)
+            world.start(self._environment, self._kv_blocks)
         except OSError as error:
             raise GaveUp(f"cannot start a world: {error}") from None
-        mpirun = self._mpirun_of(world)
-        self._run_dir.record(**{"spare_mpirun" if world.is_spare else "mpirun": mpirun})
         if self._faults:  # a start in good health says nothing
             event = "spare started" if world.is_spare else "world started"
             self._log.info(event, epoch=epoch, ranks=world.size)
         return world
 
-    def _mpirun_of(self, world: World) -> ProcessId | None:
-        return ProcessId.of(world.mpirun_pid) if world.mpirun_pid else None
+    def _take_over(self, found: Found) -> None:
+        """What an earlier supervisor left becomes this one's own; what it lacks is started as after a fault."""
+        self._epoch = self._run_dir.epoch
+        self._kv_blocks = found.kv_blocks
+        if found.front is not None:
+            self._front.adopt(found.front)
+        self._worlds = adopt_worlds(found, self._plan, self._run_dir, self._link)
+        for world in self._worlds:
+            if world.is_spare:
+                self._spares.world = world
+            else:
+                self._current = world
+        epochs = " ".join(str(world.epoch) for world in self._worlds) or None
+        self._log.warning("taken over from a supervisor that was killed", worlds=epochs, front=found.front)
+
+    def _keep_record(self) -> None:
+        living = [world for world in self._worlds if world.state is not WorldState.DYING]
+        self._keeper.keep(
+            self._own_id, self._link.keys, self._front.process, self._current, living, self._kv_blocks
+        )
 
     def _judge_world(self, world: World, now: float) -> None:
         was_parked = world.state is WorldState.PARKED
@@ -294,10 +308,6 @@ class Supervisor:
 
     def _on_world_dead(self, world: World, now: float) -> None:
         self._worlds.remove(world)
-        if self._current is None:
-            self._run_dir.record(mpirun=None)
-        if self._spares.world is None:
-            self._run_dir.record(spare_mpirun=None)
         if self._stopping:
             return
         assert world.times.aborted is not None
@@ -307,7 +317,7 @@ class Supervisor:
             return
         if final := final_fault(world.faults):
             raise GaveUp(_last_error(final.last_lines) or final.detail)
-        if world.times.served is not None:
+        if world.times.served is not None or world.is_adopted:
             return
         self._failed_starts += 1
         if self._failed_starts >= FAILED_STARTS:
@@ -334,11 +344,13 @@ class Supervisor:
     def _judge_front(self, now: float) -> None:
         code = self._front.check(now)
         if code is not None:
-            self._log.error("front ended", exit_code=code, log=str(self._front.log_path))
+            known = code if code != AdoptedProcess.UNKNOWN_CODE else None
+            self._log.error("front ended", exit_code=known, log=str(self._front.log_path))
             self._front.start()
-            self._run_dir.record(front=self._front.process)
 
     def _tell_front(self, now: float) -> None:
+        if any(world.is_being_adopted for world in self._worlds):
+            return  # the front serves from it all the while, and must not be told that it is not active
         order = {self._current: 0, self._spares.world: 1}
         worlds = sorted(self._worlds, key=lambda world: order.get(world, 2))
         identity = self._front.state.pid if self._front.state is not None else None

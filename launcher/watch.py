@@ -306,6 +306,8 @@ class Beat(Message):
     kv_blocks: int
     memory_bytes: int
     """Memory of a parked rank, its share of what it shares with other processes included; 0: not measured."""
+    sent_s: float
+    """When it was sent, by the guard's own monotonic clock."""
 
 
 @dataclass(frozen=True)
@@ -351,6 +353,28 @@ class Kill(Message):
 
 
 @dataclass(frozen=True)
+class Introduce(Message):
+    """The supervisor's answer to a guard that it does not know: who it is itself, and that it wants a hello. So a
+    new supervisor takes over the guards of one that was killed."""
+
+    type_name: ClassVar[str] = "introduce"
+
+    pid: int
+    start: int
+    host_id: str
+
+
+@dataclass(frozen=True)
+class Lease(Message):
+    """The supervisor's answer to a beat of a guard on another host: the rank may live on for a while."""
+
+    type_name: ClassVar[str] = "lease"
+
+    sent_s: float
+    """`Beat.sent_s` of that beat."""
+
+
+@dataclass(frozen=True)
 class Go(Message):
     """The supervisor's word to the guards of a spare: the rank is to go on and serve."""
 
@@ -358,7 +382,8 @@ class Go(Message):
 
 
 _MESSAGES: dict[str, type[Message]] = {
-    message.type_name: message for message in (GuardHello, Beat, FaultReport, Killed, Kill, Go)
+    message.type_name: message
+    for message in (GuardHello, Beat, FaultReport, Killed, Kill, Introduce, Lease, Go)
 }
 
 

@@ -7,12 +7,21 @@ import subprocess
 from collections.abc import Iterable
 
 from gateway.protocol import RankEntry, WorldEntry
-from launcher.guard_environment import GuardEnvironment
 from launcher.guard_link import GuardLink
 from launcher.launchers import mpirun
+from launcher.leases import adoption_wait_s
 from launcher.post_mortem import last_lines
-from launcher.processes import ProcessId, all_processes, host_id, is_alive, kill, read_stat, reap_orphan
-from launcher.run_dir import RunDir
+from launcher.processes import (
+    AdoptedProcess,
+    ProcessId,
+    all_processes,
+    host_id,
+    is_alive,
+    kill,
+    read_stat,
+    reap_orphan,
+)
+from launcher.run_dir import EPOCH_VARIABLE, RunDir
 from launcher.watch import (
     EXIT_CONFIG,
     Beat,
@@ -38,6 +47,8 @@ STARTUP_STALL_S = 300.0
 nothing while they run, so this is long."""
 ACKNOWLEDGE_S = 0.15
 """How long guards get to acknowledge a kill order before they are killed too."""
+ADOPTION_TIMEOUT_S = 10.0
+"""How long the guards of an adopted world may take to report to the new supervisor."""
 DEATH_TIMEOUT_S = 30.0
 """How long killed processes may take to vanish; only a fault of the kernel or a device takes so long."""
 
@@ -66,7 +77,11 @@ class World:
         self._run_dir = run_dir
         self._link = link
         self._mpirun_log = run_dir.world_dir(epoch) / "mpirun.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | AdoptedProcess | None = None
+        self.mpirun: ProcessId | None = None
+        """Its mpirun, once started."""
+        self.is_adopted = False
+        """Whether an earlier supervisor started it."""
         self._last_sweep = 0.0
 
     @property
@@ -74,9 +89,18 @@ class World:
         return self.plan.tp * self.plan.pp
 
     @property
-    def mpirun_pid(self) -> int | None:
-        """None before the start, and once it is reaped."""
-        return self._process.pid if self._process is not None and self._process.returncode is None else None
+    def is_whole(self) -> bool:
+        """Whether a new supervisor may take it over: it has served, or is a spare that is parked."""
+        if self.is_adopted and self.state in (WorldState.STARTING, WorldState.ACTIVE):
+            return True
+        return self.state is WorldState.PARKED or (
+            self.state is WorldState.ACTIVE and self.times.served is not None
+        )
+
+    @property
+    def is_being_adopted(self) -> bool:
+        """Whether it serves, but its guards have not all reported to this supervisor yet."""
+        return self.is_adopted and self.spare is SpareKind.NONE and self.state is WorldState.STARTING
 
     @property
     def gateway(self) -> str | None:
@@ -95,19 +119,14 @@ class World:
         beats = [watch.beat for watch in self.ranks.values() if watch.beat is not None]
         return sum(beat.load_done for beat in beats), sum(beat.load_total for beat in beats)
 
-    def start(self, guard: GuardEnvironment, base: dict[str, str], kv_blocks: int = 0) -> None:
+    def start(self, base: dict[str, str], kv_blocks: int = 0) -> None:
         """Starts mpirun in a session of its own, output to the run folder. `kv_blocks`: what earlier worlds
         had, so that what they had accepted fits; 0 before the first. Raises OSError."""
         plan = self.plan
         self._run_dir.make_world_dirs(self.epoch)
-        environment = mpirun.environment(
-            plan.mpirun,
-            self.size,
-            plan.cores,
-            guard.shm_dir,
-            self._run_dir.world_dir(self.epoch) / "tmp",
-            base,
-        )
+        world_dir, shm_dir = self._run_dir.world_dir(self.epoch), self._run_dir.shm_dir(self.epoch)
+        guard = self._link.guard_environment(world_dir, shm_dir, adoption_wait_s(base))
+        environment = mpirun.environment(plan.mpirun, self.size, plan.cores, shm_dir, world_dir / "tmp", base)
         command = [*plan.guard_command, "--epoch", str(self.epoch), "--spare", self.spare.value, "--"]
         command += [*plan.rank_command, "--epoch", str(self.epoch)]
         if kv_blocks:
@@ -115,12 +134,20 @@ class World:
         with self._mpirun_log.open("ab") as log:
             self._process = subprocess.Popen(
                 mpirun.argv(plan.mpirun, self.size, command),
-                env={**environment, **guard.to_environment()},
+                env={**environment, **guard.to_environment(), EPOCH_VARIABLE: str(self.epoch)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self.mpirun = ProcessId.of(self._process.pid)
+
+    def adopt(self, mpirun: ProcessId) -> None:
+        """Takes over what an earlier supervisor started; its guards report by themselves. Raises
+        ProcessLookupError if its mpirun is gone."""
+        self._process = AdoptedProcess(mpirun)
+        self.mpirun = mpirun
+        self.is_adopted = True
 
     def promote(self, now: float) -> None:
         """The spare's turn has come: every rank, parked or still on its way there, goes on and serves."""
@@ -146,8 +173,10 @@ class World:
                 self._link.send(identity, Go(epoch=self.epoch))
             return
         watch = self.ranks.get(rank)
-        if watch is None:
+        if watch is None:  # of the earlier supervisor's guards
+            self._link.introduce(identity, self.epoch)
             return
+        watch.identity = identity  # another one after each new connection
         watch.last_beat_at = now
         if isinstance(message, Beat):
             watch.beat = message
@@ -222,6 +251,11 @@ class World:
 
     def _find_stall(self, now: float) -> WorldFault | None:
         waited_s = now - self.times.started
+        if self.is_adopted and waited_s > ADOPTION_TIMEOUT_S:
+            detail = (
+                f"the world was not found whole within {ADOPTION_TIMEOUT_S:.0f} s after its supervisor ended"
+            )
+            return WorldFault("lost", None, None, detail, last_lines=last_lines(self._mpirun_log))
         if len(self.ranks) < self.size and waited_s > JOIN_TIMEOUT_S:
             missing = [str(rank) for rank in range(self.size) if rank not in self.ranks]
             detail = f"rank {', '.join(missing)} did not report within {JOIN_TIMEOUT_S:.0f} s"
@@ -246,7 +280,7 @@ class World:
         local = [watch for watch in self.ranks.values() if watch.hello.host_id == here]
         for watch in local:
             kill(watch.process)
-        if self.times.served is not None:
+        if self.times.served is not None or self.is_adopted:
             # The next world waits for the end of this one. Of one that never served, the guards' last words
             # may say more than the first fault did; so those are given time.
             for watch in local:
@@ -295,8 +329,11 @@ class World:
             process = ProcessId(stat.pid, stat.start)
             if stat.session != self._process.pid and process not in known:
                 continue
-            if stat.state in "ZX" and stat.pid != self._process.pid:
-                reap_orphan(stat.pid)
+            if stat.state in "ZX":
+                if self.is_adopted and stat.threads <= 1:
+                    continue  # a child of others, who may never reap it; it holds nothing any more
+                if stat.pid != self._process.pid:
+                    reap_orphan(stat.pid)
             left.append(process)
         return left
 
@@ -350,4 +387,6 @@ def _runs_here(watch: RankWatch) -> bool:
 
 
 def _describe_exit(code: int) -> str:
+    if code == AdoptedProcess.UNKNOWN_CODE:
+        return "ended"
     return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"

@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from gateway.metrics import FrontMetrics
 from gateway.requests import Requests
+from gateway.supervision import Supervision, adoption_wait_s
 from gateway.worlds import Worlds
 
 
@@ -24,6 +25,7 @@ class Operations:
     worlds: Worlds
     requests: Requests
     metrics: FrontMetrics
+    supervision: Supervision
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -57,7 +59,9 @@ class Operations:
     async def cluster(self) -> Response:
         """Every world and every rank, the last faults, and the front itself."""
         front = {"pid": os.getpid(), "requests_live": self.metrics.live}
-        return _json({**self.worlds.describe(), "front": front})
+        gone_s = self.supervision.gone_s
+        supervisor = {"gone_s": None if gone_s is None else round(gone_s, 3), "wait_s": adoption_wait_s()}
+        return _json({**self.worlds.describe(), "front": front, "supervisor": supervisor})
 
 
 def _json(content: object, status: int = 200) -> Response:

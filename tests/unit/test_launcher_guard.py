@@ -14,12 +14,12 @@ from typing import TypeVar
 import pytest
 import zmq
 
-from launcher.guard_environment import GuardEnvironment
 from launcher.guard_link import GuardLink
-from launcher.processes import ProcessId, host_id, is_alive
+from launcher.processes import ProcessId, is_alive
 from launcher.watch import Beat, FaultReport, Go, GuardHello, Kill, Killed, Message, Phase
 
 EPOCH = 7
+ADOPTION_WAIT_S = 1.5
 RANK = """
 import os, sys, time
 from pathlib import Path
@@ -40,22 +40,13 @@ class Watched:
         self, tmp_path: Path, code: str, wrapper: list[str] | None = None, spare: str = "none"
     ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.link = GuardLink(self.context)
         self.supervisor = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
         supervisor_id = ProcessId.of(self.supervisor.pid)
         assert supervisor_id is not None
+        self.link = GuardLink(self.context, supervisor_id)
         self.shm_dir = tmp_path / "shm"
         self.shm_dir.mkdir()
-        self.environment = GuardEnvironment(
-            endpoint=self.link.endpoint,
-            server_key=self.link.server_key,
-            public_key=self.link.public_key,
-            secret_key=self.link.secret_key,
-            supervisor=supervisor_id,
-            supervisor_host_id=host_id(),
-            world_dir=tmp_path / "world",
-            shm_dir=self.shm_dir,
-        )
+        self.environment = self.link.guard_environment(tmp_path / "world", self.shm_dir, ADOPTION_WAIT_S)
         command = [*(wrapper or []), sys.executable, "-m", "launcher.guard", "--epoch", str(EPOCH)]
         command += ["--spare", spare, "--"]
         self.guard = subprocess.Popen(
@@ -248,11 +239,72 @@ def test_guard_that_was_stopped_itself_does_not_blame_its_rank(start: Start) -> 
     assert not [m for m in watched.messages if isinstance(m, FaultReport)]
 
 
-def test_guard_ends_with_the_supervisor(start: Start) -> None:
-    watched = start("time.sleep(100)")
+def kill_supervisor(watched: Watched) -> None:
     watched.supervisor.kill()
     watched.supervisor.wait()
+
+
+def new_supervisor(watched: Watched) -> None:
+    """Another process with the keys of the first binds the same endpoint; a beat tells it of the guard."""
+    endpoint, keys = watched.link.endpoint, watched.link.keys
+    watched.link.close()
+    watched.context.term()
+    watched.context = zmq.Context()
+    watched.supervisor = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    supervisor_id = ProcessId.of(watched.supervisor.pid)
+    assert supervisor_id is not None
+    watched.link = GuardLink(watched.context, supervisor_id, endpoint, keys)
+    watched.messages.clear()
+    watched.expect(Beat)
+    watched.link.introduce(watched.identity, EPOCH)
+
+
+def test_guard_waits_for_another_supervisor_and_then_ends(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    watched.expect(Beat, lambda beat: beat.step == 41)
+    began = time.monotonic()
+    kill_supervisor(watched)
+    assert not watched.gone(0.8 * ADOPTION_WAIT_S)
+    assert watched.gone() and time.monotonic() - began > ADOPTION_WAIT_S
+    assert watched.guard.wait(5) != 0
+    assert not watched.shm_dir.exists()
+
+
+def test_guard_is_taken_over(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    watched.expect(Beat, lambda beat: beat.step == 41)
+    kill_supervisor(watched)
+    new_supervisor(watched)
+    hello = watched.expect(GuardHello)
+    assert (hello.pid, hello.guard_pid) == (watched.hello.pid, watched.hello.guard_pid)
+    assert not watched.gone(1.5 * ADOPTION_WAIT_S), "the wait went on after the take-over"
+    kill_supervisor(watched)
+    assert not watched.gone(0.5 * ADOPTION_WAIT_S) and watched.gone(), "the new supervisor was not watched"
+
+
+def test_fault_without_a_supervisor_is_told_to_the_next_one(start: Start) -> None:
+    watched = start("time.sleep(100)")
+    watched.expect(Beat, lambda beat: beat.step == 41)
+    kill_supervisor(watched)
+    endpoint, keys = watched.link.endpoint, watched.link.keys
+    watched.link.close()
+    os.kill(watched.rank.pid, signal.SIGKILL)
     assert watched.gone()
+    supervisor_id = ProcessId.of(os.getpid())
+    assert supervisor_id is not None
+    watched.link = GuardLink(watched.context, supervisor_id, endpoint, keys)
+    watched.messages.clear()
+    watched.expect(Beat)
+    watched.link.introduce(watched.identity, EPOCH)
+    watched.expect(GuardHello)
+    assert watched.expect(FaultReport).kind == "killed"
+
+
+def test_guard_of_a_world_that_is_still_starting_ends_with_the_supervisor(start: Start) -> None:
+    watched = start("page.enter(Phase.LOADING); time.sleep(100)")
+    watched.expect(Beat, lambda beat: beat.phase == Phase.LOADING and beat.step == 41)
+    kill_supervisor(watched)
+    assert watched.gone(0.8 * ADOPTION_WAIT_S)
     assert watched.guard.wait(5) != 0
     assert not watched.shm_dir.exists()
 
@@ -289,7 +341,7 @@ def test_strangers_key_is_refused(start: Start) -> None:
     public_key, secret_key = zmq.curve_keypair()
     with watched.context.socket(zmq.DEALER) as stranger:
         stranger.linger = 0
-        stranger.curve_serverkey = watched.link.server_key.encode()
+        stranger.curve_serverkey = watched.link.keys.server_public.encode()
         stranger.curve_publickey = public_key
         stranger.curve_secretkey = secret_key
         stranger.connect(watched.link.endpoint)

@@ -18,8 +18,10 @@ from launcher.watch import (
     FaultReport,
     Go,
     GuardHello,
+    Introduce,
     Kill,
     Killed,
+    Lease,
     Message,
     MessageError,
     Phase,
@@ -29,13 +31,15 @@ from launcher.watch import (
 
 MESSAGES: list[Message] = [
     GuardHello(3, 1, "n1", "boot/1", 10, 11, 12, 13),
-    Beat(3, 1, "S", 5, 7, 2, 0.25, 1, 2, "tcp://127.0.0.1:4", 640, 0),
-    Beat(3, 1, "S", 7, 0, 0, 0.0, 0, 0, None, 0, 2**40),
+    Beat(3, 1, "S", 5, 7, 2, 0.25, 1, 2, "tcp://127.0.0.1:4", 640, 0, 12.5),
+    Beat(3, 1, "S", 7, 0, 0, 0.0, 0, 0, None, 0, 2**40, 0.0),
     FaultReport(3, 1, "killed", -9, "rank 1 was killed", 0.01, 'last "lines"\nü', 5, 7, 2, 0.5, "Traceback"),
     FaultReport(3, 1, "frozen", None, "stopped", 0.5, "", 4, 0, 0, 1.0, ""),
     Killed(3, 1),
     Kill(4),
     Go(4),
+    Introduce(4, 10, 11, "boot/1"),
+    Lease(4, 12.5),
 ]
 WRONG: list[object] = [True, [], {}]
 

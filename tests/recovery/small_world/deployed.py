@@ -14,25 +14,32 @@ from typing import Any
 
 import psutil
 
+from launcher.leases import ADOPTION_WAIT_VARIABLE
+from launcher.processes import environment_of
+from launcher.run_dir import RUN_ID_VARIABLE
+
 TP = 2
 
 
 class Deployment:
     """One supervisor with its worlds, seen through the table that the front is sent."""
 
-    def __init__(self, run_dir: Path, behaviour: str = "", spare: str = "none") -> None:
+    def __init__(
+        self, run_dir: Path, behaviour: str = "", spare: str = "none", tp: int = TP, wait_s: float = 60.0
+    ) -> None:
+        """`wait_s`: how long guards and front wait for another supervisor after the end of this one."""
         self.run_dir = run_dir
         self.errors = run_dir.parent / f"{run_dir.name}.stderr"
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.recovery.small_world.deployment", str(run_dir), str(TP), spare],
+                [sys.executable, "-m", "tests.recovery.small_world.deployment", str(run_dir), str(tp), spare],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "SMALL_WORLD": behaviour},
+                env={**os.environ, "SMALL_WORLD": behaviour, ADOPTION_WAIT_VARIABLE: str(wait_s)},
             )
         assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "started\n", self.errors.read_text()
+        self.has_started = self.process.stdout.readline() == "started\n"
 
     def wait_ready(self) -> int:
         """The epoch of the first world that serves."""
@@ -76,6 +83,10 @@ class Deployment:
             time.sleep(0.02)
         raise AssertionError(f"no spare above {above}: {self.table()}\n{self.errors.read_text()}")
 
+    def kill_supervisor(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
     def processes(self) -> list[psutil.Process]:
         """Everything under the supervisor."""
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -86,6 +97,15 @@ class Deployment:
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.process.wait(20)
+
+
+def of_run(run_id: str) -> list[psutil.Process]:
+    """Every living process of a deployment, whoever is its parent by now."""
+    found = []
+    for process in psutil.process_iter():
+        if environment_of(process.pid).get(RUN_ID_VARIABLE) == run_id:
+            found.append(process)
+    return found
 
 
 Start = Callable[..., Deployment]

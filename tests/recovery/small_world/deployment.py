@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from launcher.adoption import RecordKeeper, find, receive_listener
 from launcher.children import child_environment, python_module
 from launcher.errors import LauncherError
 from launcher.launchers.mpirun import find_mpirun
@@ -22,9 +23,16 @@ def main(path: Path, tp: int, spare: SpareKind) -> int:
     log = EventLog()
     log.to_stderr()
     run_dir = RunDir(path)
-    run_dir.remove_leftovers()
-    listener = bind("127.0.0.1", 0)
-    listener.listen()
+    settings = {"--tp": str(tp)}
+    try:
+        found = find(run_dir, settings)
+    except LauncherError as error:
+        print(f"phalanx: error: {error}", file=sys.stderr)
+        return error.exit_code
+    listener = receive_listener(run_dir.listener_socket) if found is not None and found.front else None
+    if listener is None:
+        listener = bind("127.0.0.1", 0)
+        listener.listen()
     plan = WorldPlan(
         mpirun=find_mpirun(),
         tp=tp,
@@ -35,6 +43,7 @@ def main(path: Path, tp: int, spare: SpareKind) -> int:
         served_model_name="small",
     )
     front = [*python_module("tests.recovery.small_world.front"), f"ipc://{run_dir.control_socket}", str(path)]
+    front.append(str(listener.fileno()))
     with StopSignals() as stop:
         print("started", flush=True)
         try:
@@ -49,6 +58,8 @@ def main(path: Path, tp: int, spare: SpareKind) -> int:
                 on_progress=lambda world: None,
                 on_ready=lambda world, state: print(f"ready {world.epoch} {run_dir.run_id}", flush=True),
                 spare=spare,
+                keeper=RecordKeeper(run_dir, settings),
+                found=found,
             ).run()
         except LauncherError as error:
             print(f"phalanx: error: {error}", file=sys.stderr)
