@@ -16,7 +16,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
 # What `make test` runs of the tests with whole servers; `make test-all` runs the others, too.
 QUICK_API := $(addprefix tests/api/test_,openai.py operations.py python.py zeromq.py)
-QUICK_RECOVERY := $(addprefix tests/recovery/test_,refusals.py relaunch.py stopping.py)
+QUICK_RECOVERY := $(addprefix tests/recovery/test_,adoption.py refusals.py relaunch.py stopping.py)
 
 # How many faults `make chaos` puts in, drawn from SEED; a run that was cut off goes on.
 FAULTS ?= 1000

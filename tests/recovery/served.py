@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.recovery.run_processes import of_run
+
 READY_TIMEOUT_S = 180.0
 
 
@@ -52,6 +54,10 @@ class Served:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.stop()
+
+    def kill_supervisor(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def errors(self) -> str:
         return self._errors.read_text()
@@ -95,8 +101,8 @@ class Served:
         raise AssertionError(f"no spare above {above}: {cluster}\n{self.errors()}")
 
     def processes(self) -> list[psutil.Process]:
-        """Everything that the supervisor has started."""
-        return psutil.Process(self.process.pid).children(recursive=True)
+        """Everything that the supervisor has started, or taken over."""
+        return of_run(self.run_id)
 
     def front(self) -> psutil.Process:
         return next(p for p in self.processes() if "gateway.front" in p.cmdline())

@@ -7,13 +7,21 @@ import json
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
-from tests.recovery.small_world.deployed import TP, Deployment, Start, of_run, wait_gone
+from tests.recovery.run_processes import of_run
+from tests.recovery.served import Served, Streams, still_there
+from tests.recovery.small_world.deployed import TP, Deployment, Start, wait_gone
+from tests.tiny_models import make_tiny_llama
 
 
 def pids(world: dict[str, Any]) -> list[int]:
@@ -67,6 +75,7 @@ def test_world_spare_and_front_are_taken_over(start: Start) -> None:
     check_end(second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_adopted_world_recovers_without_a_spare(start: Start, number: int) -> None:
     first = start()
@@ -82,6 +91,7 @@ def test_adopted_world_recovers_without_a_spare(start: Start, number: int) -> No
     check_end(second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spare", ["none", "hot"])
 def test_nobody_takes_over(start: Start, spare: str) -> None:
     deployment = start(spare=spare, wait_s=2.0)
@@ -98,6 +108,7 @@ def test_nobody_takes_over(start: Start, spare: str) -> None:
     assert sessions == []
 
 
+@pytest.mark.slow
 def test_rank_that_dies_meanwhile(start: Start) -> None:
     first = start()
     first.wait_ready()
@@ -113,6 +124,7 @@ def test_rank_that_dies_meanwhile(start: Start) -> None:
     check_end(second)
 
 
+@pytest.mark.slow
 def test_everything_but_the_front_dies_meanwhile(start: Start) -> None:
     first = start()
     first.wait_ready()
@@ -129,6 +141,7 @@ def test_everything_but_the_front_dies_meanwhile(start: Start) -> None:
     check_end(second)
 
 
+@pytest.mark.slow
 def test_front_dies_meanwhile(start: Start) -> None:
     first = start()
     first.wait_ready()
@@ -144,6 +157,7 @@ def test_front_dies_meanwhile(start: Start) -> None:
     check_end(second)
 
 
+@pytest.mark.slow
 def test_spare_that_is_not_parked_is_built_anew(start: Start) -> None:
     first = start("spares slow", spare="warm")
     first.wait_ready()
@@ -159,6 +173,7 @@ def test_spare_that_is_not_parked_is_built_anew(start: Start) -> None:
     check_end(second)
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_and_harm_nothing(start: Start) -> None:
     first = start()
     first.wait_ready()
@@ -175,6 +190,7 @@ def test_other_settings_are_refused_and_harm_nothing(start: Start) -> None:
     check_end(second)
 
 
+@pytest.mark.slow
 def test_living_supervisor_is_not_replaced(start: Start) -> None:
     first = start()
     first.wait_ready()
@@ -185,6 +201,7 @@ def test_living_supervisor_is_not_replaced(start: Start) -> None:
     check_end(first)
 
 
+@pytest.mark.slow
 def test_killed_while_it_starts(start: Start) -> None:
     first = start("slow start")
     deadline = time.monotonic() + 10
@@ -231,3 +248,109 @@ def test_killed_at_any_moment(start: Start, seed: int) -> None:
     living = [p for p in of_run(deployment.run_id) if p.status() != psutil.STATUS_ZOMBIE]
     assert len(living) == expected, [(p.pid, p.cmdline()) for p in living]
     check_end(deployment)
+
+
+# --------------------------------------------------------------------------- the real servers
+
+PROMPTS = ["Once", "upon", "a time", "there was"]
+NUM_TOKENS = 1200
+TINY = ("--tp", "2", "--kv-cache-memory", "64MiB", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny", max_model_len=2048))
+
+
+def phalanx(*arguments: str) -> str:
+    command = [sys.executable, "-m", "launcher.cli", *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert answer.stderr == "", answer.stderr
+    return answer.stdout
+
+
+def texts(streams: Streams) -> list[str]:
+    """What complete streams brought."""
+    for stream in streams.finish():
+        assert (stream.error, stream.done, stream.finish_reason) == (None, True, "length"), stream
+        assert stream.usage is not None and stream.usage["completion_tokens"] == NUM_TOKENS
+    return [stream.text for stream in streams.all]
+
+
+def port_is_free(url: str) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex(("127.0.0.1", int(url.rsplit(":", 1)[1]))) != 0
+
+
+def test_streams_do_not_notice_the_supervisor(tiny_model: str, tmp_path: Path) -> None:
+    """It is killed in mid-stream; the next one takes over and recovers from faults as ever."""
+    with Served(tiny_model, tmp_path, *TINY) as first:
+        world = first.active_world()
+        spare = first.parked_spare(above=world["epoch"])
+        streams = Streams(first, PROMPTS, NUM_TOKENS)
+        streams.wait_begun(20)
+        first.kill_supervisor()
+        expected = texts(streams)
+        assert texts(Streams(first, PROMPTS, NUM_TOKENS)) == expected, "new requests are answered, too"
+        told = phalanx("status", "--url", first.url)
+        assert told.startswith("the supervisor ended ") and "active" in told
+
+        with Served(tiny_model, tmp_path, *TINY) as second:
+            assert second.ready_line == first.ready_line
+            assert second.active_world()["ranks"][1]["pid"] == world["ranks"][1]["pid"]
+            assert "the supervisor ended" not in phalanx("status", "--url", second.url)
+            second.parked_spare()
+            streams = Streams(second, PROMPTS, NUM_TOKENS)
+            streams.wait_begun(20)
+            os.kill(world["ranks"][1]["pid"], signal.SIGKILL)
+            assert texts(streams) == expected
+            assert second.active_world(above=world["epoch"])["epoch"] == spare["epoch"]
+
+            streams = Streams(second, PROMPTS, NUM_TOKENS)
+            streams.wait_begun(20)
+            os.kill(second.active_world()["ranks"][0]["pid"], signal.SIGKILL)
+            second.kill_supervisor()  # in the middle of a recovery
+            with Served(tiny_model, tmp_path, *TINY) as third:
+                assert texts(streams) == expected
+                third.front().kill()  # its successor gets the same socket: nobody is refused
+                answer = httpx.get(f"{third.url}/health/live", timeout=30)
+                assert answer.status_code == 200
+                third.active_world()
+                third.kill_supervisor()
+                everything = third.processes()
+                assert phalanx("stop", "--run-dir", str(tmp_path)).startswith("ended ")
+                left = [p for p in still_there(everything) if p.status() != psutil.STATUS_ZOMBIE]
+                assert left == [] and third.shm_folders() == [] and port_is_free(third.url)
+
+
+@pytest.mark.slow
+def test_nobody_takes_over_the_real_ones(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHALANX_ADOPTION_WAIT_S", "3")
+    with Served(tiny_model, tmp_path, *TINY) as served:
+        served.parked_spare()
+        everything = served.processes()
+        served.kill_supervisor()
+        time.sleep(1)
+        assert httpx.get(f"{served.url}/health/ready").status_code == 200
+        assert still_there(everything, 20.0) == []
+    assert served.shm_folders() == [] and port_is_free(served.url)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_socket()] == []
+
+
+@pytest.mark.slow
+def test_stop_and_other_flags(tiny_model: str, tmp_path: Path) -> None:
+    with Served(tiny_model, tmp_path, *TINY, "--spare", "none") as served:
+        served.kill_supervisor()
+        command = [sys.executable, "-m", "launcher.cli", "serve", tiny_model, "--run-dir", str(tmp_path)]
+        refused = subprocess.run([*command, "--tp", "1"], capture_output=True, text=True, timeout=60)
+        assert refused.returncode == 2
+        assert "--tp 2 (now 1)" in refused.stderr and "phalanx stop --run-dir" in refused.stderr
+        with Served(tiny_model, tmp_path, *TINY, "--spare", "none") as second:
+            everything = second.processes()
+            assert phalanx("stop", "--run-dir", str(tmp_path)) == "stopped\n"
+            assert second.process.wait(10) == 0
+            assert still_there(everything, 1.0) == []
+    assert phalanx("stop", "--run-dir", str(tmp_path)) == "nothing runs there\n"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -157,21 +158,8 @@ def test_both_worlds_die_at_once(start: Start) -> None:
     spare = deployment.wait_spare()
     for world in (deployment.wait_active(), spare):
         for pid in pids(world):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # the supervisor was faster
+                os.kill(pid, signal.SIGKILL)
     last = deployment.wait_active(above=spare["epoch"])
     deployment.wait_spare(above=last["epoch"])
     check_end(deployment)
-
-
-def test_killed_supervisor_leaves_no_spare(start: Start) -> None:
-    deployment = start(spare="hot")
-    deployment.wait_ready()
-    spare = processes_of(deployment.wait_spare())
-    deployment.process.kill()
-    deployment.process.wait()
-    assert not [p for p in wait_gone(spare) if p.status() != psutil.STATUS_ZOMBIE]
-    assert deployment.shm_folders() == []
-    again = start(spare="hot")
-    again.wait_ready()
-    again.wait_spare()
-    check_end(again)

@@ -10,11 +10,9 @@ import subprocess
 import time
 from pathlib import Path
 
-import httpx
-import psutil
 import pytest
 
-from tests.recovery.served import Served, Streams, still_there
+from tests.recovery.served import Served, Streams
 from tests.tiny_models import make_tiny_llama
 
 
@@ -57,34 +55,6 @@ def test_signal_in_mid_stream_leaves_nothing(tiny_model: Path, tmp_path: Path, n
     assert port_is_free(served.url)
     assert not (tmp_path / "control.sock").exists()
     assert "Traceback" not in served.errors()
-
-
-def test_killed_supervisor(tiny_model: Path, tmp_path: Path) -> None:
-    """Ranks and guards go at once, the front within its 10 s; the next start need not wait for that."""
-    with serve(tiny_model, tmp_path) as served:
-        everything = served.processes()
-        front = served.front()
-        epoch = served.active_world()["epoch"]
-        served.process.kill()
-        served.process.wait()
-        others = [p for p in everything if p != front]
-        assert not [p for p in still_there(others) if p.status() != psutil.STATUS_ZOMBIE]
-        assert served.shm_folders() == []
-    with serve(tiny_model, tmp_path, "--port", served.url.rsplit(":", 1)[1]) as again:
-        assert again.active_world()["epoch"] == epoch + 1
-        assert not front.is_running() or front.status() == psutil.STATUS_ZOMBIE
-        assert again.url == served.url
-        assert httpx.get(f"{again.url}/health/ready").status_code == 200
-
-
-@pytest.mark.slow
-def test_front_ends_without_a_supervisor(tiny_model: Path, tmp_path: Path) -> None:
-    with serve(tiny_model, tmp_path) as served:
-        front = served.front()
-        served.process.kill()
-        served.process.wait()
-        assert not [p for p in still_there([front], 20.0) if p.status() != psutil.STATUS_ZOMBIE]
-    assert port_is_free(served.url)
 
 
 def test_ready_lines(tiny_model: Path, tmp_path: Path) -> None:

@@ -176,25 +176,6 @@ def test_second_signal_cuts_the_grace_short(start: Start) -> None:
     assert not [p for p in everything if p.is_running()]
 
 
-def test_killed_supervisor_leaves_no_rank_and_the_next_one_tidies_up(start: Start) -> None:
-    deployment = start()
-    epoch = deployment.wait_ready()
-    deployment.wait_active()
-    everything = deployment.processes()
-    ranks = [p for p in everything if "tests.recovery.small_world.front" not in p.cmdline()]
-    deployment.process.kill()
-    deployment.process.wait()
-    assert not [p for p in wait_gone(ranks) if p.status() != psutil.STATUS_ZOMBIE]
-    assert deployment.shm_folders() == []
-    front = [p for p in everything if p not in ranks]
-    assert [p.is_running() for p in front] == [True]  # it has its own way to notice, which takes longer
-
-    again = start()
-    assert again.wait_ready() == epoch + 1
-    assert not [p for p in front if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    assert again.stop() == 0
-
-
 def test_two_supervisors_never_share_a_run_folder(start: Start) -> None:
     deployment = start()
     deployment.wait_ready()

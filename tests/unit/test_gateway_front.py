@@ -586,6 +586,7 @@ def test_an_orphaned_front_ends_itself(tmp_path: Path) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", starter, str(folder), f"ipc://{tmp_path}/control.sock"],
         cwd=ROOT,
+        env={**os.environ, "PHALANX_ADOPTION_WAIT_S": "4"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

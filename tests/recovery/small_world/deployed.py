@@ -15,8 +15,6 @@ from typing import Any
 import psutil
 
 from launcher.leases import ADOPTION_WAIT_VARIABLE
-from launcher.processes import environment_of
-from launcher.run_dir import RUN_ID_VARIABLE
 
 TP = 2
 
@@ -97,15 +95,6 @@ class Deployment:
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.process.wait(20)
-
-
-def of_run(run_id: str) -> list[psutil.Process]:
-    """Every living process of a deployment, whoever is its parent by now."""
-    found = []
-    for process in psutil.process_iter():
-        if environment_of(process.pid).get(RUN_ID_VARIABLE) == run_id:
-            found.append(process)
-    return found
 
 
 Start = Callable[..., Deployment]

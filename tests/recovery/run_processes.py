@@ -1,0 +1,17 @@
+"""The processes of a deployment, found by the id of its run, whoever their parent is by now."""
+
+from __future__ import annotations
+
+import psutil
+
+from launcher.processes import environment_of
+from launcher.run_dir import RUN_ID_VARIABLE
+
+
+def of_run(run_id: str) -> list[psutil.Process]:
+    """Every living process that a supervisor of this run has started."""
+    return [
+        process
+        for process in psutil.process_iter()
+        if environment_of(process.pid).get(RUN_ID_VARIABLE) == run_id
+    ]
