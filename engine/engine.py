@@ -59,6 +59,8 @@ class EngineSettings:
     """Of the memory that the default takes for the KV cache."""
     backend: str = "auto"
     """What computes the layers: `phalanx` is our decoder, `deepspeed` see `engine.backends`; `auto` is `phalanx`."""
+    expert_parallel: bool = False
+    """Each tensor-parallel rank holds whole experts, not some columns of each."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -120,7 +122,7 @@ def load_engine(
         return load_deepspeed(world, settings, device, on_load)
     config = ModelConfig.from_folder(settings.model_dir)
     at = world.at
-    shapes = shard_world(config, at.tp, at.pp)
+    shapes = shard_world(config, at.tp, at.pp, settings.expert_parallel)
     shape = shapes[at.pp_rank][at.tp_rank]
     dtype = getattr(torch, config.dtype if settings.dtype == "auto" else settings.dtype)
     limits = scheduler_limits(settings, config)

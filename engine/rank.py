@@ -101,6 +101,7 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
         kv_cache_blocks=arguments.kv_cache_blocks,
         memory_share=arguments.memory_share,
         backend=arguments.backend,
+        expert_parallel=arguments.expert_parallel,
     )
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     loaded = load_engine(world, settings, device, page.load)
@@ -362,6 +363,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of each stage")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages")
+    parser.add_argument(
+        "--expert-parallel",
+        action="store_true",
+        help="each tensor-parallel rank holds whole experts, not some columns of each",
+    )
     parser.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16"],

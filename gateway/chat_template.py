@@ -1,7 +1,7 @@
 """Renders a model's chat template the way transformers does (`apply_chat_template`).
 
-A template comes with a model and is code of a stranger: it runs in jinja2's immutable sandbox and sees plain
-data only. Called by text.py.
+A template comes with a model and is code of a stranger: it runs in jinja2's immutable sandbox, sees plain data only,
+and has so many steps and characters. Called by text.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gateway.errors import GatewayError, ModelFilesError
+from gateway.template_limits import BoundedEnvironment, bounded_join, limited
 
 Message = dict[str, Any]
 """Role, content and whatever else the template reads; plain JSON types only."""
@@ -33,7 +33,7 @@ class ChatTemplate:
         """Raises ModelFilesError for a template that does not compile."""
         self.source = source
         self._special_tokens = special_tokens
-        environment = ImmutableSandboxedEnvironment(
+        environment = BoundedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationTag, jinja2.ext.loopcontrols],
@@ -43,20 +43,25 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise ModelFilesError(f"the chat template does not compile: {error}") from None
 
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation. Raises ChatTemplateError."""
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            with limited():
+                parts = self._template.generate(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._special_tokens,
+                )
+                return bounded_join(parts)
+        except (
+            jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
+            RecursionError, MemoryError,
+        ) as error:  # fmt: skip
             raise ChatTemplateError(f"the chat template refused these messages: {error}") from None
 
 

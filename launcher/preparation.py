@@ -56,12 +56,15 @@ def prepare(
     on_progress: Callable[[PreparationProgress], None],
     stop_requested: Callable[[], bool] = lambda: False,
     backend: str = "auto",
+    expert_parallel: bool = False,
 ) -> PreparedModel:
     """Downloads and imports as far as needed. Waits as long as that takes, and looks at `stop_requested` ten
     times a second. Raises PreparationError, or Stopped."""
     command = [*python_module("engine.models.prepare"), model]
     command += ["--tp", str(tp), "--pp", str(pp), "--dtype", dtype, "--cache", str(cache_dir)]
     command += ["--backend", backend]
+    if expert_parallel:
+        command.append("--expert-parallel")
     with subprocess.Popen(
         command,
         env=child_environment(),

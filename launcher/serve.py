@@ -70,6 +70,7 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
                 lambda progress: _show_preparation(display, progress),
                 stop.requested,
                 settings.backend,
+                settings.expert_parallel,
             )
             if prepared.license is not None:
                 display.say(f"{prepared.name}: {prepared.license}")
@@ -198,6 +199,8 @@ def rank_command(settings: Settings, prepared: PreparedModel, name: str) -> list
     command += ["--max-num-seqs", str(settings.max_num_seqs)]
     command += ["--max-num-batched-tokens", str(settings.max_num_batched_tokens)]
     command += ["--shard-cache", str(default_cache_dir() / "shards"), "--gateway", "tcp://127.0.0.1:*"]
+    if settings.expert_parallel:
+        command.append("--expert-parallel")
     if settings.max_model_len:
         command += ["--max-model-len", str(settings.max_model_len)]
     if settings.kv_cache_memory:

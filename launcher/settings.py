@@ -58,6 +58,9 @@ class Settings:
     model: str
     tp: int = _flag(1, "ranks that share each layer (tensor parallelism)", "N")
     pp: int = _flag(1, "stages that the layers are cut into (pipeline parallelism)", "N")
+    expert_parallel: bool = _flag(
+        False, "put whole experts on ranks, instead of some columns of each on every rank (with --tp)"
+    )
     dtype: str = _flag("auto", "numbers that the model computes with; auto: bfloat16")
     backend: str = _flag(
         "auto",
@@ -151,6 +154,14 @@ class Settings:
         for setting in fields(cls):
             if setting.name == "model":
                 continue
+            if setting.type == "bool":
+                parser.add_argument(
+                    _as_flag(setting.name),
+                    action=argparse.BooleanOptionalAction,
+                    default=argparse.SUPPRESS,
+                    help=setting.metadata["help"],
+                )
+                continue
             parser.add_argument(
                 _as_flag(setting.name),
                 metavar=setting.metadata["metavar"],
@@ -204,6 +215,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _convert(name: str, value: Any, where: str) -> Any:
+    kind = {setting.name: setting.type for setting in fields(Settings)}[name]
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise SettingsError(f"{where}: must be true or false")
+        return value
     if isinstance(value, (bool, list, dict)):
         raise SettingsError(f"{where}: must be a single value")
     if name == "kv_cache_memory":
@@ -211,7 +227,6 @@ def _convert(name: str, value: Any, where: str) -> Any:
             return parse_size(value)
         except ValueError as error:
             raise SettingsError(f"{where}: {error}") from None
-    kind = {setting.name: setting.type for setting in fields(Settings)}[name]
     try:
         if kind == "int":
             return int(str(value))

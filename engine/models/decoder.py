@@ -151,7 +151,7 @@ class DecoderLayer:
         else:
             self._mlp = ExpertMlp(
                 whole("router.weight"), whole("experts_gate_up.weight"), whole("experts_down.weight"),
-                config.experts, config.activation,
+                config.experts, config.activation, shape.experts,
             )  # fmt: skip
         self._dtype = self._qkv.dtype
 

@@ -45,9 +45,9 @@ class GatedMlp:
 class ExpertMlp:
     """A mixture of experts: the router sends each token to a few of them, and adds up what they say.
 
-    Every rank holds the whole router and some columns of every expert, so that all ranks route alike. The work
-    grows with the routed tokens: those of an expert are computed together, and one that no token was sent to
-    is not read.
+    Every rank holds the whole router, so that all ranks route alike, and some columns of every expert or some experts
+    whole. The work grows with the routed tokens: those of an expert are computed together, and one that no token was
+    sent to is not read.
     """
 
     def __init__(
@@ -57,10 +57,13 @@ class ExpertMlp:
         down: torch.Tensor,
         experts: ExpertConfig,
         activation: Activation,
+        held: range,
     ) -> None:
+        """`held`: the experts whose parts `gate_up` and `down` are."""
         self._router = router
-        self._gate_ups = gate_up.chunk(experts.count)
-        self._downs = down.chunk(experts.count)
+        self._held = held
+        self._gate_ups = gate_up.chunk(len(held))
+        self._downs = down.chunk(len(held))
         self._experts = experts
         self._activate = ACTIVATIONS[activation]
 
@@ -73,13 +76,18 @@ class ExpertMlp:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         # Routes in the order of their experts; those of a token are `per_token` apart in the flat list.
         order = chosen.view(-1).argsort(stable=True)
-        tokens = order // per_token
         counts = chosen.view(-1).bincount(minlength=self._experts.count).tolist()
+        first = sum(counts[: self._held.start])
+        counts = counts[self._held.start : self._held.stop]
+        order = order[first : first + sum(counts)]
+        tokens = order // per_token
         parts = []
         for rows, gate_up, down in zip(x[tokens].split(counts), self._gate_ups, self._downs, strict=True):
             if len(rows):
                 gate, up = F.linear(rows, gate_up).chunk(2, dim=-1)
                 parts.append(F.linear(self._activate(gate).mul_(up), down))
-        routed = torch.cat(parts).float().mul_(weights.view(-1)[order].unsqueeze(1))
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        if not parts:
+            return out
+        routed = torch.cat(parts).float().mul_(weights.view(-1)[order].unsqueeze(1))
         return out.index_add_(0, tokens, routed)

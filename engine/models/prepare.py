@@ -30,12 +30,19 @@ _MIN_INTERVAL_S = 0.05
 
 
 def prepare(
-    model: str, tp: int, pp: int, dtype: str, cache: Path, report: Reporter, backend: str = "auto"
+    model: str,
+    tp: int,
+    pp: int,
+    dtype: str,
+    cache: Path,
+    report: Reporter,
+    backend: str = "auto",
+    expert_parallel: bool = False,
 ) -> dict[str, Any]:
     """Finds, fetches, imports and checks a model; returns the `ready` event. Raises ModelError."""
     resolved = resolve_model(model, cache, report.progress)
     folder = resolved.folder
-    config = _check(folder, tp, pp, backend)
+    config = _check(folder, tp, pp, backend, expert_parallel)
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(
             f"{folder} has no tokenizer.json; save it there with transformers' "
@@ -54,9 +61,15 @@ def prepare(
     }
 
 
-def _check(folder: Path, tp: int, pp: int, backend: str) -> ModelConfig | HuggingFaceModel:
+def _check(
+    folder: Path, tp: int, pp: int, backend: str, expert_parallel: bool
+) -> ModelConfig | HuggingFaceModel:
     """The facts about a model that the backend can serve on such a world. Raises ModelError."""
     if backend == "deepspeed":
+        if expert_parallel:
+            raise ModelError(
+                "--expert-parallel is not possible with --backend deepspeed; leave one of them out"
+            )
         from engine.backends.model_facts import HuggingFaceModel
 
         facts = HuggingFaceModel.from_folder(folder)
@@ -66,7 +79,7 @@ def _check(folder: Path, tp: int, pp: int, backend: str) -> ModelConfig | Huggin
     if backend not in ("auto", "phalanx"):
         raise ModelError(f"--backend {backend} is not known; allowed are auto, phalanx and deepspeed")
     config = ModelConfig.from_folder(folder)
-    shard_world(config, tp, pp)
+    shard_world(config, tp, pp, expert_parallel)
     SourceFiles(folder).check(config)
     return config
 
@@ -106,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--expert-parallel", action="store_true")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--cache", type=Path, default=None, help="model cache; default $PHALANX_CACHE")
@@ -113,9 +127,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         cache = (options.cache or default_cache_folder()).expanduser().absolute()
-        report.event(
-            prepare(options.model, options.tp, options.pp, options.dtype, cache, report, options.backend)
+        ready = prepare(
+            options.model,
+            options.tp,
+            options.pp,
+            options.dtype,
+            cache,
+            report,
+            options.backend,
+            options.expert_parallel,
         )
+        report.event(ready)
     except ModelError as error:
         report.event({"event": "error", "message": str(error)})
         return EXIT_ERROR

@@ -6,18 +6,20 @@ table below; nothing else slices a weight. Imports no torch and reads no file.
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 from enum import Enum
-from itertools import accumulate, pairwise
 
 from engine.models.config import ExpertConfig, ModelConfig
+from engine.models.cutting import (
+    alignment,
+    cut_columns,
+    cut_evenly,
+    cut_experts,
+    cut_layers,
+    touched_kv_heads,
+)
 from engine.models.errors import ShardingError
 from engine.models.families import Norms, QueryKeyNorm
-
-_ALIGNMENT = 16
-"""Columns and rows are handed out in multiples of this: a tile of AMX, or two registers of AVX-512."""
-
 
 # --------------------------------------------------------------------------- what one rank holds
 
@@ -35,7 +37,9 @@ class RankShape:
     counted_kv_heads: range
     """The KV heads among `kv_heads` whose first query head is here: over the ranks, each is counted once."""
     mlp_columns: range
-    """With experts, of each of them."""
+    """With experts, of each of them that the rank holds."""
+    experts: range
+    """Those that the rank holds, whole or some columns of each; empty in a model without."""
     vocab: range
     has_embedding: bool
     has_head: bool
@@ -49,10 +53,13 @@ class RankShape:
         return len(self.kv_heads)
 
 
-def shard_world(config: ModelConfig, tp: int, pp: int) -> list[list[RankShape]]:
-    """The shape of every rank, as [pp_rank][tp_rank].
+def shard_world(
+    config: ModelConfig, tp: int, pp: int, expert_parallel: bool = False
+) -> list[list[RankShape]]:
+    """The shape of every rank, as [pp_rank][tp_rank]. With `expert_parallel` a rank holds whole experts, otherwise
+    some columns of each.
 
-    Raises ShardingError that names --tp or --pp and the largest value that is allowed.
+    Raises ShardingError that names the flag and what is allowed.
     """
     if not 1 <= tp <= config.num_heads:
         raise ShardingError(
@@ -64,50 +71,38 @@ def shard_world(config: ModelConfig, tp: int, pp: int) -> list[list[RankShape]]:
             f"--pp {pp} is not possible: the model has {config.num_layers} layers, "
             f"so --pp may be 1 to {config.num_layers}"
         )
-    heads = _cut_evenly(config.num_heads, tp, 1)
-    columns = _cut_columns(config, heads)
-    vocab = _cut_evenly(config.vocab_size, tp, _alignment(config.vocab_size, tp))
+    num_experts = 0 if config.experts is None else config.experts.count
+    if expert_parallel and not num_experts:
+        raise ShardingError("--expert-parallel is not possible: the model has no experts; leave it out")
+    if expert_parallel and tp > num_experts:
+        raise ShardingError(
+            f"--expert-parallel with --tp {tp} is not possible: the model has {num_experts} experts, so --tp may be "
+            f"1 to {num_experts}"
+        )
+    heads = cut_evenly(config.num_heads, tp, 1)
+    if expert_parallel:
+        columns, experts = [range(config.intermediate_size)] * tp, cut_experts(config, heads)
+    else:
+        columns, experts = cut_columns(config, heads), [range(num_experts)] * tp
+    vocab = cut_evenly(config.vocab_size, tp, alignment(config.vocab_size, tp))
     return [
         [
             RankShape(
                 layers=layers,
                 q_heads=heads[tp_rank],
-                kv_heads=_touched_kv_heads(config, heads[tp_rank]),
+                kv_heads=touched_kv_heads(config, heads[tp_rank]),
                 q_to_kv=_q_to_kv(config, heads[tp_rank]),
                 counted_kv_heads=_counted_kv_heads(config, heads[tp_rank]),
                 mlp_columns=columns[tp_rank],
+                experts=experts[tp_rank],
                 vocab=vocab[tp_rank],
                 has_embedding=pp_rank == 0,
                 has_head=pp_rank == pp - 1,
             )
             for tp_rank in range(tp)
         ]
-        for pp_rank, layers in enumerate(_cut_layers(config, pp))
+        for pp_rank, layers in enumerate(cut_layers(config, pp))
     ]
-
-
-def _alignment(size: int, parts: int) -> int:
-    """The largest power of two up to 16 that still leaves every part something."""
-    unit = _ALIGNMENT
-    while unit > 1 and -(-size // unit) < parts:
-        unit //= 2
-    return unit
-
-
-def _cut_evenly(size: int, parts: int, unit: int) -> list[range]:
-    """Contiguous ranges in multiples of `unit`, longer ones first; the last one takes what is left."""
-    units, extra = divmod(-(-size // unit), parts)
-    ends = accumulate(units + (part < extra) for part in range(parts))
-    return _ranges([min(end * unit, size) for end in ends])
-
-
-def _ranges(ends: list[int]) -> list[range]:
-    return [range(start, end) for start, end in pairwise([0, *ends])]
-
-
-def _touched_kv_heads(config: ModelConfig, heads: range) -> range:
-    group = config.num_heads // config.num_kv_heads
-    return range(heads[0] // group, heads[-1] // group + 1)
 
 
 def _q_to_kv(config: ModelConfig, heads: range) -> tuple[int, ...]:
@@ -119,72 +114,6 @@ def _q_to_kv(config: ModelConfig, heads: range) -> tuple[int, ...]:
 def _counted_kv_heads(config: ModelConfig, heads: range) -> range:
     group = config.num_heads // config.num_kv_heads
     return range(-(-heads.start // group), -(-heads.stop // group))
-
-
-def _cut_columns(config: ModelConfig, heads: list[range]) -> list[range]:
-    """Deals out the MLP's columns so that attention and MLP together are even over the ranks.
-
-    Work is counted in weight elements of a layer: that is what a rank reads, and twice that is what it
-    computes, for every token. Of experts those count that a token is routed to.
-    """
-    unit = _ALIGNMENT
-    while unit > 1 and (config.intermediate_size % unit or config.intermediate_size // unit < len(heads)):
-        unit //= 2
-    unit_work = 3 * unit * config.hidden_size * _mlps_per_token(config)
-    # A rank without any column would be one more case for the kernels: each gets one unit, if there are
-    # enough of them.
-    first = 1 if config.intermediate_size // unit >= len(heads) else 0
-    units = [first] * len(heads)
-    queue = [(attention_work(config, part) + first * unit_work, rank) for rank, part in enumerate(heads)]
-    heapq.heapify(queue)
-    for _ in range(config.intermediate_size // unit - sum(units)):
-        work, rank = queue[0]
-        units[rank] += 1
-        heapq.heapreplace(queue, (work + unit_work, rank))
-    return _ranges([end * unit for end in accumulate(units)])
-
-
-def attention_work(config: ModelConfig, heads: range) -> int:
-    """Weight elements of one layer's attention for a range of query heads, repeated KV heads included."""
-    kv_heads = len(_touched_kv_heads(config, heads))
-    return (2 * len(heads) + 2 * kv_heads) * config.head_dim * config.hidden_size
-
-
-def layer_work(config: ModelConfig) -> int:
-    """Weight elements of one whole layer, of experts those that a token is routed to."""
-    attention = attention_work(config, range(config.num_heads))
-    return attention + 3 * config.intermediate_size * config.hidden_size * _mlps_per_token(config)
-
-
-def _mlps_per_token(config: ModelConfig) -> int:
-    return 1 if config.experts is None else config.experts.per_token
-
-
-def _cut_layers(config: ModelConfig, pp: int) -> list[range]:
-    """Cuts the layers into stages so that the most expensive stage is as cheap as it can be.
-
-    The embedding is a lookup of one row a token; the head is read whole for each step, and weighs with the
-    last stage. Among equally good cuts the one with the most even stages is taken.
-    """
-    layer = layer_work(config)
-    head = config.vocab_size * config.hidden_size
-    embedding = config.hidden_size
-    if pp == 1:
-        return [range(config.num_layers)]
-    best: tuple[int, int, list[int]] | None = None
-    for last in range(1, config.num_layers - pp + 2):
-        units, extra = divmod(config.num_layers - last, pp - 1)
-        # All layers cost the same, so the stages before the last differ by one layer at most; the first
-        # one carries the embedding and is not among the longer ones.
-        counts = [units + (stage >= pp - 1 - extra) for stage in range(pp - 1)] + [last]
-        costs = [count * layer for count in counts]
-        costs[0] += embedding
-        costs[-1] += head
-        candidate = (max(costs), sum(cost * cost for cost in costs), counts)
-        if best is None or candidate < best:
-            best = candidate
-    assert best is not None  # pp <= num_layers, so that the loop runs at least once
-    return _ranges(list(accumulate(best[2])))
 
 
 # --------------------------------------------------------------------------- the table of weights
@@ -218,6 +147,8 @@ class Source:
     """Its whole shape, in names that `_size` knows."""
     after: tuple[str, ...] = ()
     """What lies before the part that is meant, along the rule's axis, where files hold several as one."""
+    expert: int | None = None
+    """Which expert it belongs to: only ranks that hold that one take it."""
 
 
 @dataclass(frozen=True)
@@ -345,19 +276,17 @@ def _mlp_rules(config: ModelConfig) -> list[TensorRule]:
 
 
 def _expert_rules(experts: ExpertConfig) -> list[TensorRule]:
-    """Every rank holds the router and some columns of each expert. The experts lie one after another:
-    `gate_up` is [count * 2 * columns, hidden], `down` [count * hidden, columns]."""
+    """Every rank holds the router and, of the experts that are its own, all columns or some. They lie one after
+    another: `gate_up` is [held * 2 * columns, hidden], `down` [held * hidden, columns]."""
     block = f"{_LAYER}{experts.block}."
     gate, up, down = experts.projections
-    every = [f"{block}experts.{expert}." for expert in range(experts.count)]
 
-    def columns(expert: str, name: str) -> Source:
-        return Source(f"{expert}{name}.weight", Cut.MLP_COLUMNS, ("columns", "hidden"))
+    def part(expert: int, name: str, *shape: str) -> Source:
+        return Source(f"{block}experts.{expert}.{name}.weight", Cut.MLP_COLUMNS, shape, expert=expert)
 
-    gate_up = tuple(columns(expert, name) for expert in every for name in (gate, up))
-    downs = tuple(
-        Source(f"{expert}{down}.weight", Cut.MLP_COLUMNS, ("hidden", "columns")) for expert in every
-    )
+    every = range(experts.count)
+    gate_up = tuple(part(expert, name, "columns", "hidden") for expert in every for name in (gate, up))
+    downs = tuple(part(expert, down, "hidden", "columns") for expert in every)
     router = Source(f"{block}gate.weight", Cut.WHOLE, ("experts", "hidden"))
     return [
         TensorRule(f"{_LOCAL}router.weight", Place.LAYER, 0, (router,)),
@@ -406,7 +335,11 @@ def local_tensors(config: ModelConfig, shape: RankShape, tp_rank: int) -> list[L
 
 
 def _local(config: ModelConfig, shape: RankShape, rule: TensorRule, layer: int | None) -> LocalTensor:
-    slices = tuple(_slice(config, shape, source, rule.axis, layer) for source in rule.sources)
+    slices = tuple(
+        _slice(config, shape, source, rule.axis, layer)
+        for source in rule.sources
+        if source.expert is None or source.expert in shape.experts
+    )
     first = slices[0].sliced_shape
     rows = sum(piece.sliced_shape[0] for piece in slices)
     return LocalTensor(rule.local_name.format(layer=layer), (rows, *first[1:]), slices)

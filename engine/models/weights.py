@@ -58,7 +58,7 @@ def load_stage_weights(
     source = SourceFiles(model_dir)
     meter = _Meter(progress)
     identity = _identity(source, shard_cache, 2 * shard.num_bytes, meter)
-    use = cache.use(_folder_name(identity, tp, pp, dtype))
+    use = cache.use(_folder_name(identity, tp, pp, _holds_whole_experts(config, shape), dtype))
     path = use.folder / f"stage{pp_rank}-rank{tp_rank}-{shard.digest[:12]}.safetensors"
     mapped = shard.map(path, use)
     if mapped is None:
@@ -76,10 +76,15 @@ def _is_alias(config: ModelConfig, shape: RankShape, tensor: LocalTensor) -> boo
     return config.tie_word_embeddings and shape.has_embedding and tensor.name == "head.weight"
 
 
-def _folder_name(identity: str, tp: int, pp: int, dtype: torch.dtype) -> str:
+def _holds_whole_experts(config: ModelConfig, shape: RankShape) -> bool:
+    return config.experts is not None and len(shape.experts) < config.experts.count
+
+
+def _folder_name(identity: str, tp: int, pp: int, expert_parallel: bool, dtype: torch.dtype) -> str:
     instruction_set = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}".replace(" ", "")
     name = DTYPE_NAMES[dtype].lower()
-    return f"{identity[:20]}-tp{tp}-pp{pp}-{name}-v{LAYOUT_VERSION}-{instruction_set}"
+    cut = f"tp{tp}-pp{pp}-ep" if expert_parallel else f"tp{tp}-pp{pp}"
+    return f"{identity[:20]}-{cut}-{name}-v{LAYOUT_VERSION}-{instruction_set}"
 
 
 def _identity(source: SourceFiles, shard_cache: Path, later_bytes: int, meter: _Meter) -> str:

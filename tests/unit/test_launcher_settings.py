@@ -84,6 +84,18 @@ def test_bad_files(tmp_path: Path, text: str, expected: str) -> None:
     assert str(config) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_switch(tmp_path: Path) -> None:
+    assert not settings_of("m").expert_parallel
+    assert settings_of("m", "--expert-parallel").expert_parallel
+    file = tmp_path / "c.yaml"
+    file.write_text("expert-parallel: true\n")
+    assert settings_of("m", "--config", str(file)).expert_parallel
+    assert not settings_of("m", "--config", str(file), "--no-expert-parallel").expert_parallel
+    file.write_text("expert-parallel: 1\n")
+    with pytest.raises(SettingsError, match="true or false"):
+        settings_of("m", "--config", str(file))
+
+
 def test_spare_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("spare: none\n")

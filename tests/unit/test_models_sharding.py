@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.models.config import ExpertConfig, ModelConfig, RopeConfig
+from engine.models.cutting import attention_work, layer_work
 from engine.models.errors import ShardingError
 from engine.models.families import Norms, QueryKeyNorm
 from engine.models.sharding import (
     LocalTensor,
     RankShape,
-    attention_work,
-    layer_work,
     local_tensors,
     shard_world,
     tensor_rules,
@@ -295,3 +294,50 @@ def test_every_rank_holds_some_columns_of_each_expert_and_the_whole_router() -> 
         assert found["layers.0.experts_down.weight"].shape == (4 * 576, columns)
         names = [piece.name.split("experts.")[1] for piece in found["layers.0.experts_gate_up.weight"].slices]
         assert names[:3] == ["0.gate_proj.weight", "0.up_proj.weight", "1.gate_proj.weight"]
+
+
+# --------------------------------------------------------------------------- whole experts
+
+
+def mixture(count: int, tp: int) -> tuple[ModelConfig, list[RankShape]]:
+    experts = ExpertConfig(count, 2, True, "mlp", ("gate_proj", "up_proj", "down_proj"))
+    config = replace(model(num_layers=2), experts=experts)
+    return config, shard_world(config, tp, 1, expert_parallel=True)[0]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 4, 7])
+def test_whole_experts_are_held_once_each(tp: int) -> None:
+    config, stage = mixture(8, tp)
+    assert_ranges_tile([shape.experts for shape in stage], 8)
+    assert all(len(shape.experts) for shape in stage)
+    held: Counter[str] = Counter()
+    for tp_rank, shape in enumerate(stage):
+        for tensor in local_tensors(config, shape, tp_rank):
+            for piece in tensor.slices:
+                if ".experts." in piece.name:
+                    assert piece.sliced_shape == piece.shape, "an expert is cut"
+                    held[piece.name] += 1
+        found = {tensor.name: tensor.shape for tensor in local_tensors(config, shape, tp_rank)}
+        assert found["layers.0.experts_gate_up.weight"] == (len(shape.experts) * 2 * 1536, 576)
+        assert found["layers.0.experts_down.weight"] == (len(shape.experts) * 576, 1536)
+        assert found["layers.0.router.weight"] == (8, 576)
+    assert len(held) == 2 * 8 * 3
+    assert set(held.values()) == {1}
+
+
+def test_ranks_with_fewer_heads_hold_more_experts() -> None:
+    config, stage = mixture(512, 2)
+    work = [
+        attention_work(config, shape.q_heads) + 3 * 576 * 1536 * 2 * len(shape.experts) / 512
+        for shape in stage
+    ]
+    assert len(stage[0].q_heads) > len(stage[1].q_heads)
+    assert len(stage[0].experts) < len(stage[1].experts)
+    assert abs(work[0] - work[1]) <= 3 * 576 * 1536 * 2 / 512
+
+
+def test_whole_experts_that_are_not_possible() -> None:
+    with pytest.raises(ShardingError, match="no experts"):
+        shard_world(model(), 2, 1, expert_parallel=True)
+    with pytest.raises(ShardingError, match=r"--tp 5.*4 experts.*1 to 4"):
+        mixture(4, 5)

@@ -23,7 +23,9 @@ def references(world: World) -> dict[str, FamilyReference]:
     return family_references.load()
 
 
-def _serve(world: World, reference: FamilyReference, dtype: str, num_tokens: int) -> driver.Run:
+def _serve(
+    world: World, reference: FamilyReference, dtype: str, num_tokens: int, **settings: object
+) -> driver.Run:
     # The first prompt comes in three chunks, the later ones beside the second prompt's decode rows.
     engine = driver.build(
         world,
@@ -32,6 +34,7 @@ def _serve(world: World, reference: FamilyReference, dtype: str, num_tokens: int
         max_num_seqs=4,
         max_num_batched_tokens=32,
         kv_cache_bytes=2**20,
+        **settings,
     )
     requests = [driver.request(row, prompt, num_tokens) for row, prompt in enumerate(reference.prompts)]
     return driver.serve(world, engine, requests, record_logits=True)
@@ -40,7 +43,17 @@ def _serve(world: World, reference: FamilyReference, dtype: str, num_tokens: int
 @pytest.mark.parametrize("name", TINY_FAMILIES)
 def test_greedy_tokens_and_logits(world: World, references: dict[str, FamilyReference], name: str) -> None:
     reference = references[name]
-    run = _serve(world, reference, "float32", NUM_TOKENS)
+    _check(world, reference, _serve(world, reference, "float32", NUM_TOKENS))
+
+
+@pytest.mark.parametrize("name", [name for name in TINY_FAMILIES if "mixtral" in name or "moe" in name])
+def test_whole_experts_on_ranks(world: World, references: dict[str, FamilyReference], name: str) -> None:
+    reference = references[name]
+    run = _serve(world, reference, "float32", NUM_TOKENS, expert_parallel=True)
+    _check(world, reference, run)
+
+
+def _check(world: World, reference: FamilyReference, run: driver.Run) -> None:
     if world.at.is_sampler:
         for row, prompt in enumerate(reference.prompts):
             for index in range(NUM_TOKENS):
