@@ -151,8 +151,9 @@ class LLM:
 
     def __init__(self, model: str | Path, *, show_progress: bool = False, **options: object) -> None:
         """See Server; no spare is kept unless `spare` asks for one. Raises ServerError."""
-        # Nobody else asks this server: what is in flight here may wait there, however long the prompts are.
-        defaults = {"spare": "none", "max_waiting_tokens": 2**31}
+        # Nobody else asks this server: what is in flight here may wait there, however long the prompts are, and
+        # nobody waits for single tokens.
+        defaults = {"spare": "none", "max_waiting_tokens": 2**31, "step_factor": 0}
         self._server = serve(model, show_progress=show_progress, **{**defaults, **options})
         try:
             self._client = self._server.client()

@@ -1,13 +1,14 @@
 """What running streams feel when a long prompt comes in: time between tokens of 8 streams, before and meanwhile.
 
 `python -m benchmarks.interference [--rounds N] [--tp N] [--pp N]`. The peer in the same run is the same streams
-without the prompt. A prompt is cut into chunks of the step's token budget, so that a stream waits for one step at
-most between two tokens; how long that is, is the price.
+without the prompt. A prompt is cut into chunks, so that a stream waits for one step at most between two tokens; how
+long that is, is bounded by the step factor, and 0 is without the bound.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import threading
 import time
 from itertools import pairwise
@@ -28,13 +29,13 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--factors", type=float, nargs="+", default=[0.0, 4.0])
     arguments = parser.parse_args()
     cores = pin(arguments.cores)
     rows: list[list[object]] = []
     result: dict[str, object] = {}
-    for budget in arguments.budgets:
-        options = ("--max-num-batched-tokens", str(budget))
+    for factor in arguments.factors:
+        options = ("--step-factor", f"{factor:g}")
         with (
             bare_world(model_folder(), arguments.tp, arguments.pp, *options) as endpoint,
             Client(endpoint) as client,
@@ -56,9 +57,14 @@ def main() -> None:
         ]
         first_token_s = percentile(first_tokens, 0.5)
         rows.append(
-            [f"{budget} tokens a step", *milliseconds, first_token_s, milliseconds[2] / milliseconds[0]]
+            [
+                f"step factor {factor:g}" if factor else "no bound",
+                *milliseconds,
+                first_token_s,
+                milliseconds[2] / milliseconds[0],
+            ]
         )
-        result[str(budget)] = {
+        result[f"{factor:g}"] = {
             "alone_ms": {"p50": milliseconds[0], "p99": milliseconds[1]},
             "beside_long_prompt_ms": {"p50": milliseconds[2], "p99": milliseconds[3], "max": milliseconds[4]},
             "long_prompt_first_token_s": first_token_s,
@@ -70,7 +76,14 @@ def main() -> None:
         rows,
     )
     write(
-        "interference", {"machine": machine(cores), "tp": arguments.tp, "pp": arguments.pp, "budgets": result}
+        "interference",
+        {
+            "machine": machine(cores),
+            "tp": arguments.tp,
+            "pp": arguments.pp,
+            "load": os.getloadavg(),
+            "step_factors": result,
+        },
     )
 
 

@@ -28,6 +28,7 @@ from engine.models.decoder import DecoderStage
 from engine.models.sharding import shard_world
 from engine.models.weights import load_stage_weights
 from engine.scheduling.kv_blocks import BlockPool
+from engine.scheduling.pace import STEP_FACTOR, Pace
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.world import World
 
@@ -55,6 +56,9 @@ class EngineSettings:
     """Memory of the KV cache on each rank."""
     kv_cache_blocks: int = 0
     """Blocks of the KV cache, whatever they take: what the world before this one had."""
+    step_factor: float = STEP_FACTOR
+    """How many times as long as a decode step one may take that computes a prompt beside streams; 0: as long as
+    max_num_batched_tokens take."""
     memory_share: float = 1.0
     """Of the memory that the default takes for the KV cache."""
     backend: str = "auto"
@@ -65,6 +69,10 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
             raise ConfigurationError(f"--max-num-seqs {self.max_num_seqs} is too small; it must be 1 or more")
+        if self.step_factor and self.step_factor < 1.5:
+            raise ConfigurationError(
+                f"--step-factor {self.step_factor:g} leaves prompts no room; allowed: 1.5 or more, or 0: no bound"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigurationError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs "
@@ -81,10 +89,15 @@ class Engine:
     limits: SchedulerLimits
     num_blocks: int
     """KV blocks of the world: what the rank with the least room has."""
+    step_factor: float = STEP_FACTOR
+    """See EngineSettings."""
 
     def new_scheduler(self, num_slots: int) -> Scheduler:
         """Rank 0's scheduler over the world's blocks."""
-        return Scheduler(BlockPool(self.num_blocks, BLOCK_SIZE), self.limits, num_slots)
+        return Scheduler(BlockPool(self.num_blocks, BLOCK_SIZE), self.limits, num_slots, self._pace())
+
+    def _pace(self) -> Pace | None:
+        return Pace(self.step_factor) if self.step_factor else None
 
     @property
     def kv_cache_tokens(self) -> int:
@@ -158,7 +171,7 @@ def load_engine(
     def reserve() -> Engine:
         cache = KVCache(shape.layers, num_blocks, len(shape.kv_heads), config.head_dim, dtype, device)
         runner = StageRunner(world, stage, cache, table, config.hidden_size, widths, sampler)
-        return Engine(config, runner, limits, num_blocks)
+        return Engine(config, runner, limits, num_blocks, settings.step_factor)
 
     return LoadedEngine(num_blocks, reserve)
 

@@ -99,6 +99,7 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         kv_cache_bytes=arguments.kv_cache_memory,
         kv_cache_blocks=arguments.kv_cache_blocks,
+        step_factor=arguments.step_factor,
         memory_share=arguments.memory_share,
         backend=arguments.backend,
         expert_parallel=arguments.expert_parallel,
@@ -415,6 +416,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=1.0,
         help="share of the default KV cache, for worlds that are not alone on their host",
+    )
+    parser.add_argument(
+        "--step-factor",
+        type=float,
+        default=4.0,
+        help="how many times as long as a decode step one may take that computes prompts beside streams; 0: no bound",
     )
     parser.add_argument(
         "--shard-cache", type=Path, default=cache / "shards", help="where cut weights are kept"

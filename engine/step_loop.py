@@ -6,6 +6,7 @@ It never tries to survive: an exception in a step ends the rank, and with it the
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Protocol
@@ -121,8 +122,14 @@ class Leader:
         self._step = plan.step
         self._sign.stepping(plan.step, plan.num_tokens)
         self._world.control.broadcast_plan(self._codec.encode(plan))
+        began = time.perf_counter()
         result = self._runner.run(plan)
-        self._prompt_tokens += sum(len(chunk.token_ids) for chunk in plan.chunks)
+        num_chunk_tokens = plan.num_tokens - len(plan.decode_tokens)
+        if self._scheduler.pace is not None:
+            # Of this rank's stage: what a token costs beside a decode step is much the same in the others.
+            duration_s = time.perf_counter() - began
+            self._scheduler.pace.note(len(plan.decode_tokens), num_chunk_tokens, duration_s)
+        self._prompt_tokens += num_chunk_tokens
         if result is not None:
             self._deliver(plan, result)
         else:

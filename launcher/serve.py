@@ -198,6 +198,7 @@ def rank_command(settings: Settings, prepared: PreparedModel, name: str) -> list
     command += ["--backend", settings.backend]
     command += ["--max-num-seqs", str(settings.max_num_seqs)]
     command += ["--max-num-batched-tokens", str(settings.max_num_batched_tokens)]
+    command += ["--step-factor", f"{settings.step_factor:g}"]
     command += ["--shard-cache", str(default_cache_dir() / "shards"), "--gateway", "tcp://127.0.0.1:*"]
     if settings.expert_parallel:
         command.append("--expert-parallel")

@@ -74,6 +74,12 @@ class Settings:
     max_model_len: int = _flag(0, "most tokens of prompt and output together; 0: the model's own limit", "N")
     max_num_seqs: int = _flag(64, "most sequences that run at once", "N")
     max_num_batched_tokens: int = _flag(1024, "most tokens that one step computes", "N")
+    step_factor: float = _flag(
+        4.0,
+        "how many times as long as a step of running streams one may take that computes a new prompt beside them; "
+        "0: as long as --max-num-batched-tokens take",
+        "F",
+    )
     kv_cache_memory: int = _flag(0, "KV cache of a rank, like 2GiB; 0: a share of the free memory", "SIZE")
     served_model_name: str = _flag("", "name that clients call the model by; default: its own", "NAME")
     spare: str = _flag(
@@ -130,6 +136,8 @@ class Settings:
             raise SettingsError(f"--port {self.port}: must be from 0 to 65535")
         if not re.match(r"(tcp|ipc)://.", self.zmq):
             raise SettingsError(f"--zmq {self.zmq}: write it like tcp://127.0.0.1:5555")
+        if self.step_factor and self.step_factor < 1.5:
+            raise SettingsError(f"--step-factor {self.step_factor:g}: must be 1.5 or more, or 0 for no bound")
         if not self.max_wait_s > 0:
             raise SettingsError(f"--max-wait-s {self.max_wait_s:g}: must be more than 0")
         if not 0 <= self.drain_timeout <= 86400:

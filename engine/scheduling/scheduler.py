@@ -17,6 +17,7 @@ import msgspec
 
 from engine.plan import Chunk, PoolingKind, SequenceParams, StepPlan, StepResult, TokenLogprobs
 from engine.scheduling.kv_blocks import BlockPool, Digest, extend_digests
+from engine.scheduling.pace import Pace
 from engine.scheduling.sequence import Sequence
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -56,8 +57,12 @@ class Refused(Exception):
 class Scheduler:
     """Owns all sequences of the world and the block pool."""
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits, num_slots: int) -> None:
+    def __init__(
+        self, pool: BlockPool, limits: SchedulerLimits, num_slots: int, pace: Pace | None = None
+    ) -> None:
+        """Without a pace, chunks fill the budget whoever waits for the step."""
         self.pool = pool
+        self.pace = pace
         self.limits = limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[list[Sequence]] = [[] for _ in range(num_slots)]
@@ -146,6 +151,7 @@ class Scheduler:
             planned.append(sequence)
             budget -= 1
         num_decoding = len(planned)
+        budget = min(budget, self._chunk_tokens())
 
         chunks: list[Chunk] = []
         for sequence in list(running):
@@ -232,6 +238,13 @@ class Scheduler:
             )
 
     # ------------------------------------------------------------------ inside
+
+    def _chunk_tokens(self) -> int:
+        """Tokens of prompts that the next plan may have at most, so that no stream waits long for it."""
+        num_decoding = sum(sequence.is_decoding for sequences in self.running for sequence in sequences)
+        if self.pace is None or not num_decoding:
+            return self.limits.max_num_batched_tokens
+        return self.pace.chunk_tokens(num_decoding, self.num_running - num_decoding + len(self.waiting))
 
     def _chunk(self, sequence: Sequence, length: int, shared_blocks: list[int] | None = None) -> Chunk:
         """Plans the next `length` tokens of a sequence. `shared_blocks` are those that an admitted one found."""
