@@ -74,6 +74,8 @@ chaos: $(READY_TEST)
 bench: $(READY_TEST)
 	$(BIN)/python -m benchmarks.offline
 	$(BIN)/python -m benchmarks.serve
+	$(BIN)/python -m benchmarks.interference
+	$(BIN)/python -m benchmarks.structured
 	$(BIN)/python -m benchmarks.control_plane
 	$(BIN)/python -m benchmarks.startup
 

@@ -139,6 +139,35 @@ def _recovery(result: Result) -> str:
     return _table(["seconds from the kill, p50 / max", *(f"--spare {name}" for name in spares)], rows)
 
 
+def _interference(result: Result) -> str:
+    rows = []
+    for factor, found in result["step_factors"].items():
+        alone, beside = found["alone_ms"], found["beside_long_prompt_ms"]
+        rows.append(
+            [
+                "no bound" if factor == "0" else f"`--step-factor {factor}`",
+                _spread(alone),
+                _spread(beside),
+                _number(beside["max"]),
+                _ratio(beside["p50"] / alone["p50"]),
+                _number(found["long_prompt_first_token_s"]),
+            ]
+        )
+    columns = ["", "alone, ms p50 / p99", "beside the prompt, ms p50 / p99", "longest, ms", "ratio p50"]
+    return _table([*columns, "the prompt's first token, s"], rows)
+
+
+def _structured(result: Result) -> str:
+    plain, schema = result["milliseconds"]["plain"], result["milliseconds"]["schema"]
+    row = [
+        f"{_number(plain['p50'])} / {_number(plain['p90'])}",
+        f"{_number(schema['p50'])} / {_number(schema['p90'])}",
+    ]
+    return _table(
+        ["without, ms p50 / p90", "with, ms p50 / p90", "ratio p50"], [[*row, _ratio(result["ratio_p50"])]]
+    )
+
+
 SECTIONS: dict[str, tuple[Callable[[Result], str], Callable[[Result], str]]] = {
     "offline": (lambda result: "Tokens per second, SmolLM2-135M in bfloat16.", _offline),
     "serve": (lambda result: f"Serving, tp {result['tp']}.", _serve),
@@ -149,6 +178,20 @@ SECTIONS: dict[str, tuple[Callable[[Result], str], Callable[[Result], str]]] = {
             f"tp {result['tp']}, {result['kills']} kills each, at a load average of {result['load_average']:.0f}."
         ),
         _recovery,
+    ),
+    "interference": (
+        lambda result: (
+            f"Time between tokens of 8 streams while a prompt of 6,000 tokens comes in, tp {result['tp']}, "
+            f"at a load average of {result['load'][0]:.0f}."
+        ),
+        _interference,
+    ),
+    "structured": (
+        lambda result: (
+            f"Time between tokens of {result['streams']} streams with a JSON schema and without, tp {result['tp']}, "
+            f"at a load average of {result['load'][0]:.0f}."
+        ),
+        _structured,
     ),
     "control_plane": (lambda result: "A step's plan for 32 decoding sequences.", _control_plane),
 }

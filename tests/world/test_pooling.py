@@ -62,7 +62,7 @@ def test_pooled_beside_streams_and_in_chunks(
     world: World, engine: Engine, oracle: References, pooled: list[PoolingReference]
 ) -> None:
     asked = {}
-    for row, reference in enumerate(pooled):
+    for row, reference in enumerate([pooled[0], *pooled[-4:]]):
         for number, kind in enumerate(KINDS):
             # Scored from the first token possible, from the last, and from one in the middle of a block.
             first = [1, len(reference.prompt) - 1, len(reference.prompt) // 2][row % 3]
