@@ -58,7 +58,7 @@ def attacks() -> dict[str, Attack]:
             TEXT,
             {**long_text, "n": 128, "logprobs": 20, "echo": True, "stream": True},
         ),
-        "logprobs of everything": (TEXT, {"prompt": "x", "max_tokens": 500, "n": 128, "logprobs": 20}),
+        "logprobs of everything": (TEXT, {"prompt": ["x"] * 8, "max_tokens": 500, "n": 128, "logprobs": 20}),
         "a slow schema": (CHAT, {"guided_json": {"type": "integer", "multipleOf": 999_983}}),
         "a wide schema": (CHAT, {"guided_json": wide, "max_tokens": 20}),
         "a deep schema": (CHAT, {"guided_json": nested, "max_tokens": 20}),
