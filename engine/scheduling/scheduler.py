@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
-import msgspec
-
-from engine.plan import Chunk, PoolingKind, SequenceParams, StepPlan, StepResult, TokenLogprobs
+from engine.plan import Chunk, PoolingKind, StepPlan, StepResult, TokenLogprobs
 from engine.scheduling.kv_blocks import BlockPool, Digest, extend_digests
 from engine.scheduling.pace import Pace
-from engine.scheduling.sequence import Sequence
+from engine.scheduling.sequence import Sequence, params_to_send
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -174,7 +172,7 @@ class Scheduler:
             running.sort(key=_rank)
             sequence.blocks = self.pool.share(self._shareable(sequence))
             sequence.num_computed = len(sequence.blocks) * self.pool.block_size
-            admitted.append((handle, _params_to_send(sequence)))
+            admitted.append((handle, params_to_send(sequence)))
             length = min(sequence.num_uncomputed, budget)
             chunks.append(self._chunk(sequence, length, shared_blocks=sequence.blocks))
             planned.append(sequence)
@@ -392,20 +390,6 @@ class Scheduler:
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.rank
-
-
-def _params_to_send(sequence: Sequence) -> SequenceParams:
-    params = sequence.params
-    if params.num_prompt_logprobs >= 0 and sequence.prompt_logprobs is None:
-        # They were sent with the first token; this is a sequence that comes back.
-        params = msgspec.structs.replace(params, num_prompt_logprobs=-1)
-    if params.shaping is not None:
-        skipped = sequence.tokens[: sequence.num_computed]
-        params = msgspec.structs.replace(params, skipped_tokens=skipped)
-    if params.grammar is not None:
-        output = sequence.tokens[sequence.num_prompt_tokens :]
-        params = msgspec.structs.replace(params, output_token_ids=output)
-    return params
 
 
 def _handle(sequence: Sequence) -> int:

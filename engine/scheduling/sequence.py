@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from engine.plan import SequenceParams, TokenLogprobs
 from engine.scheduling.kv_blocks import Digest
 
@@ -64,3 +66,18 @@ class Sequence:
     def is_pooled(self) -> bool:
         """Whether it ends with its prompt: nothing is drawn."""
         return self.params.pooling is not None
+
+
+def params_to_send(sequence: Sequence) -> SequenceParams:
+    """What the ranks must know of a sequence that is admitted now: for the first time, or again."""
+    params = sequence.params
+    if params.num_prompt_logprobs >= 0 and sequence.prompt_logprobs is None:
+        # They were sent with the first token; this is a sequence that comes back.
+        params = msgspec.structs.replace(params, num_prompt_logprobs=-1)
+    if params.shaping is not None:
+        skipped = sequence.tokens[: sequence.num_computed]
+        params = msgspec.structs.replace(params, skipped_tokens=skipped)
+    if params.grammar is not None:
+        output = sequence.tokens[sequence.num_prompt_tokens :]
+        params = msgspec.structs.replace(params, output_token_ids=output)
+    return params
