@@ -272,9 +272,10 @@ class HttpClient(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         *events, self._received = (self._received + data).split(b"\n\n")
         for event in events:
-            if not event.startswith(b"data: {"):
-                continue  # [DONE], or a comment that keeps the connection alive
-            content = self._events.decode(event[len(b"data: ") :])
+            _, found, payload = event.partition(b"data: ")
+            if not found or payload == b"[DONE]":
+                continue  # the end, or a comment that keeps the connection alive
+            content = self._events.decode(payload)
             if content.choices and content.choices[0].text:
                 self._reply.arrivals.append(self._now)
             if content.usage is not None:

@@ -1,22 +1,26 @@
 """AsyncClient: requests to the front, or straight to rank 0, from an asyncio loop.
 
-It speaks gateway/protocol.py with many requests in flight on one connection. It never retries by itself: an
-error says what happened, and what was received stays valid. Users import it from gateway/client.py.
+It speaks gateway/protocol.py with many requests in flight on one connection. A front that was lost is found again,
+and requests go on where they were; beyond that it retries nothing: an error says what happened, and what was received
+stays valid. Users import it from gateway/client.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Literal
 
+import msgspec
 import zmq
 
 from gateway.connection import SERVER_SILENCE_S, Connection
-from gateway.errors import ConnectionLost, RequestFailed, RequestTimeout
+from gateway.errors import ConnectionLost, GatewayError, RequestFailed, RequestTimeout
 from gateway.generation import Generation, Prompt, numbers_of, scored
 from gateway.protocol import (
     Cancel,
@@ -32,6 +36,10 @@ from gateway.protocol import (
 )
 
 CONNECT_TIMEOUT_S = 10.0
+RECONNECT_S = 60.0
+"""How long a lost front may take to come back, with a world behind it."""
+FIRST_RETRY_S = 0.05
+LAST_RETRY_S = 1.0
 TOKEN_TIMEOUT_S = 300.0
 """Default of how long a request may bring no token: longer than a world needs to come back."""
 
@@ -97,7 +105,9 @@ class AsyncClient:
             async for output in client.submit("Once upon a time", SamplingParams(max_tokens=32)):
                 print(output.text, end="")
 
-    When the connection is lost, every request in flight raises ConnectionLost; `connect` makes a new one.
+    When the connection to a front is lost, a new one is made, for up to `reconnect_s`, and every request in flight
+    goes on behind the tokens that have come. If no front comes back, and with a rank 0 at once, every request in
+    flight raises ConnectionLost; `connect` makes a new connection.
     """
 
     def __init__(
@@ -108,8 +118,10 @@ class AsyncClient:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         token_timeout_s: float = TOKEN_TIMEOUT_S,
         silence_s: float = SERVER_SILENCE_S,
+        reconnect_s: float = RECONNECT_S,
     ) -> None:
-        """`silence_s`: a server that answers nothing for so long is taken for dead. Raise it for a rank 0
+        """`reconnect_s`: how long a front that was lost may take to come back; 0: it is not waited for.
+        `silence_s`: a server that answers nothing for so long is taken for dead. Raise it for a rank 0
         whose single steps take seconds; the front always answers at once."""
         self.endpoint = endpoint
         self.stats: Stats | None = None
@@ -118,8 +130,13 @@ class AsyncClient:
         self._connect_timeout_s = connect_timeout_s
         self._token_timeout_s = token_timeout_s
         self._silence_s = silence_s
+        self._reconnect_s = reconnect_s
+        self._resuming: asyncio.Task[None] | None = None
+        self._keys = secrets.token_hex(16)
+        """Begins the keys of this client's requests: nobody else can guess them."""
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._connection: Connection | None = None
+        self._is_front = False
         self._lost_because = "it was never made"
         self._requests: dict[str, _Inflight] = {}
         self._numbers = itertools.count(1)
@@ -135,30 +152,10 @@ class AsyncClient:
         """Connects, also again after a loss. Raises EndpointError, or ConnectionLost when nobody answers
         within `connect_timeout_s` or the server refuses."""
         await self.close()
-        welcomed: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
-
-        def refused(reason: str) -> None:
-            self._lose(reason)
-            if not welcomed.done():
-                welcomed.set_exception(ConnectionLost(f"{self.endpoint} did not accept the client: {reason}"))
-
-        def welcome(message: Welcome) -> None:
-            if not welcomed.done():
-                welcomed.set_result(message)
-
         self._context = zmq.Context()
         try:
-            self._connection = Connection(
-                self._context,
-                self.endpoint,
-                on_welcome=welcome,
-                on_message=self._receive,
-                on_lost=refused,
-                name=self._name,
-                silence_s=max(self._silence_s, self._connect_timeout_s),
-            )
             async with asyncio.timeout(self._connect_timeout_s):
-                return await welcomed
+                return await self._open()
         except TimeoutError:
             await self.close()
             raise ConnectionLost(
@@ -168,12 +165,49 @@ class AsyncClient:
             await self.close()
             raise
 
+    async def _open(self) -> Welcome:
+        """Makes a connection and waits for its welcome, without end. Raises EndpointError and ConnectionLost."""
+        assert self._context is not None
+        welcomed: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
+
+        def lost(reason: str) -> None:
+            if not welcomed.done():
+                welcomed.set_exception(ConnectionLost(f"{self.endpoint} did not accept the client: {reason}"))
+            else:
+                self._lose(reason)
+
+        def welcome(message: Welcome) -> None:
+            if not welcomed.done():
+                welcomed.set_result(message)
+
+        connection = Connection(
+            self._context,
+            self.endpoint,
+            on_welcome=welcome,
+            on_message=self._receive,
+            on_lost=lost,
+            name=self._name,
+            silence_s=max(self._silence_s, self._connect_timeout_s),
+        )
+        try:
+            message = await welcomed
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        self._is_front = message.epoch == 0
+        return message
+
     async def close(self) -> None:
         """Closes the connection. Requests in flight raise ConnectionLost; the server cancels them when it
         finds nobody to send their next token to."""
+        if self._resuming is not None:
+            self._resuming.cancel()
+            self._resuming = None
         if self._connection is not None:
             self._connection.close()
-            self._lose("the client closed it")
+            self._connection = None
+        self._give_up("the client closed it")
         if self._context is not None:
             self._context.destroy(linger=0)
             self._context = None
@@ -282,10 +316,10 @@ class AsyncClient:
     ) -> None:
         if request_id in self._requests:
             raise ValueError(f"request id {request_id!r} is already in flight")
-        epoch = self.welcome.epoch
+        resuming = self._connection is None and self._resuming is not None
         message = Submit(
             request_id,
-            epoch=epoch,
+            epoch=0 if resuming else self.welcome.epoch,
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_token_ids=[] if isinstance(prompt, str) else list(prompt),
             output_token_ids=list(output_token_ids),
@@ -294,17 +328,22 @@ class AsyncClient:
             priority=priority,
             continuation=continuation,
             deadline_s=deadline_s,
+            key=f"{self._keys}-{next(self._numbers)}" if self._is_front and self._reconnect_s > 0 else "",
         )
-        assert self._connection is not None  # welcome raises otherwise
-        self._connection.send(message)
-        self._requests[request_id] = _Inflight(deliver, len(output_token_ids))
+        request = _Inflight(deliver, message)
+        if not resuming:
+            assert self._connection is not None  # welcome raises otherwise
+            self._connection.send(message)
+        self._requests[request_id] = request
 
     def _cancel(self, request_id: str) -> None:
-        if request_id in self._requests and self._connection is not None:
-            try:
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        request.cancelled = True
+        if self._connection is not None:
+            with contextlib.suppress(ConnectionLost):
                 self._connection.send(Cancel(request_id))
-            except ConnectionLost:
-                return
 
     def _receive(self, message: ServerMessage) -> None:
         if isinstance(message, Tokens):
@@ -329,12 +368,55 @@ class AsyncClient:
             request.deliver(RequestFailed("internal", f"{text}, {output.position} came", output.request_id))
             return
         request.next_position += len(output.token_ids)
+        request.token_ids += output.token_ids
         if output.finish_reason is not None:
             del self._requests[output.request_id]
         request.deliver(output)
 
     def _lose(self, reason: str) -> None:
+        """The connection is gone. A front may come back; so may the requests that have a key."""
         self._connection = None
+        if not self._is_front or self._reconnect_s <= 0:
+            self._give_up(reason)
+        elif self._resuming is None:
+            self._lost_because = reason
+            self._resuming = asyncio.get_running_loop().create_task(self._resume(reason))
+
+    async def _resume(self, reason: str) -> None:
+        """Finds the front again, and submits again what is in flight, with what it has brought."""
+        wait_s = FIRST_RETRY_S
+        try:
+            async with asyncio.timeout(self._reconnect_s):
+                while True:
+                    try:
+                        await self._open()
+                        self._submit_again()
+                        break
+                    except ConnectionLost:
+                        await asyncio.sleep(wait_s)
+                        wait_s = min(2 * wait_s, LAST_RETRY_S)
+        except TimeoutError:
+            self._resuming = None
+            self._give_up(f"{reason}, and it did not come back within {self._reconnect_s:g} s")
+        except GatewayError as error:
+            self._resuming = None
+            self._give_up(str(error))
+        else:
+            self._resuming = None
+            if self._connection is None:  # lost again meanwhile
+                self._lose(reason)
+
+    def _submit_again(self) -> None:
+        """What is in flight, with what it has brought. Raises ConnectionLost."""
+        for request in list(self._requests.values()):
+            if self._connection is None:
+                raise self._lost_error()
+            message = msgspec.structs.replace(request.message, output_token_ids=list(request.token_ids))
+            self._connection.send(message)
+            if request.cancelled:
+                self._connection.send(Cancel(message.request_id))
+
+    def _give_up(self, reason: str) -> None:
         self._lost_because = reason
         requests, self._requests = self._requests, {}
         for request in requests.values():
@@ -345,11 +427,16 @@ class AsyncClient:
 
 
 class _Inflight:
-    __slots__ = ("deliver", "next_position")
+    """A request that has not ended, and what it takes to submit it again."""
 
-    def __init__(self, deliver: Callable[[Event], None], next_position: int) -> None:
+    __slots__ = ("cancelled", "deliver", "message", "next_position", "token_ids")
+
+    def __init__(self, deliver: Callable[[Event], None], message: Submit) -> None:
         self.deliver = deliver
-        self.next_position = next_position
+        self.message = message
+        self.token_ids = list(message.output_token_ids)
+        self.next_position = len(self.token_ids)
+        self.cancelled = False
 
 
 def timeout_error(request_id: str, timeout_s: float) -> RequestTimeout:

@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 
 from gateway.async_client import (
     CONNECT_TIMEOUT_S,
+    RECONNECT_S,
     TOKEN_TIMEOUT_S,
     AsyncClient,
     AsyncStream,
@@ -99,6 +100,7 @@ class Client:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         token_timeout_s: float = TOKEN_TIMEOUT_S,
         silence_s: float = SERVER_SILENCE_S,
+        reconnect_s: float = RECONNECT_S,
     ) -> None:
         """As AsyncClient; nothing is connected yet."""
         self._client = AsyncClient(
@@ -107,6 +109,7 @@ class Client:
             connect_timeout_s=connect_timeout_s,
             token_timeout_s=token_timeout_s,
             silence_s=silence_s,
+            reconnect_s=reconnect_s,
         )
         self._token_timeout_s = token_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -65,7 +65,7 @@ class DiskJournal(Journal):
         """`identity`: of the tokenizer. A journal of another one is moved aside, since its tokens mean something
         else. `sync`: commits outlive power loss, too. `max_bytes`: how large the file may get."""
         super().__init__(retention_s)
-        self.write_seconds = Histogram(_BUCKETS_S)
+        self.write_seconds: Histogram = Histogram(_BUCKETS_S)
         self._path = path
         self._log = log
         self._identity = identity
@@ -232,9 +232,7 @@ class DiskJournal(Journal):
     def add_crash(self, request_ids: Iterable[str]) -> None:
         request_ids = list(request_ids)
         super().add_crash(request_ids)
-        found = [slot for name in request_ids if (slot := self._slots.get(name)) is not None]
-        self._batch.crashes += [(slot.entry.crashes, slot.number) for slot in found]
-        self.flush()
+        self._write_crashes(request_ids)
 
     def acquit(self, request_id: str) -> None:
         super().acquit(request_id)
@@ -314,6 +312,11 @@ class DiskJournal(Journal):
             self._batch.ended_calls.append((call.ended_at, call.key, call.call_id))
             self._ending_calls.append(call)
             super()._keep_ended(call)  # until it is written
+
+    def _write_crashes(self, request_ids: Iterable[str]) -> None:
+        found = [slot for name in request_ids if (slot := self._slots.get(name)) is not None]
+        self._batch.crashes += [(slot.entry.crashes, slot.number) for slot in found]
+        self.flush()
 
     def _store_chunk(self, slot: Slot) -> None:
         before = slot.num_stored

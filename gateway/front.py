@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import os
 import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +26,16 @@ import zmq
 
 from gateway import grammars
 from gateway.admission import MAX_WAITING, MAX_WAITING_TOKENS
+from gateway.calls import GRACE_S, Calls
 from gateway.control import Control
+from gateway.disk_journal import MAX_BYTES, DiskJournal
 from gateway.errors import EndpointError, GatewayError
 from gateway.http.app import make_app
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
-from gateway.journal import Journal
+from gateway.http.resumable import ResumableCalls
+from gateway.journal import RETENTION_S, Journal
+from gateway.journal_store import JournalLocked
 from gateway.log import Logger, configure_log
 from gateway.metrics import FrontMetrics
 from gateway.protocol import FrontState, WorldTable
@@ -64,7 +70,19 @@ class FrontConfig:
     max_wait_s: float
     max_waiting: int
     max_waiting_tokens: int
+    journal: JournalConfig
     drain_timeout_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class JournalConfig:
+    """What is kept, and for how long."""
+
+    on_disk: bool = False
+    sync: bool = False
+    retention_s: float = RETENTION_S
+    max_bytes: int = MAX_BYTES
+    disconnect_grace_s: float = GRACE_S
 
 
 class _Server(uvicorn.Server):
@@ -78,7 +96,7 @@ class _Server(uvicorn.Server):
 class Front:
     """Everything that lives in the front's loop."""
 
-    def __init__(self, config: FrontConfig, text: TextModel, log: Logger) -> None:
+    def __init__(self, config: FrontConfig, journal: Journal, text: TextModel, log: Logger) -> None:
         """To be made in the running loop. Raises EndpointError."""
         self._config = config
         self._stop = asyncio.Event()
@@ -86,8 +104,9 @@ class Front:
         self._drain_timeout_s = config.drain_timeout_s
         self._context: zmq.Context[Socket] = zmq.Context()
         metrics = FrontMetrics(config.model)
+        self._journal = journal
         self._requests = Requests(
-            Journal(),
+            journal,
             text,
             metrics,
             log,
@@ -95,7 +114,8 @@ class Front:
             max_waiting=config.max_waiting,
             max_waiting_tokens=config.max_waiting_tokens,
         )
-        self._zmq_server = ZmqServer(config.zmq, self._requests, text, config.model)
+        self._calls = Calls(self._requests, journal, log, grace_s=config.journal.disconnect_grace_s)
+        self._zmq_server = bind_zmq(config, self._calls, text)
         self._worlds = Worlds(self._context, self._requests, log, self._serving_changed)
         self._supervision = Supervision(config.run_dir, config.http_fd, log)
         self._control = Control(
@@ -110,7 +130,8 @@ class Front:
         )
         self._requests.on_resumed = self._control.send_state
         self._log = log
-        openai = OpenAI(config.model, self._requests, text)
+        openai = OpenAI(config.model, self._requests, text, ResumableCalls(self._calls, text))
+        metrics.journal = journal
         operations = Operations(self._worlds, self._requests, metrics, self._supervision)
         app = make_app(openai, operations, metrics, log)
         self._http = _Server(
@@ -190,15 +211,51 @@ class Front:
         while True:
             await asyncio.sleep(CLIENT_CHECK_S)
             self._zmq_server.check_clients()
+            self._journal.tick(time.time())
+
+
+def open_journal(config: FrontConfig, log: Logger) -> Journal:
+    """The journal of the run folder. Raises JournalLocked if another front has it."""
+    options = config.journal
+    if not options.on_disk or config.run_dir is None:
+        return Journal(options.retention_s)
+    tokenizer = (config.model_dir / "tokenizer.json").read_bytes()
+    return DiskJournal(
+        config.run_dir / "journal.sqlite",
+        log,
+        identity=hashlib.blake2b(tokenizer, digest_size=16).digest(),
+        sync=options.sync,
+        retention_s=options.retention_s,
+        max_bytes=options.max_bytes,
+    )
+
+
+def bind_zmq(config: FrontConfig, calls: Calls, text: TextModel) -> ZmqServer:
+    """Where a free port was asked for, the one that an earlier front of this run folder had, if it is still free:
+    its clients come back to it. Raises EndpointError."""
+    memory = None if config.run_dir is None else config.run_dir / "zmq-endpoint"
+    is_free_choice = config.zmq.startswith("tcp://") and config.zmq.endswith((":*", ":0"))
+    if is_free_choice and memory is not None and memory.exists():
+        with contextlib.suppress(EndpointError, OSError):
+            earlier = memory.read_text().strip()
+            if earlier.rpartition(":")[0] == config.zmq.rpartition(":")[0]:
+                return ZmqServer(earlier, calls, text, config.model)
+    server = ZmqServer(config.zmq, calls, text, config.model)
+    if is_free_choice and memory is not None:
+        with contextlib.suppress(OSError):  # a full disk: the next front takes another port
+            memory.write_text(server.endpoint + "\n")
+    return server
 
 
 async def serve(config: FrontConfig, text: TextModel, log: Logger) -> None:
-    """Runs a front until SIGTERM, after which it drains, or SIGINT. Raises EndpointError."""
-    front = Front(config, text, log)
+    """Runs a front until SIGTERM, after which it drains, or SIGINT. Raises EndpointError, JournalLocked."""
+    journal = open_journal(config, log)
+    front = Front(config, journal, text, log)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, front.stop)
     loop.add_signal_handler(signal.SIGINT, front.stop_now)
     await front.run()
+    journal.close()
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
@@ -227,6 +284,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
     parser.add_argument(
         "--drain-timeout-s", type=float, default=0.0, help="how long SIGTERM lets running requests finish"
     )
+    parser.add_argument("--journal", choices=("off", "disk"), default="disk", help="see phalanx serve --help")
+    parser.add_argument("--journal-sync", action="store_true")
+    parser.add_argument("--journal-retention-s", type=float, default=RETENTION_S)
+    parser.add_argument("--journal-max-bytes", type=int, default=MAX_BYTES)
+    parser.add_argument("--disconnect-grace-s", type=float, default=GRACE_S)
     options = parser.parse_args(arguments)
     return FrontConfig(
         model_dir=options.model_dir,
@@ -239,6 +301,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
         max_waiting=options.max_waiting,
         max_waiting_tokens=options.max_waiting_tokens,
         drain_timeout_s=options.drain_timeout_s,
+        journal=JournalConfig(
+            on_disk=options.journal == "disk",
+            sync=options.journal_sync,
+            retention_s=options.journal_retention_s,
+            max_bytes=options.journal_max_bytes,
+            disconnect_grace_s=options.disconnect_grace_s,
+        ),
     )
 
 
@@ -261,6 +330,9 @@ def main() -> int:
     except EndpointError as error:
         print(f"phalanx: error: --zmq: {error}", file=sys.stderr)
         return EX_CONFIG
+    except JournalLocked as error:
+        print(f"phalanx: error: {error}", file=sys.stderr)
+        return 1  # the other front may be about to end
     except GatewayError as error:
         print(f"phalanx: error: {error}", file=sys.stderr)
         return EX_CONFIG

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from gateway.errors import GatewayError
+from gateway.histogram import Histogram
 from gateway.protocol import ErrorCode, FinishReason, SamplingParams, TokenLogprobs
 
 RETENTION_S = 600.0
@@ -102,6 +103,8 @@ class Journal:
     """Why nothing can be written; None in good health. What is accepted goes on in memory meanwhile."""
     num_errors = 0
     """Failed attempts to write."""
+    write_seconds: Histogram | None = None
+    """How long commits took."""
 
     def __init__(self, retention_s: float = RETENTION_S) -> None:
         """`retention_s`: how long a finished call can be read."""

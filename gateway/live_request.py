@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
+
 from gateway.detokenizer import TextStream
 from gateway.errors import RequestFailed
 from gateway.journal import JournalEntry
@@ -47,7 +49,6 @@ class Request:
         "entry",
         "epoch",
         "first_token_at",
-        "has_prompt_logprobs",
         "last_token_at",
         "num_waiting_tokens",
         "resubmits",
@@ -72,8 +73,6 @@ class Request:
         self.accepted_at = time.monotonic()
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
-        self.has_prompt_logprobs = False
-        """They have come; a later world is not asked for them."""
         self.deaths_alone = 0
         """Worlds that died while they had nothing but this request: see quarantine.py."""
         self.ended = False
@@ -85,35 +84,38 @@ class Request:
         return self.entry.request_id
 
     def read(self, output: Output, eos_token_ids: Sequence[int]) -> Output:
-        """New tokens with their text, as the client gets them. It has a finish reason that `output` has not if a
-        stop string ended the request; then its tokens may be fewer."""
-        token_ids, finish_reason, stop_reason = output.token_ids, output.finish_reason, output.stop_reason
-        text = self.text
-        pieces = []
-        # An end token has no text, even if it is no special token.
-        ends = finish_reason == "stop" and bool(token_ids)
-        ends = ends and (token_ids[-1] in eos_token_ids or token_ids[-1] in self.entry.params.stop_token_ids)
-        silent = len(token_ids) - 1 if ends else -1
-        for index, token_id in enumerate(token_ids):
-            if index == silent:
-                break
-            pieces.append(text.push(token_id))
-            if text.matched_stop is not None:
-                token_ids = token_ids[: index + 1]
-                finish_reason, stop_reason = "stop", text.matched_stop
-                break
-        if finish_reason is not None and text.matched_stop is None:
-            pieces.append(text.finish())
-            if text.matched_stop is not None:
-                finish_reason, stop_reason = "stop", text.matched_stop
-        return Output(
-            self.request_id,
-            output.position,
-            token_ids,
-            finish_reason,
-            stop_reason,
-            "".join(pieces),
-            output.logprobs and output.logprobs[: len(token_ids)],
-            output.prompt_logprobs,
-            output.pooled,
-        )
+        """New tokens with their text, as the client gets them."""
+        return read_text(self.text, self.entry, output, eos_token_ids)
+
+
+def read_text(text: TextStream, entry: JournalEntry, output: Output, eos_token_ids: Sequence[int]) -> Output:
+    """New tokens of a request with their text. It has a finish reason that `output` has not if a stop string ended
+    the request; then its tokens may be fewer. The text of so many tokens is the same however they are cut into
+    outputs."""
+    token_ids, finish_reason, stop_reason = output.token_ids, output.finish_reason, output.stop_reason
+    pieces = []
+    # An end token has no text, even if it is no special token.
+    ends = finish_reason == "stop" and bool(token_ids) and not isinstance(stop_reason, str)
+    ends = ends and (token_ids[-1] in eos_token_ids or token_ids[-1] in entry.params.stop_token_ids)
+    silent = len(token_ids) - 1 if ends else -1
+    for index, token_id in enumerate(token_ids):
+        if index == silent:
+            break
+        pieces.append(text.push(token_id))
+        if text.matched_stop is not None:
+            token_ids = token_ids[: index + 1]
+            finish_reason, stop_reason = "stop", text.matched_stop
+            break
+    if finish_reason is not None and text.matched_stop is None:
+        pieces.append(text.finish())
+        if text.matched_stop is not None:
+            finish_reason, stop_reason = "stop", text.matched_stop
+    return msgspec.structs.replace(
+        output,
+        request_id=entry.request_id,
+        token_ids=token_ids,
+        finish_reason=finish_reason,
+        stop_reason=stop_reason,
+        text="".join(pieces),
+        logprobs=output.logprobs and output.logprobs[: len(token_ids)],
+    )

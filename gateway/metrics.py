@@ -20,6 +20,7 @@ from prometheus_client.exposition import generate_latest
 
 from gateway.fault_metrics import FaultMetrics
 from gateway.histogram import Histogram
+from gateway.journal import Journal
 from gateway.protocol import Stats
 
 TOKEN_BUCKETS_S = (
@@ -63,6 +64,7 @@ class FrontMetrics:
         self.http_responses: Counter[int] = Counter()
         self.live = 0
         """Requests accepted and not ended."""
+        self.journal: Journal | None = None
         self.serving_epoch: int | None = None
         self.stats: Stats | None = None
         self.time_to_first_token = Histogram(REQUEST_BUCKETS_S)
@@ -93,6 +95,12 @@ class FrontMetrics:
                 family = HistogramMetricFamily(prefix + name, text, labels=self._labels(prefix))
                 family.add_metric(self._values(prefix), histogram.buckets(), histogram.total)
                 yield family
+        if self.journal is not None and self.journal.write_seconds is not None:
+            writes = self.journal.write_seconds
+            text = "Commits of the journal, each before a client sees what is in it."
+            family = HistogramMetricFamily("phalanx_journal_write_seconds", text, labels=["model"])
+            family.add_metric([self._model], writes.buckets(), writes.total)
+            yield family
 
     def _counters(self) -> Iterator[Metric]:
         stats = self.stats
@@ -118,6 +126,10 @@ class FrontMetrics:
         own = {
             "requests_accepted": ("Requests accepted.", self.accepted),
             "replays": ("Requests submitted again to another world.", self.replays),
+            "journal_errors": (
+                "Failed attempts to write the journal.",
+                self.journal.num_errors if self.journal is not None else 0,
+            ),
             "position_errors": ("Outputs with a repeated or a missing position.", self.position_errors),
         }
         for name, (text, value) in own.items():
@@ -169,7 +181,16 @@ class FrontMetrics:
         for name, (text, value) in both.items():
             for prefix in ("phalanx_", "vllm:"):
                 yield self._gauge(prefix, name, text, value)
+        journal = self.journal
         own: dict[str, tuple[str, float]] = {
+            "journal_failing": (
+                "1 while the journal cannot be written: new requests are refused, accepted ones go on.",
+                int(journal is not None and journal.failing is not None),
+            ),
+            "journal_bytes": (
+                "Size of the journal's file and its log; 0 without one.",
+                journal.size_bytes() if journal is not None else 0,
+            ),
             "kv_blocks_used": ("KV blocks in use.", blocks_used),
             "kv_blocks_total": ("KV blocks of the active world.", blocks_total),
             "requests_live": ("Requests accepted and not ended.", self.live),

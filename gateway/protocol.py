@@ -130,6 +130,9 @@ class Submit(Struct, frozen=True, tag="submit", tag_field="type", omit_defaults=
     deadline_s: Annotated[float, Meta(gt=0.0)] | None = None
     """Seconds after which the request ends with the error "timeout", whatever it has brought; only the front
     takes it, and keeps it across worlds."""
+    key: Annotated[str, Meta(max_length=255)] = ""
+    """A name that no other request has and nobody can guess. The front takes the same request with the same key, on
+    whichever connection, for the same: it goes on behind `output_token_ids`. Rank 0 takes no notice of it."""
 
 
 class Cancel(Struct, frozen=True, tag="cancel", tag_field="type"):

@@ -16,22 +16,26 @@ import msgspec
 from gateway.admission import MAX_WAITING_TOKENS, WaitingRoom
 from gateway.checks import check_request
 from gateway.errors import RequestFailed
-from gateway.journal import Journal, JournalEntry, PositionError
+from gateway.journal import Journal, JournalCall, JournalEntry, PositionError
 from gateway.live_request import Request, Sink, World
 from gateway.log import Logger
 from gateway.metrics import FrontMetrics
 from gateway.protocol import (
     Cancel,
+    ErrorCode,
     Failed,
     Fault,
     FinishReason,
     Output,
+    ProtocolError,
     SamplingParams,
     ServerMessage,
     Stats,
     Submit,
     Tokens,
     Welcome,
+    decode_server_message,
+    encode,
 )
 from gateway.quarantine import Quarantine, is_suspect
 from gateway.rank0 import with_seed
@@ -59,7 +63,8 @@ class Requests:
         """`max_wait_s`: how long a new request waits for a world. `max_waiting`, `max_waiting_tokens`: how
         many requests may be without a first token, and how long their prompts may be together."""
         self.max_wait_s = max_wait_s
-        self.welcome: Welcome | None = None
+        saved = journal.saved_welcome
+        self.welcome: Welcome | None = None if saved is None else _read_welcome(saved)
         """Of the last world that served; its limits hold while there is none."""
         self.resumed_at: float | None = None
         """Unix time at which the first replayed request got a token in the world that serves."""
@@ -78,7 +83,7 @@ class Requests:
         self._closing = False
         self._replays = ReplayQueue()
         self._quarantine = Quarantine(self, journal, metrics, log)
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(journal.last_number + 1)
         self._world_waiters: list[asyncio.Future[None]] = []
 
     # ----------------------------------------------------------------------- for the servers
@@ -117,13 +122,17 @@ class Requests:
         """Raises RequestFailed if the server ends, or if so many more requests, with so many tokens together, would
         be too many."""
         if self.draining:
-            self._metrics.refused["unavailable"] += 1
-            raise RequestFailed("unavailable", "the server is shutting down; try again later")
+            raise self.refused("unavailable", "the server is shutting down; try again later")
         try:
             self.waiting.check(count, num_prompt_tokens, time.monotonic())
         except RequestFailed as error:
             self._metrics.refused[error.code] += 1
             raise
+
+    def refused(self, code: ErrorCode, message: str) -> RequestFailed:
+        """The error of a request that is not taken on, counted."""
+        self._metrics.refused[code] += 1
+        return RequestFailed(code, message)
 
     def accept(
         self,
@@ -134,9 +143,10 @@ class Requests:
         output_token_ids: list[int] | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
+        call: JournalCall | None = None,
     ) -> Request:
         """Takes a request on, from now on it is not lost. Its outputs go to `sink`, never before this
-        returns.
+        returns. One of a `call` outlives this process, too, once the caller has committed the call.
 
         `output_token_ids`: tokens that the client has from earlier; they are not sent again. `deadline_s`: after
         how many seconds the request ends with the error "timeout", running or waiting. Raises RequestFailed:
@@ -146,26 +156,50 @@ class Requests:
         limits = self.welcome.limits if self.welcome is not None else None
         problem = check_request(prompt_token_ids, params, stop, output_token_ids or [], limits)
         if problem is not None:
-            self._metrics.refused["invalid_request"] += 1
-            raise RequestFailed("invalid_request", problem)
+            raise self.refused("invalid_request", problem)
         params = with_seed(params)
-        request_id = f"r{next(self._numbers)}"
+        now = time.time()
         entry = JournalEntry(
-            request_id, prompt_token_ids, params, stop, priority, time.time(), list(output_token_ids or ())
+            f"r{next(self._numbers)}",
+            prompt_token_ids,
+            params,
+            stop,
+            priority,
+            now,
+            list(output_token_ids or ()),
+            deadline_at=None if deadline_s is None else now + deadline_s,
         )
-        request = Request(entry, sink, self._text.stream(stop))
-        for token_id in entry.output_token_ids:
-            request.text.push(token_id)
-        self._journal.accept(entry)
-        self._journal.flush()
-        self._live[request_id] = request
-        self.waiting.enter(request.num_waiting_tokens)
+        self._journal.accept(entry, call)
+        if call is None:
+            self._journal.flush()
         self._metrics.accepted += 1
         self._metrics.prompt_tokens += len(prompt_token_ids)
+        return self._take_on(entry, sink)
+
+    def restore(self, entry: JournalEntry, sink: Sink) -> Request:
+        """Takes on a request that the journal has from an earlier front, behind what it had brought."""
+        return self._take_on(entry, sink, restored=True)
+
+    def _take_on(self, entry: JournalEntry, sink: Sink, *, restored: bool = False) -> Request:
+        request = Request(entry, sink, self._text.stream(entry.stop))
+        for token_id in entry.output_token_ids:
+            request.text.push(token_id)
+        now = time.time()
+        if restored:
+            request.submissions = 1  # in an earlier world: it waits for the next one as long as it takes
+            request.accepted_at -= max(0.0, now - entry.accepted_at)
+        if len(entry.output_token_ids) > entry.num_given and restored:
+            request.first_token_at = request.last_token_at = time.monotonic()
+        else:
+            self.waiting.enter(request.num_waiting_tokens)
+        self._live[entry.request_id] = request
         loop = asyncio.get_running_loop()
-        if deadline_s is not None:
-            request.deadline_timer = loop.call_later(deadline_s, self._pass_deadline, request, deadline_s)
-        if self._world is not None and not self._quarantine.holds:
+        if entry.deadline_at is not None:
+            left_s = max(0.0, entry.deadline_at - now)
+            request.deadline_timer = loop.call_later(left_s, self._pass_deadline, request)
+        if restored:
+            self._submit_restored(request)
+        elif self._world is not None and not self._quarantine.holds:
             self.submit(request)
         else:
             request.wait_timer = loop.call_later(self.max_wait_s, self._give_up_waiting, request)
@@ -180,6 +214,7 @@ class Requests:
         self._cancel_in_engine(request)
         position = len(request.entry.output_token_ids)
         output = Output(request.request_id, position, [], "cancelled", None, request.text.finish())
+        self._journal_end(request, "cancelled")
         self._end(request, "cancelled")
         request.sink.output(request, output)
         self._call_after_batch()
@@ -198,6 +233,7 @@ class Requests:
         """A world serves: everything that has not finished is submitted to it, replays shortest first."""
         self._world = world
         self.welcome = welcome
+        self._journal.save_welcome(encode(msgspec.structs.replace(welcome, epoch=0)))
         self.resumed_at = None
         self._metrics.serving_epoch = welcome.epoch
         waiters, self._world_waiters = self._world_waiters, []
@@ -231,8 +267,8 @@ class Requests:
             now = time.monotonic()
             new = [found for output in message.outputs if (found := self._journal_output(output)) is not None]
             self._journal.flush()
-            for request, output in new:
-                self._deliver(request, output, now)
+            for request, shown in new:
+                self._deliver(request, shown, now)
             self._call_after_batch()
             self._count()
         elif isinstance(message, Stats):
@@ -288,7 +324,7 @@ class Requests:
         request.epoch = world.welcome.epoch
         self._in_engine[request.engine_id] = request
         params = entry.params
-        if request.has_prompt_logprobs:
+        if entry.prompt_logprobs is not None:
             params = msgspec.structs.replace(params, prompt_logprobs=None)
         world.send(
             Submit(
@@ -303,34 +339,39 @@ class Requests:
 
     # ----------------------------------------------------------------------- inside
 
+    def _submit_restored(self, request: Request) -> None:
+        """One of an earlier front has its turn with the replays."""
+        if self._world is not None and not self._quarantine.holds and not is_suspect(request):
+            self._replays.add([request])
+            self._submit_replays()
+
     def _submit_replays(self) -> None:
         for request in self._replays.take():
             self.submit(request)
 
     def _journal_output(self, output: Output) -> tuple[Request, Output] | None:
-        """Writes new tokens down; None for outputs that are nobody's or bring nothing new."""
+        """Makes text of new tokens and writes them down; None for outputs that are nobody's or bring nothing
+        new."""
         request = self._in_engine.get(output.request_id)
-        if request is None:  # cancelled, or submitted again
+        if request is None:  # cancelled, ended by an earlier output, or submitted again
             if output.finish_reason is not None:
                 self._quarantine.left(output.request_id)
             return None
-        token_ids = output.token_ids
-        try:
-            self._journal.append(request.request_id, output.position, token_ids)
-        except PositionError as error:
+        expected = len(request.entry.output_token_ids)
+        if output.position != expected:
             self._metrics.position_errors += 1
+            error = PositionError(request.request_id, expected, output.position)
             self._log.error("position", epoch=request.epoch, request=request.request_id, detail=str(error))
-            if error.got > error.expected:
+            if output.position > expected:
                 self._resubmit(request)
                 return None
-            repeated = error.expected - error.got
-            token_ids = token_ids[repeated:]
+            repeated = expected - output.position
+            token_ids = output.token_ids[repeated:]
             if not token_ids and output.finish_reason is None:
                 return None
-            self._journal.append(request.request_id, error.expected, token_ids)
             output = msgspec.structs.replace(
                 output,
-                position=error.expected,
+                position=expected,
                 token_ids=token_ids,
                 logprobs=output.logprobs and output.logprobs[repeated:],
             )
@@ -339,7 +380,17 @@ class Requests:
             self._log.warning("cancelled by rank 0", epoch=request.epoch, request=request.request_id)
             self._resubmit(request)
             return None
-        return request, output
+        shown = request.read(output, self.welcome.eos_token_ids if self.welcome is not None else ())
+        self._journal.append(
+            request.request_id, expected, shown.token_ids, shown.logprobs, shown.prompt_logprobs
+        )
+        if shown.finish_reason is not None:
+            if output.finish_reason is None:
+                self._cancel_in_engine(request)
+            else:
+                del self._in_engine[request.engine_id]
+            self._journal.finish(request.request_id, shown.finish_reason, shown.stop_reason)
+        return request, shown
 
     def _resubmit(self, request: Request) -> None:
         """The world starts this request again behind what the journal has."""
@@ -350,19 +401,11 @@ class Requests:
             return
         self.submit(request)
 
-    def _deliver(self, request: Request, output: Output, now: float) -> None:
-        """Hands new tokens, which are in the journal, to the client with their text."""
-        if request.request_id not in self._live:
-            return  # ended by an earlier output of the same batch
-        metrics = self._metrics
-        if output.token_ids:
+    def _deliver(self, request: Request, shown: Output, now: float) -> None:
+        """Hands new tokens, which are in the journal, to the client."""
+        if shown.token_ids:
             self._time(request, now)
-        if output.prompt_logprobs is not None:
-            request.has_prompt_logprobs = True
-        shown = request.read(output, self.welcome.eos_token_ids if self.welcome is not None else ())
-        if shown.finish_reason is not None and output.finish_reason is None:
-            self._cancel_in_engine(request)
-        metrics.generation_tokens += len(shown.token_ids)
+        self._metrics.generation_tokens += len(shown.token_ids)
         if shown.finish_reason is not None:
             self._end(request, shown.finish_reason)
         elif shown.token_ids and request.submissions > 1:
@@ -408,29 +451,37 @@ class Requests:
         self._fail(request, self._unavailable())
         self._call_after_batch()
 
-    def _pass_deadline(self, request: Request, deadline_s: float) -> None:
-        count = len(request.entry.output_token_ids)
+    def _pass_deadline(self, request: Request) -> None:
+        entry = request.entry
+        count = len(entry.output_token_ids)
+        deadline_s = (entry.deadline_at or 0.0) - entry.accepted_at
         text = f"the request was cancelled at its timeout of {deadline_s:.3g} s, after {count} output tokens"
         self._fail(request, RequestFailed("timeout", text))
         self._call_after_batch()
 
     def _unavailable(self) -> RequestFailed:
-        self._metrics.refused["unavailable"] += 1
         text = f"no world has come up to serve the model within {self.max_wait_s:g} s; try again later"
-        return RequestFailed("unavailable", text)
+        return self.refused("unavailable", text)
 
     def _fail(self, request: Request, error: RequestFailed) -> None:
         if request.request_id in self._live:
             self._cancel_in_engine(request)
+            self._journal_end(request, None, (error.code, error.message))
             self._end(request, None)
             request.sink.failed(request, error)
+
+    def _journal_end(
+        self, request: Request, reason: FinishReason | None, error: tuple[ErrorCode, str] | None = None
+    ) -> None:
+        """Of a request that does not end by its tokens. When the front goes away it stays unfinished."""
+        if not self._closing:
+            self._journal.finish(request.request_id, reason, error=error)
+            self._journal.flush()
 
     def _end(self, request: Request, reason: FinishReason | None) -> None:
         request.ended = True
         del self._live[request.request_id]
         self._in_engine.pop(request.engine_id, None)
-        if not self._closing:
-            self._journal.finish(request.request_id, reason)
         if request.wait_timer is not None:
             request.wait_timer.cancel()
         if request.deadline_timer is not None:
@@ -455,3 +506,12 @@ class Requests:
 
     def _count(self) -> None:
         self._metrics.live = len(self._live)
+
+
+def _read_welcome(saved: bytes) -> Welcome | None:
+    """What an earlier front knew of its world; None if this version cannot read it."""
+    try:
+        message = decode_server_message(saved)
+    except ProtocolError:
+        return None
+    return message if isinstance(message, Welcome) else None

@@ -7,30 +7,41 @@ message.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import time
+import uuid
 
 import msgspec
 
+from gateway.calls import Call, Calls, Conditions, KeyReused, OnDisconnect, Wanted
 from gateway.errors import RequestFailed
 from gateway.grammars import problem_of
+from gateway.journal import JournalCall
 from gateway.live_request import Request
-from gateway.protocol import PROTOCOL_VERSION, Output, Submit, Tokens, Welcome
-from gateway.requests import Requests
+from gateway.protocol import PROTOCOL_VERSION, Output, Submit, Tokens, Welcome, encode
+from gateway.reading import TextReader, whole_output
 from gateway.router import Router
 from gateway.sockets import ReadPump
 from gateway.text import LONG_TEXT, TextModel
 
+_KEY_SPACE = "zmq:"
+
 
 class _ClientRequest:
-    """One request of one client; it is the sink of its own outputs."""
+    """One request of one client; it is the sink of its own outputs, or one of those who listen to its call."""
 
-    __slots__ = ("client", "ended", "request", "request_id", "server")
+    __slots__ = ("call", "client", "ended", "reader", "request", "request_id", "server")
 
     def __init__(self, server: ZmqServer, client: bytes, request_id: str) -> None:
         self.server = server
         self.client = client
         self.request_id = request_id
         self.request: Request | None = None
-        """None while the prompt is tokenized."""
+        """Of one that ends with its connection."""
+        self.call: Call | None = None
+        """Of one with a key. Neither is there while the prompt is tokenized."""
+        self.reader: TextReader | None = None
+        """Of a client that came to a call behind its beginning."""
         self.ended = False
 
     def output(self, request: Request, output: Output) -> None:
@@ -39,15 +50,25 @@ class _ClientRequest:
     def failed(self, request: Request, error: RequestFailed) -> None:
         self.server.fail(self, error)
 
+    def put(self, index: int, output: Output) -> None:
+        parts = [(True, output)] if self.reader is None else self.reader.read(output)
+        for is_new, shown in parts:
+            if is_new and not self.ended:
+                self.server.queue_output(self, shown)
+
+    def fail(self, error: RequestFailed) -> None:
+        self.server.fail(self, error)
+
 
 class ZmqServer:
     """A ROUTER for clients. The epoch of its welcome is 0: worlds may change under a client's requests."""
 
     endpoint: str
 
-    def __init__(self, endpoint: str, requests: Requests, text: TextModel, model: str) -> None:
+    def __init__(self, endpoint: str, calls: Calls, text: TextModel, model: str) -> None:
         """Binds; to be made in the running loop. Raises EndpointError."""
-        self._requests = requests
+        self._calls = calls
+        self._requests = requests = calls.requests
         self._text = text
         self._model = model
         self._router = Router(endpoint, self._welcome, epoch=0)
@@ -100,7 +121,7 @@ class ZmqServer:
     def _drain(self) -> None:
         for client in self._router.lost_clients():
             for live in [live for key, live in self._live.items() if key[0] == client]:
-                self._cancel(live)
+                self._lose(live)
         for client, message in self._router.drain():
             if isinstance(message, Submit):
                 self._submit(client, message)
@@ -112,6 +133,8 @@ class ZmqServer:
         problem = _problem_of_texts(message)
         if problem is not None:
             self.fail(live, RequestFailed("invalid_request", problem))
+        elif self._attach(live, message):
+            return
         elif (
             len(message.prompt or "") + len(message.continuation or "") > LONG_TEXT
             or message.params.grammar is not None
@@ -168,24 +191,83 @@ class ZmqServer:
 
     def _accept(self, live: _ClientRequest, message: Submit, prompt_token_ids: list[int]) -> None:
         try:
-            live.request = self._requests.accept(
-                prompt_token_ids,
-                message.params,
-                message.stop,
-                live,
-                message.output_token_ids,
-                message.priority,
-                message.deadline_s,
-            )
+            if not _is_kept(message):
+                live.request = self._requests.accept(
+                    prompt_token_ids,
+                    message.params,
+                    message.stop,
+                    live,
+                    message.output_token_ids,
+                    message.priority,
+                    message.deadline_s,
+                )
+            elif not self._attach(live, message):  # nobody was faster with the same key
+                record = JournalCall(
+                    f"zmq-{uuid.uuid4().hex}",
+                    "zmq",
+                    time.time(),
+                    _KEY_SPACE + message.key,
+                    _fingerprint(message),
+                    OnDisconnect.GRACE,
+                )
+                wanted = Wanted(prompt_token_ids, message.params, message.output_token_ids)
+                conditions = Conditions(message.stop, message.priority, message.deadline_s)
+                live.call = self._calls.begin(record, [wanted], conditions)
+                live.call.listen(live)
         except RequestFailed as error:
             self.fail(live, error)
+
+    def _attach(self, live: _ClientRequest, message: Submit) -> bool:
+        """Brings a client to the request that has its key already; False if there is none."""
+        if not _is_kept(message):
+            return False
+        try:
+            call = self._calls.find_key(_KEY_SPACE + message.key, _fingerprint(message))
+        except KeyReused:
+            text = "this key was used for another request; use a new one for each request"
+            self.fail(live, RequestFailed("invalid_request", text))
+            return True
+        except RequestFailed as error:
+            self.fail(live, error)
+            return True
+        if call is None:
+            return False
+        [entry] = call.record.entries
+        known = message.output_token_ids
+        common = min(len(known), len(entry.output_token_ids))
+        if len(known) < entry.num_given or known[:common] != entry.output_token_ids[:common]:
+            text = "output_token_ids are not what the request with this key has brought"
+            self.fail(live, RequestFailed("invalid_request", text))
+            return True
+        eos = self._requests.welcome.eos_token_ids if self._requests.welcome is not None else ()
+        live.reader = TextReader(entry, self._text.stream(entry.stop), eos, len(known))
+        live.call = call
+        if entry.error is not None:  # it gave up its key, or will in this turn
+            self.fail(live, RequestFailed(*entry.error))
+            return True
+        call.listen(live)
+        output = whole_output(entry)
+        if output.token_ids or entry.ended:
+            live.put(0, output)
+            self._flush()
+        return True
 
     def _cancel(self, live: _ClientRequest) -> None:
         if live.request is not None:
             self._requests.cancel(live.request)
+        elif live.call is not None:
+            live.call.cancel()
         elif not live.ended:
             self.queue_output(live, Output(live.request_id, 0, [], "cancelled", None, ""))
             self._flush()
+
+    def _lose(self, live: _ClientRequest) -> None:
+        """Its client is gone."""
+        if live.call is None:
+            self._cancel(live)
+        else:
+            self._calls.leave(live.call, live)
+            self._forget(live)
 
     def _forget(self, live: _ClientRequest) -> None:
         live.ended = True
@@ -212,3 +294,16 @@ def _problem_of_texts(message: Submit) -> str | None:
         if pooling is None or pooling.kind != "score" or message.prompt is None:
             return "continuation is text to score: it goes with prompt and with params.pooling of kind score"
     return None
+
+
+def _is_kept(message: Submit) -> bool:
+    """Whether a request outlives its connection. What a pooled one brings is no tokens: it is asked again."""
+    return bool(message.key) and message.params.pooling is None
+
+
+def _fingerprint(message: Submit) -> bytes:
+    """Of what is asked for, without what differs when it is asked again."""
+    same = msgspec.structs.replace(
+        message, request_id="-", epoch=0, output_token_ids=[], deadline_s=None, key=""
+    )
+    return hashlib.blake2b(encode(same), digest_size=16).digest()

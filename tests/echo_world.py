@@ -288,6 +288,15 @@ class EchoCluster:
                 start_new_session=True,
             )
 
+    def restart_front(self, *, kill: bool = True) -> None:
+        """SIGKILLs the front, and starts the next one as the supervisor does. Returns at once."""
+        if kill:
+            self.front.kill()
+        self.front.wait(10)
+        self.states.clear()
+        self._front_identity = None
+        self.front = self._start_front()
+
     def start_world(self, *, state: str = "active", announce: bool = True) -> int:
         """Starts the next world; returns its epoch. It is in the table when this returns."""
         self.epoch += 1

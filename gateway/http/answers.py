@@ -5,9 +5,7 @@ Everything here runs once a token for each stream: structs, encoded by msgspec, 
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -16,7 +14,7 @@ from msgspec import UNSET, Struct, UnsetType
 from gateway.http.logprobs import ChatLogprobs, Namer, Placed, PromptLogprobs, PromptText, TextLogprobs
 from gateway.protocol import Output, TokenLogprobs
 
-DONE = b"data: [DONE]\n\n"
+DONE = b"[DONE]"
 KEEP_ALIVE = b": keep-alive\n\n"
 
 _encode = msgspec.json.Encoder().encode
@@ -152,22 +150,37 @@ class Answer:
 
     prefix: str
 
-    def __init__(self, model: str, prompt_tokens: int, options: AnswerOptions, namer: Namer) -> None:
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
+    def __init__(
+        self,
+        answer_id: str,
+        created: int,
+        model: str,
+        prompt_tokens: int,
+        options: AnswerOptions,
+        namer: Namer,
+    ) -> None:
+        self.id = answer_id
+        self.created = created
         self.model = model
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self._options = options
         self._namer = namer
+        self._begun: set[int] = set()
 
-    def chunk(self, index: int, output: Output, placed: list[Placed]) -> bytes:
-        """The server-sent events for one output, with the log-probabilities that belong to its text; empty if
-        there is nothing to say."""
+    def go_on(self, begun: Iterable[int], completion_tokens: int) -> None:
+        """For a stream whose client has the first event of these choices, and so many tokens."""
+        self._begun.update(begun)
+        self.completion_tokens = 0 if self._options.only_echo else completion_tokens
+
+    def chunk(self, index: int, output: Output, placed: list[Placed]) -> tuple[bytes, bytes]:
+        """The data of the server-sent events for one output, with the log-probabilities that belong to its text:
+        what comes before all tokens of the choice, and what comes of these. Either is empty if there is nothing
+        to say."""
         raise NotImplementedError
 
     def last_chunk(self) -> bytes:
-        """The usage, where it was asked for."""
+        """The data of the usage, where it was asked for; else empty."""
         raise NotImplementedError
 
     def whole(self, choices: list[Choice], completion_tokens: int) -> bytes:
@@ -194,18 +207,14 @@ class ChatAnswerBuilder(Answer):
 
     prefix = "chatcmpl"
 
-    def __init__(self, model: str, prompt_tokens: int, options: AnswerOptions, namer: Namer) -> None:
-        super().__init__(model, prompt_tokens, options, namer)
-        self._begun: set[int] = set()
-
-    def chunk(self, index: int, output: Output, placed: list[Placed]) -> bytes:
+    def chunk(self, index: int, output: Output, placed: list[Placed]) -> tuple[bytes, bytes]:
         self.completion_tokens += len(output.token_ids)
         begin = b""
         if index not in self._begun:
             self._begun.add(index)
             begin = self._event([ChatChunkChoice(index, Delta("assistant", ""))])
         if not output.text and not placed and output.finish_reason is None:
-            return begin
+            return begin, b""
         choice = ChatChunkChoice(
             index, Delta(content=output.text or ""), finish_reason=finish_reason(output.finish_reason)
         )
@@ -213,7 +222,7 @@ class ChatAnswerBuilder(Answer):
             choice.logprobs = self._namer.chat(placed)
         if output.finish_reason is not None:
             choice.stop_reason = output.stop_reason
-        return begin + self._event([choice])
+        return begin, self._event([choice])
 
     def last_chunk(self) -> bytes:
         return self._event([], self._usage_now()) if self._options.usage else b""
@@ -249,7 +258,7 @@ class ChatAnswerBuilder(Answer):
             choices=choices,
             usage=usage or self._chunk_usage(),
         )
-        return b"data: %b\n\n" % _encode(chunk)
+        return _encode(chunk)
 
 
 class TextAnswerBuilder(Answer):
@@ -257,11 +266,7 @@ class TextAnswerBuilder(Answer):
 
     prefix = "cmpl"
 
-    def __init__(self, model: str, prompt_tokens: int, options: AnswerOptions, namer: Namer) -> None:
-        super().__init__(model, prompt_tokens, options, namer)
-        self._begun: set[int] = set()
-
-    def chunk(self, index: int, output: Output, placed: list[Placed]) -> bytes:
+    def chunk(self, index: int, output: Output, placed: list[Placed]) -> tuple[bytes, bytes]:
         begin = b""
         if self._options.echo and index not in self._begun:
             self._begun.add(index)
@@ -270,16 +275,16 @@ class TextAnswerBuilder(Answer):
             output = Output(output.request_id, 0, [], "length") if output.finish_reason else output
             placed = []
             if output.finish_reason is None:
-                return begin
+                return begin, b""
         self.completion_tokens += len(output.token_ids)
         if not output.text and not placed and output.finish_reason is None:
-            return begin
+            return begin, b""
         choice = TextChoice(index, output.text or "", finish_reason=finish_reason(output.finish_reason))
         if placed:
             choice.logprobs = self._namer.completion(placed, self._shift(index))
         if output.finish_reason is not None:
             choice.stop_reason = output.stop_reason
-        return begin + self._event([choice])
+        return begin, self._event([choice])
 
     def last_chunk(self) -> bytes:
         return self._event([], self._usage_now()) if self._options.usage else b""
@@ -318,7 +323,7 @@ class TextAnswerBuilder(Answer):
         return len(echo[index // self._options.choices_per_prompt].text) if echo else 0
 
     def _event(self, choices: list[TextChoice], usage: Usage | None = None) -> bytes:
-        return b"data: %b\n\n" % self._encode(choices, usage or self._chunk_usage())
+        return self._encode(choices, usage or self._chunk_usage())
 
     def _encode(self, choices: list[TextChoice], usage: Usage | UnsetType | None) -> bytes:
         answer = TextAnswer(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)

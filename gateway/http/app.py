@@ -26,6 +26,7 @@ def make_app(openai: OpenAI, operations: Operations, metrics: FrontMetrics, log:
     app = FastAPI(title="Phalanx", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(openai.router())
     app.include_router(Embeddings(openai).router())
+    app.include_router(openai.resumable.router())
     app.include_router(operations.router())
 
     async def api_error(request: Request, error: Exception) -> Response:

@@ -15,18 +15,14 @@ from typing import TypeVar
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from gateway.calls import Conditions
 from gateway.chat_template import ChatTemplateError
 from gateway.checks import check_params, check_prompt
 from gateway.errors import ModelFilesError, RequestFailed
-from gateway.http.answers import (
-    Answer,
-    AnswerOptions,
-    ChatAnswerBuilder,
-    TextAnswerBuilder,
-    best_choices,
-)
+from gateway.http.answers import AnswerOptions
 from gateway.http.errors import ApiError, from_failure
-from gateway.http.logprobs import Namer, lay_out
+from gateway.http.logprobs import lay_out
+from gateway.http.resumable import AnswerContent, Claim, ResumableCalls
 from gateway.http.sampling import (
     bad_words,
     check_answer_size,
@@ -49,7 +45,6 @@ from gateway.http.schema import (
     completion_prompts,
     decode_request,
 )
-from gateway.http.streams import Ask, ClientGone, Collector, EventQueue, EventStream, Group
 from gateway.http.structured import constraint
 from gateway.protocol import Limits, SamplingParams
 from gateway.rank0 import with_seed
@@ -70,6 +65,7 @@ class OpenAI:
     model: str
     requests: Requests
     text: TextModel
+    resumable: ResumableCalls
     max_body_bytes: int = MAX_BODY_BYTES
 
     def router(self) -> APIRouter:
@@ -82,7 +78,11 @@ class OpenAI:
 
     async def chat_completions(self, http: Request) -> Response:
         """POST /v1/chat/completions."""
-        request = decode_request(await read_body(http, self.max_body_bytes), ChatRequest)
+        body = await read_body(http, self.max_body_bytes)
+        request = decode_request(body, ChatRequest)
+        claim = self.resumable.claim(http, body, "chat")
+        if (known := await self.resumable.answer_known(claim, http)) is not None:
+            return known
         check_common(request, self.model)
         messages = chat_messages(request)
         limit = asked_max_tokens(request.max_completion_tokens, "max_completion_tokens")
@@ -99,12 +99,16 @@ class OpenAI:
         if limit is None:
             limit = max(1, min(limits.max_model_len, limits.kv_cache_tokens) - len(prompt))
         return await self._answer(
-            http, request, [prompt], limit, limits, deadline, grammar, "messages", ChatAnswerBuilder
+            http, claim, request, [prompt], limit, limits, deadline, grammar, "messages"
         )
 
     async def completions(self, http: Request) -> Response:
         """POST /v1/completions."""
-        request = decode_request(await read_body(http, self.max_body_bytes), CompletionRequest)
+        body = await read_body(http, self.max_body_bytes)
+        request = decode_request(body, CompletionRequest)
+        claim = self.resumable.claim(http, body, "completions")
+        if (known := await self.resumable.answer_known(claim, http)) is not None:
+            return known
         check_common(request, self.model)
         only_echo = bool(request.echo) and request.max_tokens == 0
         # The engine makes one token at least; of a mere echo it is not shown.
@@ -122,6 +126,7 @@ class OpenAI:
             echo = [lay_out(prompt, token_ids, self.text) for prompt, token_ids in pairs]
         return await self._answer(
             http,
+            claim,
             request,
             encoded,
             COMPLETION_MAX_TOKENS if limit is None else limit,
@@ -129,7 +134,6 @@ class OpenAI:
             deadline,
             grammar,
             "prompt",
-            TextAnswerBuilder,
             AnswerOptions(echo=echo, only_echo=only_echo),
         )
 
@@ -153,6 +157,7 @@ class OpenAI:
     async def _answer(
         self,
         http: Request,
+        claim: Claim,
         request: CommonRequest,
         prompts: list[list[int]],
         max_tokens: int,
@@ -160,7 +165,6 @@ class OpenAI:
         deadline: Deadline,
         grammar: str | None,
         prompt_param: str,
-        answer_type: type[Answer],
         shape: AnswerOptions = _PLAIN,
     ) -> Response:
         """Submits and answers: every prompt with each of its choices."""
@@ -184,25 +188,12 @@ class OpenAI:
         if len(params) > most:
             text = f"{len(params)} prompts and choices in one request; allowed: {most} (--max-waiting)"
             raise ApiError(400, text, param="n")
-        answer = answer_type(self.model, sum(map(len, prompts)), shape, Namer(self.text))
-        group = Group(self.requests)
-        ask = Ask(stop_strings(request), priority(request), deadline.left_s(), shape.logprobs)
-        try:
-            if request.stream:
-                queue = EventQueue()
-                group.submit(prompts, params, ask, queue)
-                return EventStream(group, queue, answer, len(params))
-            collector = Collector(len(params))
-            group.submit(prompts, params, ask, collector)
-        except RequestFailed as error:
-            raise from_failure(error) from None
-        try:
-            candidates = await collector.wait(group, http.receive)
-        except ClientGone:
-            return Response(status_code=499)  # nobody reads it
-        completion_tokens = sum(choice.num_tokens for choice in candidates)
-        choices = best_choices(candidates, len(prompts), num_choices(request))
-        return Response(answer.whole(choices, completion_tokens), media_type="application/json")
+        if (known := await self.resumable.answer_known(claim, http)) is not None:
+            return known  # somebody was faster with the same key
+        prompt_tokens = sum(map(len, prompts))
+        content = AnswerContent(self.model, bool(request.stream), len(prompts), prompt_tokens, shape)
+        conditions = Conditions(stop_strings(request), priority(request), deadline.left_s())
+        return await self.resumable.begin(claim, http, prompts, params, conditions, content)
 
     async def limits(self, deadline: Deadline) -> Limits:
         """What the world allows; waits for the first one, up to the deadline. Raises ApiError."""

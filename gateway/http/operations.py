@@ -46,9 +46,12 @@ class Operations:
 
     async def ready(self) -> Response:
         """Whether a world serves, and if not, why not."""
+        journal = self.metrics.journal
         reason = self.worlds.why_not_ready()
         if self.requests.draining:
             reason = f"the server is shutting down; requests that still run: {self.requests.num_live}"
+        if reason is None and journal is not None and journal.failing is not None:
+            reason = f"the journal cannot be written, new requests are refused: {journal.failing}"
         if reason is None:
             return _json({"ready": True, "epoch": self.worlds.serving_epoch})
         return _json({"ready": False, "reason": reason}, status=503)
@@ -58,7 +61,12 @@ class Operations:
 
     async def cluster(self) -> Response:
         """Every world and every rank, the last faults, and the front itself."""
-        front = {"pid": os.getpid(), "requests_live": self.metrics.live}
+        journal = self.metrics.journal
+        front = {
+            "pid": os.getpid(),
+            "requests_live": self.metrics.live,
+            "journal_failing": journal.failing if journal is not None else None,
+        }
         gone_s = self.supervision.gone_s
         supervisor = {"gone_s": None if gone_s is None else round(gone_s, 3), "wait_s": adoption_wait_s()}
         return _json({**self.worlds.describe(), "front": front, "supervisor": supervisor})

@@ -1,36 +1,35 @@
 """From the front's requests to HTTP responses: collecting answers, and server-sent events.
 
-One group a HTTP request: all its prompts and choices. A client that disconnects cancels the whole group.
+A call outlives its connection, see calls.py; a group (of requests whose answers are not made of tokens) does not.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Protocol
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from gateway.calls import Call, Calls
 from gateway.errors import RequestFailed
 from gateway.http.answers import DONE, KEEP_ALIVE, Answer, Choice
 from gateway.http.errors import from_failure
-from gateway.http.logprobs import LogprobStream, Placed
+from gateway.http.logprobs import Placed
+from gateway.http.reading import EventId, Reading, Target
 from gateway.live_request import Request
 from gateway.protocol import Output, SamplingParams
 from gateway.requests import Requests
 
 KEEP_ALIVE_S = 5.0
 """A stream that has nothing to say sends a comment so often, so that nobody on the way closes it."""
+HEAD_S = 0.1
+"""After so long, or with the first event, a stream whose requests are in a world sends its status and headers: by
+these its client can take it up again."""
 
 
 class ClientGone(Exception):
     """The client closed its connection before it had its answer."""
-
-
-class _Target(Protocol):
-    def put(self, index: int, output: Output, placed: list[Placed]) -> None: ...
-    def fail(self, error: RequestFailed) -> None: ...
 
 
 _NOTHING: list[Placed] = []
@@ -39,17 +38,14 @@ _NOTHING: list[Placed] = []
 class _ChoiceSink:
     """Takes the outputs of one choice to the group's target."""
 
-    __slots__ = ("_index", "_target", "logprobs")
+    __slots__ = ("_index", "_target")
 
-    def __init__(self, target: _Target, index: int) -> None:
+    def __init__(self, target: Target, index: int) -> None:
         self._target = target
         self._index = index
-        self.logprobs: LogprobStream | None = None
-        """Of a choice whose log-probabilities are shown."""
 
     def output(self, request: Request, output: Output) -> None:
-        placed = _NOTHING if self.logprobs is None else self.logprobs.take(output)
-        self._target.put(self._index, output, placed)
+        self._target.put(self._index, output, _NOTHING)
 
     def failed(self, request: Request, error: RequestFailed) -> None:
         self._target.fail(error)
@@ -62,11 +58,10 @@ class Ask:
     stop: list[str]
     priority: int = 0
     deadline_s: float | None = None
-    shows_logprobs: bool = False
 
 
 class Group:
-    """The requests behind one HTTP request: for each prompt `num_choices` of them."""
+    """The requests behind one HTTP request that ends with its connection: for each prompt `num_choices` of them."""
 
     def __init__(self, requests: Requests) -> None:
         self._requests = requests
@@ -77,7 +72,7 @@ class Group:
         prompts: list[list[int]],
         params: list[SamplingParams],
         ask: Ask,
-        target: _Target,
+        target: Target,
     ) -> None:
         """Accepts all or none: `params` has an element for each prompt and choice, prompt by prompt. Raises
         RequestFailed."""
@@ -96,20 +91,31 @@ class Group:
                     deadline_s=ask.deadline_s,
                 )
                 self._members.append(request)
-                if ask.shows_logprobs:
-                    sink.logprobs = LogprobStream(request.text)
         except RequestFailed:
             self.cancel()
             raise
 
-    @property
-    def has_waited_enough(self) -> bool:
-        """Whether each request has been in a world: it cannot end as "no world came" any more."""
-        return all(request.submissions for request in self._members)
-
     def cancel(self) -> None:
         for request in self._members:
             self._requests.cancel(request)
+
+
+class Reader:
+    """One client at a call."""
+
+    def __init__(self, calls: Calls, call: Call, reading: Reading) -> None:
+        self._calls = calls
+        self._call = call
+        self._reading = reading
+
+    @property
+    def is_in_world(self) -> bool:
+        """Whether the call cannot end as "no world came" any more."""
+        return self._call.is_in_world
+
+    def cancel(self) -> None:
+        """It reads no more; what becomes of the call is the call's business."""
+        self._calls.leave(self._call, self._reading)
 
 
 class Collector:
@@ -143,9 +149,9 @@ class Collector:
         if not self.done.done():
             self.done.set_exception(error)
 
-    async def wait(self, group: Group, receive: Receive) -> list[Choice]:
-        """All answers. Raises ApiError, or ClientGone after the group was cancelled."""
-        await wait_for(self.done, group, receive)
+    async def wait(self, reader: Reader, receive: Receive) -> list[Choice]:
+        """All answers. Raises ApiError, or ClientGone after the reader was cancelled."""
+        await wait_for(self.done, reader, receive)
         return self.choices
 
 
@@ -185,18 +191,20 @@ class EventQueue:
 
 
 class EventStream(Response):
-    """A response of server-sent events. Its status is sent with the first event, so that what fails before
-    has the status of its error; what fails later becomes an event with an `error`."""
+    """A response of server-sent events, each with an id by which the stream can be taken up behind it. What fails
+    before its head is sent has the status of its error; what fails later becomes an event with an `error`."""
 
-    def __init__(self, group: Group, queue: EventQueue, answer: Answer, num_choices: int) -> None:
+    def __init__(self, reader: Reader, queue: EventQueue, answer: Answer, at: EventId) -> None:
+        """`at`: where the client is."""
         super().__init__(media_type="text/event-stream")
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"
         del self.headers["content-length"]
-        self._group = group
+        self._reader = reader
         self._queue = queue
         self._answer = answer
-        self._running = num_choices
+        self._at = at
+        self._running = sum(not place.ended for place in at.places)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.ensure_future(_disconnected(receive))
@@ -205,41 +213,54 @@ class EventStream(Response):
             await self._send_events(send, watcher)
         finally:
             watcher.cancel()
-            self._group.cancel()
+            self._reader.cancel()
 
     async def _send_events(self, send: Send, watcher: asyncio.Future[None]) -> None:
-        queue, answer = self._queue, self._answer
-        started = False
-        while self._running > 0:
-            events = await queue.take(KEEP_ALIVE_S)
+        queue, started = self._queue, False
+        while True:
+            events = await queue.take(KEEP_ALIVE_S if started else HEAD_S) if self._running > 0 else []
             if watcher.done():
                 return
-            body = b"".join([answer.chunk(index, output, placed) for index, output, placed in events])
-            self._running -= sum(output.finish_reason is not None for _, output, _ in events)
-            if queue.error is not None and self._running > 0:
+            body = b"".join([self._render(*event) for event in events])
+            ends = self._running == 0
+            if queue.error is not None and not ends:
                 error = from_failure(queue.error)
                 if not started:
                     raise error
-                body += b"data: %b\n\n" % error.encoded()
-                self._running = 0
-            elif self._running == 0:
-                body += answer.last_chunk()
-            if not events and not body:
-                if not started and not self._group.has_waited_enough:
-                    continue
+                body += _event(self._at.encoded(), error.encoded()) + _event(self._at.encoded(), DONE)
+                ends = True
+            elif ends:
+                if not self._at.has_usage and (usage := self._answer.last_chunk()):
+                    body += _event(self._at.usage(), usage)
+                body += _event(self._at.done(), DONE)
+            if not body and started:
                 body = KEEP_ALIVE
-            if self._running == 0:
-                body += DONE
             if not started:
+                if not body and not self._reader.is_in_world:
+                    continue
                 started = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             if body:
-                await send({"type": "http.response.body", "body": body, "more_body": self._running > 0})
+                await send({"type": "http.response.body", "body": body, "more_body": not ends})
+            if ends:
+                return
+
+    def _render(self, index: int, output: Output, placed: list[Placed]) -> bytes:
+        begin, chunk = self._answer.chunk(index, output, placed)
+        body = _event(self._at.begin(index), begin) if begin else b""
+        ended = output.finish_reason is not None
+        self._running -= ended
+        event_id = self._at.advance(index, len(output.token_ids), ended)
+        return body + _event(event_id, chunk) if chunk else body
 
 
-async def wait_for(done: asyncio.Future[None], group: Group, receive: Receive) -> None:
-    """Waits until a group's answer is complete, or its client is gone. Raises ApiError, or ClientGone; whatever still
-    runs of the group is cancelled."""
+def _event(event_id: bytes, data: bytes) -> bytes:
+    return b"id: %b\ndata: %b\n\n" % (event_id, data)
+
+
+async def wait_for(done: asyncio.Future[None], group: Group | Reader, receive: Receive) -> None:
+    """Waits until an answer is complete, or its client is gone. Raises ApiError, or ClientGone; whatever still
+    runs of a group is cancelled."""
     watcher = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait((done, watcher), return_when=asyncio.FIRST_COMPLETED)

@@ -39,6 +39,23 @@ def chat(text: str = "hi", **fields: object) -> dict[str, object]:
 
 def events(data: bytes) -> list[Any]:
     """The JSON of each event of a stream, checked for its frame."""
-    parts = data.split(b"\n\n")
-    assert parts[-1] == b"" and parts[-2] == b"data: [DONE]"
-    return [json.loads(part.removeprefix(b"data: ")) for part in parts[:-2]]
+    return [json.loads(content) for _, content in events_with_ids(data)]
+
+
+def events_with_ids(data: bytes) -> list[tuple[str, bytes]]:
+    """Id and data of each event of a whole stream but the last, which is checked."""
+    parts = parse_events(data)
+    assert parts[-1][1] == b"[DONE]"
+    return parts[:-1]
+
+
+def parse_events(data: bytes) -> list[tuple[str, bytes]]:
+    """Id and data of each complete event of a piece of a stream; comments are left out."""
+    parsed = []
+    for part in data.split(b"\n\n")[:-1]:
+        if part.startswith(b":"):
+            continue
+        first, second = part.split(b"\n")
+        assert first.startswith(b"id: ") and second.startswith(b"data: "), part
+        parsed.append((first[4:].decode(), second[6:]))
+    return parsed

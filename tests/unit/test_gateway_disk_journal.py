@@ -82,6 +82,7 @@ def test_everything_of_a_request_is_there_when_it_is_opened_again(tmp_path: Path
     journal.append("r1", 1, [8], [reported(8)])
     journal.flush()
     journal.add_crash(["r1", "r2"])
+    journal.add_crash(["r1", "gone"])
     journal.acquit("r2")
     journal.flush()
     killed(journal)
@@ -93,7 +94,7 @@ def test_everything_of_a_request_is_there_when_it_is_opened_again(tmp_path: Path
     first, second = call.entries
     assert list(again.unfinished()) == [first, second]
     assert first.output_token_ids == [5, 8] and first.logprobs == [reported(5), reported(8)]
-    assert first.prompt_logprobs == [reported(2)] and first.deadline_at == 2000.0 and first.crashes == 1
+    assert first.prompt_logprobs == [reported(2)] and first.deadline_at == 2000.0 and first.crashes == 2
     assert (first.params, first.stop, first.priority) == (SamplingParams(seed=7), ["END"], -3)
     assert second.output_token_ids == [50, 51, 6, 7] and second.num_given == 2 and second.crashes == 0
     assert again.last_number == 2

@@ -387,10 +387,11 @@ def test_a_stream_in_an_outage_is_kept_alive_with_comments(cluster: EchoCluster)
     serve(cluster)
     body: dict[str, object] = {"prompt": "abcdefgh", "max_tokens": 300, "stream": True}
     with urllib.request.urlopen(post(cluster, "/v1/completions", body), timeout=20) as response:
-        assert response.readline().startswith(b"data: ")
+        assert response.readline() == b"id: 1\n"
         cluster.kill_world()
         lines = iter(response.readline, b"")
-        assert next(line for line in lines if not line.startswith((b"data: ", b"\n"))) == b": keep-alive\n"
+        events = (b"id: ", b"data: ", b"\n")
+        assert next(line for line in lines if not line.startswith(events)) == b": keep-alive\n"
         serve(cluster)
         *_, done = [line for line in lines if line.strip()]
         assert done == b"data: [DONE]\n"
@@ -519,12 +520,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EchoCluster]:
 
 def test_clients_learn_that_the_front_ended(cluster: EchoCluster) -> None:
     serve(cluster)
-    with Client(cluster.zmq) as client:
+    with Client(cluster.zmq, reconnect_s=1.0) as client:
         stream = client.submit(PROMPT, SamplingParams(max_tokens=4000))
         next(stream)
         cluster.front.kill()
-        with pytest.raises(ConnectionLost):
+        with pytest.raises(ConnectionLost, match="did not come back within 1 s"):
             stream.collect()
+    with pytest.raises(ConnectionLost):
+        client.submit(PROMPT)
     cluster.front.wait()
 
 
@@ -540,7 +543,7 @@ def test_sigterm_ends_it_soon_and_open_streams_with_a_reason(cluster: EchoCluste
         cluster.front.terminate()
         lines = [line for line in response.read().splitlines() if line]
     assert lines[-1] == b"data: [DONE]"
-    assert json.loads(lines[-2].removeprefix(b"data: "))["error"]["code"] == "unavailable"
+    assert json.loads(lines[-3].removeprefix(b"data: "))["error"]["code"] == "unavailable"
     assert cluster.front.wait(5) == 0
     assert time.monotonic() - start < 3
 
