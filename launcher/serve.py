@@ -227,6 +227,11 @@ def front_command(
     command += ["--max-waiting", str(settings.max_waiting)]
     command += ["--max-waiting-tokens", str(settings.max_waiting_tokens)]
     command += ["--max-wait-s", f"{settings.max_wait_s:g}"]
+    command += ["--journal", settings.journal, "--journal-max-bytes", str(settings.journal_max_size)]
+    command += ["--journal-retention-s", f"{settings.journal_retention_s:g}"]
+    command += ["--disconnect-grace-s", f"{settings.disconnect_grace_s:g}"]
+    if settings.journal_sync:
+        command.append("--journal-sync")
     return [*command, "--drain-timeout-s", f"{settings.drain_timeout:g}"]
 
 

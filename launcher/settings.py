@@ -16,7 +16,11 @@ from launcher.errors import SettingsError
 
 DTYPES = ("auto", "float32", "bfloat16")
 SPARES = ("none", "warm", "hot")
+JOURNALS = ("off", "disk")
+LEAST_JOURNAL_BYTES = 1 << 24
+_SIZES = ("kv_cache_memory", "journal_max_size")
 BACKENDS = ("auto", "phalanx", "deepspeed")
+CHOICES = {"dtype": DTYPES, "spare": SPARES, "backend": BACKENDS, "journal": JOURNALS}
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -91,6 +95,23 @@ class Settings:
     max_wait_s: float = _flag(60.0, "how long a request waits for a world before it is refused", "SECONDS")
     max_waiting: int = _flag(1024, "how many requests may wait for their first token", "N")
     max_waiting_tokens: int = _flag(2**22, "how many tokens the prompts of those may have together", "N")
+    journal: str = _flag(
+        "disk",
+        "where accepted requests and their tokens are kept. disk: journal.sqlite in the run folder, so that they go "
+        "on when the front is killed; off: in memory",
+    )
+    journal_sync: bool = _flag(
+        False, "sync the journal to the disk at every step: it outlives power loss, too"
+    )
+    journal_retention_s: float = _flag(
+        600.0, "how long a finished request can be read again or taken up", "SECONDS"
+    )
+    journal_max_size: int = _flag(
+        1 << 30, "how large the journal may get; beyond it new requests are refused", "SIZE"
+    )
+    disconnect_grace_s: float = _flag(
+        2.0, "how long a stream whose client is gone waits for it before it is cancelled", "SECONDS"
+    )
     drain_timeout: float = _flag(
         30.0, "how long Ctrl-C or SIGTERM lets running requests finish; a second one ends at once", "SECONDS"
     )
@@ -140,6 +161,16 @@ class Settings:
             raise SettingsError(f"--step-factor {self.step_factor:g}: must be 1.5 or more, or 0 for no bound")
         if not self.max_wait_s > 0:
             raise SettingsError(f"--max-wait-s {self.max_wait_s:g}: must be more than 0")
+        if self.journal not in JOURNALS:
+            raise SettingsError(f"--journal {self.journal}: must be one of {', '.join(JOURNALS)}")
+        if self.journal_max_size < LEAST_JOURNAL_BYTES:
+            raise SettingsError(
+                f"--journal-max-size {self.journal_max_size}: must be {LEAST_JOURNAL_BYTES >> 20}MiB or more"
+            )
+        if not self.journal_retention_s >= 0:
+            raise SettingsError(f"--journal-retention-s {self.journal_retention_s:g}: must be 0 or more")
+        if not 0 <= self.disconnect_grace_s <= 86400:
+            raise SettingsError(f"--disconnect-grace-s {self.disconnect_grace_s:g}: must be from 0 to 86400")
         if not 0 <= self.drain_timeout <= 86400:
             raise SettingsError(f"--drain-timeout {self.drain_timeout:g}: must be from 0 to 86400")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -173,7 +204,7 @@ class Settings:
             parser.add_argument(
                 _as_flag(setting.name),
                 metavar=setting.metadata["metavar"],
-                choices={"dtype": DTYPES, "spare": SPARES, "backend": BACKENDS}.get(setting.name),
+                choices=CHOICES.get(setting.name),
                 default=argparse.SUPPRESS,  # so that the config file's value is not covered by a default
                 help=f"{setting.metadata['help']}{_default_text(setting.default)}",
             )
@@ -228,9 +259,11 @@ def _convert(name: str, value: Any, where: str) -> Any:
         if not isinstance(value, bool):
             raise SettingsError(f"{where}: must be true or false")
         return value
+    if name == "journal" and value is False:
+        return "off"  # as YAML reads it
     if isinstance(value, (bool, list, dict)):
         raise SettingsError(f"{where}: must be a single value")
-    if name == "kv_cache_memory":
+    if name in _SIZES:
         try:
             return parse_size(value)
         except ValueError as error:
@@ -251,4 +284,6 @@ def _as_flag(name: str) -> str:
 
 
 def _default_text(default: Any) -> str:
+    if default == 1 << 30:
+        return " (default: 1GiB)"
     return f" (default: {default})" if default not in (None, "", 0) else ""

@@ -169,3 +169,23 @@ def test_supervisor_imports_neither_torch_nor_an_http_stack() -> None:
     ).stdout.split()
     forbidden = {"torch", "fastapi", "uvicorn", "numpy", "transformers", "mpi4py", "engine", "gateway.http"}
     assert not forbidden & set(modules)
+
+
+def test_the_journal(tmp_path: Path) -> None:
+    settings = settings_of("m")
+    assert (settings.journal, settings.journal_sync, settings.journal_max_size) == ("disk", False, 1 << 30)
+    settings = settings_of("m", "--journal-sync", "--journal-max-size", "64MiB", "--disconnect-grace-s", "0")
+    assert (settings.journal_sync, settings.journal_max_size, settings.disconnect_grace_s) == (
+        True,
+        1 << 26,
+        0,
+    )
+    file = tmp_path / "c.yaml"
+    file.write_text("journal: off\njournal-sync: true\n")  # YAML takes off for false
+    settings = settings_of("m", "--config", str(file))
+    assert (settings.journal, settings.journal_sync) == ("off", True)
+    file.write_text("journal-sync: 3\n")
+    with pytest.raises(SettingsError, match="must be true or false"):
+        settings_of("m", "--config", str(file))
+    with pytest.raises(SettingsError, match="--journal-max-size 1024: must be 16MiB or more"):
+        settings_of("m", "--journal-max-size", "1KiB")
