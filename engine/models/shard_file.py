@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.kernels.packing import Packer, packed_shape
 from engine.models.errors import ModelError
 from engine.models.safetensors_header import Layout, TensorEntry, lay_out, read_header
 from engine.models.shard_cache import FolderUse
@@ -54,17 +55,21 @@ class ShardFile:
 
     tensors: tuple[LocalTensor, ...]
     dtype: torch.dtype
+    packed: bool
+    """Matrices lie in the panels that the native kernels read."""
     digest: str
-    """Identifies table, dtype and layout version."""
+    """Identifies table, dtype, packing and layout version."""
     layout: Layout
 
     @classmethod
-    def of(cls, tensors: list[LocalTensor], dtype: torch.dtype) -> ShardFile:
+    def of(cls, tensors: list[LocalTensor], dtype: torch.dtype, packed: bool = False) -> ShardFile:
         name = DTYPE_NAMES[dtype]
-        digest = hashlib.sha256(repr((LAYOUT_VERSION, name, tensors)).encode()).hexdigest()
-        entries = [TensorEntry(tensor.name, name, tensor.shape) for tensor in tensors]
+        digest = hashlib.sha256(repr((LAYOUT_VERSION, name, packed, tensors)).encode()).hexdigest()
+        entries = [
+            TensorEntry(tensor.name, name, _stored_shape(tensor, dtype, packed)) for tensor in tensors
+        ]
         layout = lay_out(entries, {"phalanx_layout": digest}, _ALIGNMENT)
-        return cls(tuple(tensors), dtype, digest, layout)
+        return cls(tuple(tensors), dtype, packed, digest, layout)
 
     @property
     def num_bytes(self) -> int:
@@ -93,12 +98,13 @@ class ShardFile:
             # Torch warns that the memory is read-only, which is the point of it.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             for tensor in self.tensors:
-                count, offset = math.prod(tensor.shape), self.layout.offsets[tensor.name]
+                shape = _stored_shape(tensor, self.dtype, self.packed)
+                count, offset = math.prod(shape), self.layout.offsets[tensor.name]
                 if count:
                     flat = torch.frombuffer(mapped, dtype=self.dtype, count=count, offset=offset)
-                    tensors[tensor.name] = flat.view(tensor.shape)
+                    tensors[tensor.name] = flat.view(shape)
                 else:
-                    tensors[tensor.name] = torch.empty(tensor.shape, dtype=self.dtype)
+                    tensors[tensor.name] = torch.empty(shape, dtype=self.dtype)
         return tensors
 
     def build(self, path: Path, source: SourceFiles, advance: Advance) -> None:
@@ -116,10 +122,14 @@ class ShardFile:
                 target.write(self.layout.header)
                 advance(len(self.layout.header))
                 for tensor in self.tensors:
+                    packer = Packer() if self.packed and _is_matrix(tensor) else None
                     for piece in tensor.slices:
                         for part in reader.read(piece):
-                            _write(target, part.to(self.dtype))
+                            part = part.to(self.dtype)
+                            _write(target, part if packer is None else packer.add(part))
                             advance(part.numel() * self.dtype.itemsize)
+                    if packer is not None:
+                        _write(target, packer.finish())
                     padding = -target.tell() % _ALIGNMENT
                     target.write(bytes(padding))
                     advance(padding)
@@ -133,6 +143,14 @@ class ShardFile:
             ) from None
         finally:
             aside.unlink(missing_ok=True)
+
+
+def _is_matrix(tensor: LocalTensor) -> bool:
+    return len(tensor.shape) == 2
+
+
+def _stored_shape(tensor: LocalTensor, dtype: torch.dtype, packed: bool) -> tuple[int, ...]:
+    return packed_shape(tensor.shape, dtype) if packed and _is_matrix(tensor) else tensor.shape
 
 
 def populate(mapped: MappedShard, advance: Advance) -> None:

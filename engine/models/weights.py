@@ -37,11 +37,13 @@ def load_stage_weights(
     dtype: torch.dtype,
     shard_cache: Path,
     progress: Progress,
+    packed: bool = False,
 ) -> dict[str, Tensor]:
     """All tensors of one rank, under the local names of `sharding`, as views of one read-only mapped file.
 
     The first call for a source and a world's shape reads the slices that the rank needs and writes them to
-    `shard_cache`; later calls map that file and copy nothing. The tensors must not be written to (the process
+    `shard_cache`; later calls map that file and copy nothing. `packed`: matrices come as `engine.kernels.packing`
+    packs them. The tensors must not be written to (the process
     would die of it), and the file stays protected from the cache's clearing while one of them lives.
 
     With tied weights a stage with the head holds "embed.weight" and "head.weight", which are one object.
@@ -53,6 +55,7 @@ def load_stage_weights(
     shard = ShardFile.of(
         [tensor for tensor in local_tensors(config, shape, tp_rank) if not _is_alias(config, shape, tensor)],
         dtype,
+        packed,
     )
     cache = ShardCache(shard_cache)
     source = SourceFiles(model_dir)

@@ -1,0 +1,248 @@
+"""The native library as Python sees it: structures, functions, and the choice of an instruction set.
+
+Called by `stage` and by tests. Nothing here knows a model. Pointers that go into structures are not kept alive
+by them: whoever fills them in keeps the tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, byref, c_char_p, c_float, c_int64, c_void_p
+from functools import cache
+
+import numpy as np
+import torch
+
+from engine.kernels.compile import LIBRARY, SOURCES, source_hash
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class KernelsUnavailable(Exception):
+    """There are no native kernels here. The text says why, and what would help."""
+
+
+class LinearStruct(ctypes.Structure):
+    _fields_ = [
+        ("weights", c_void_p),
+        ("bias", c_void_p),
+        ("num_outputs", c_int64),
+        ("num_inputs", c_int64),
+        ("format", c_int64),
+    ]
+
+
+class LayerStruct(ctypes.Structure):
+    _fields_ = [
+        ("attention_norm", c_void_p),
+        ("attention_post_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("mlp_post_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+        ("rotary_dim", c_int64),
+        ("window", c_int64),
+        ("qkv", LinearStruct),
+        ("output", LinearStruct),
+        ("gate_up", LinearStruct),
+        ("down", LinearStruct),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+    ]
+
+
+class StageStruct(ctypes.Structure):
+    _fields_ = [
+        ("hidden_size", c_int64),
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("activation", c_int64),
+        ("num_layers", c_int64),
+        ("kv_of_head", c_void_p),
+        ("layers", POINTER(LayerStruct)),
+        ("norm_eps", c_float),
+        ("attention_scale", c_float),
+        ("attention_soft_cap", c_float),
+        ("residual_multiplier", c_float),
+    ]
+
+
+class StepStruct(ctypes.Structure):
+    _fields_ = [
+        ("num_tokens", c_int64),
+        ("num_sequences", c_int64),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("first_rows", c_void_p),
+        ("block_rows", c_void_p),
+        ("block_tables", c_void_p),
+        ("table_stride", c_int64),
+    ]
+
+
+class Kernels:
+    """The functions of one instruction set, with threads and scratch memory. Not for several threads at once."""
+
+    def __init__(self, library: ctypes.CDLL, instruction_set: str, threads: int) -> None:
+        self.instruction_set = instruction_set
+        self.threads = threads
+        self._library = library
+        self._functions = library.phalanx_functions(instruction_set.encode())
+        self._context = library.phalanx_open(threads)
+
+    def close(self) -> None:
+        """Ends the threads and frees the scratch memory."""
+        if self._context:
+            self._library.phalanx_close(self._context)
+            self._context = None
+
+    def halves(
+        self,
+        stage: StageStruct,
+        step: StepStruct,
+        begin: int,
+        end: int,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        partial: torch.Tensor,
+    ) -> None:
+        """Half layers `begin` to `end` - 1; see kernels.h. `hidden`, `delta`, `partial`:
+        `[num_tokens, hidden_size]` float32."""
+        self._library.phalanx_halves(
+            self._functions, self._context, byref(stage), byref(step), begin, end,
+            hidden.data_ptr(), None if delta is None else delta.data_ptr(), partial.data_ptr(),
+        )  # fmt: skip
+
+    def linear(self, linear: LinearStruct, x: torch.Tensor) -> torch.Tensor:
+        """`x` `[num_rows, num_inputs]` float32 to `[num_rows, num_outputs]` float32."""
+        out = torch.empty(x.shape[0], linear.num_outputs)
+        self._library.phalanx_linear(
+            self._functions, self._context, byref(linear), _rows(x).data_ptr(), x.shape[0],
+            out.data_ptr(), linear.num_outputs,
+        )  # fmt: skip
+        return out
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMSNorm of `[num_rows, size]` float32."""
+        out = torch.empty_like(x)
+        self._library.phalanx_norm(
+            self._functions, self._context, _rows(x).data_ptr(), x.shape[0], x.shape[1],
+            weight.data_ptr(), eps, out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def embed(
+        self, table: LinearStruct, token_ids: torch.Tensor, first_id: int, multiplier: float
+    ) -> torch.Tensor:
+        """Rows of a packed table `[num_ids, size]` float32, times `multiplier`; zeros for ids outside of it."""
+        out = torch.empty(token_ids.shape[0], table.num_inputs)
+        self._library.phalanx_embed(
+            self._functions, self._context, byref(table), token_ids.data_ptr(), token_ids.shape[0],
+            first_id, multiplier, out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def logits(
+        self,
+        head: LinearStruct,
+        hidden: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        divisor: float,
+        soft_cap: float,
+    ) -> torch.Tensor:
+        """`[num_rows, hidden_size]` float32 to `[num_rows, num_outputs]`: norm, head, division, soft cap."""
+        rows = np.arange(hidden.shape[0], dtype=np.int64)
+        out = torch.empty(hidden.shape[0], head.num_outputs)
+        self._library.phalanx_logits(
+            self._functions, self._context, byref(head), _rows(hidden).data_ptr(), rows.ctypes.data,
+            hidden.shape[0], norm_weight.data_ptr(), eps, divisor, soft_cap, out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+
+def linear_struct(
+    packed: torch.Tensor, num_outputs: int, num_inputs: int, bias: torch.Tensor | None = None
+) -> LinearStruct:
+    """Weights as `packing` packs them; `bias` `[num_outputs]` float32."""
+    return LinearStruct(
+        packed.data_ptr(), None if bias is None else bias.data_ptr(), num_outputs, num_inputs,
+        FORMATS[packed.dtype],
+    )  # fmt: skip
+
+
+def open_kernels(threads: int, instruction_set: str = "auto") -> Kernels:
+    """The kernels of the best instruction set of this machine, or of the one that is named.
+
+    Raises KernelsUnavailable.
+    """
+    if instruction_set == "off":
+        raise KernelsUnavailable("native kernels are switched off (--kernels off or PHALANX_KERNELS=off)")
+    library = _library()
+    available = instruction_sets()
+    if instruction_set == "auto":
+        instruction_set = available[0]
+    if instruction_set not in available:
+        raise KernelsUnavailable(
+            f"--kernels {instruction_set} does not run on this machine; what does: {', '.join(available)}"
+        )
+    return Kernels(library, instruction_set, threads)
+
+
+def instruction_sets() -> list[str]:
+    """What this machine can run, the best first. Raises KernelsUnavailable."""
+    library = _library()
+    names = []
+    while (name := library.phalanx_instruction_set(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    remedy = "run `pip install -e .` with a C++ compiler (or `python -m engine.kernels.compile`)"
+    if not os.path.exists(LIBRARY):
+        raise KernelsUnavailable(f"the native kernels were not built; {remedy}")
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise KernelsUnavailable(f"the native kernels cannot be loaded ({error}); {remedy}") from None
+    library.phalanx_source_hash.restype = c_char_p
+    if SOURCES.is_dir() and library.phalanx_source_hash().decode() != source_hash():
+        raise KernelsUnavailable(f"the native kernels were built from other sources; {remedy}")
+    signatures: dict[str, tuple[type | None, list[type]]] = {
+        "phalanx_instruction_set": (c_char_p, [c_int64]),
+        "phalanx_functions": (c_void_p, [c_char_p]),
+        "phalanx_open": (c_void_p, [c_int64]),
+        "phalanx_close": (None, [c_void_p]),
+        "phalanx_halves": (
+            None,
+            [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
+        ),
+        "phalanx_linear": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64]),
+        "phalanx_norm": (
+            None,
+            [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p],
+        ),
+        "phalanx_embed": (
+            None,
+            [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p],
+        ),
+        "phalanx_logits": (
+            None,
+            [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_float, c_float, c_void_p],
+        ),
+    }  # fmt: skip
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    assert x.dtype == torch.float32 and x.is_contiguous(), "kernels read contiguous float32 rows"
+    return x

@@ -1,0 +1,98 @@
+// What Python calls: one of the instruction sets' functions. Built for no instruction set in particular.
+#include <string.h>
+
+#include "kernels.h"
+
+namespace portable { extern const Functions functions; }
+#ifdef PHALANX_X86
+namespace avx2 { extern const Functions functions; }
+namespace avx512 { extern const Functions functions; }
+#ifdef PHALANX_AVX512_BF16
+namespace avx512_bf16 { extern const Functions functions; }
+#endif
+#endif
+
+namespace {
+
+struct InstructionSet {
+    const char *name;
+    const Functions *functions;
+    bool (*runs_here)();
+};
+
+const InstructionSet INSTRUCTION_SETS[] = {
+// The best first.
+#ifdef PHALANX_X86
+#ifdef PHALANX_AVX512_BF16
+    {"avx512_bf16", &avx512_bf16::functions,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512bf16");
+     }},
+#endif
+    {"avx512", &avx512::functions,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     }},
+    {"avx2", &avx2::functions, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {"portable", &portable::functions, [] { return true; }},
+};
+
+}  // namespace
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// The hash of the sources that this was built from.
+EXPORT const char *phalanx_source_hash() { return PHALANX_SOURCE_HASH; }
+
+// Name of the index-th best instruction set that runs on this machine, or null.
+EXPORT const char *phalanx_instruction_set(int64_t index) {
+    for (const InstructionSet &set : INSTRUCTION_SETS)
+        if (set.runs_here() && index-- == 0) return set.name;
+    return nullptr;
+}
+
+// The functions of an instruction set, or null if it is unknown or does not run here.
+EXPORT const Functions *phalanx_functions(const char *name) {
+    for (const InstructionSet &set : INSTRUCTION_SETS)
+        if (strcmp(set.name, name) == 0 && set.runs_here()) return set.functions;
+    return nullptr;
+}
+
+// Halves [begin, end) of a stage, one after the other; with more than one, what each brings goes to the next as it
+// is. `delta` and `partial` may be the same memory only if there is one half.
+EXPORT void phalanx_halves(const Functions *functions, Context *context, const Stage *stage, const Step *step, int64_t begin,
+                    int64_t end, float *hidden, const float *delta, float *partial) {
+    for (int64_t half = begin; half < end; ++half) {
+        functions->half(context, stage, step, half, hidden, delta, partial);
+        delta = partial;
+    }
+}
+
+EXPORT void phalanx_linear(const Functions *functions, Context *context, const Linear *linear, const float *x,
+                    int64_t num_rows, float *out, int64_t out_stride) {
+    functions->linear(context, linear, x, num_rows, out, out_stride);
+}
+
+EXPORT void phalanx_norm(const Functions *functions, Context *context, const float *x, int64_t num_rows, int64_t size,
+                  const float *weight, float eps, float *out) {
+    functions->norm(context, x, num_rows, size, weight, eps, out);
+}
+
+EXPORT void phalanx_embed(const Functions *functions, Context *context, const Linear *table, const int64_t *ids,
+                   int64_t num_ids, int64_t first_id, float multiplier, float *out) {
+    functions->embed(context, table, ids, num_ids, first_id, multiplier, out);
+}
+
+EXPORT void phalanx_logits(const Functions *functions, Context *context, const Linear *head, const float *hidden,
+                    const int64_t *rows, int64_t num_rows, const float *norm_weight, float eps, float divisor,
+                    float soft_cap, float *out) {
+    functions->logits(context, head, hidden, rows, num_rows, norm_weight, eps, divisor, soft_cap, out);
+}
+
+}  // extern "C"

@@ -1,0 +1,93 @@
+// The C interface of the kernels: what Python fills in (engine/kernels/library.py has the same structures), and
+// the table of functions that each instruction set provides. Nothing here depends on an instruction set.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum Format { FORMAT_FLOAT32 = 0, FORMAT_BFLOAT16 = 1 };
+enum Activation { ACTIVATION_SILU = 0, ACTIVATION_GELU_TANH = 1 };
+
+// Weights [num_outputs, num_inputs], packed in panels of 16 outputs: float32 as [panels][num_inputs][16],
+// bfloat16 as [panels][num_inputs / 2][16][2], what is missing filled with zeros.
+struct Linear {
+    const void *weights;
+    const float *bias;  // [num_outputs], or null
+    int64_t num_outputs;
+    int64_t num_inputs;
+    int64_t format;
+};
+
+// One layer of one rank. Norm weights are float32 with the model's offset added; null: the layer has no such norm.
+struct Layer {
+    const float *attention_norm;
+    const float *attention_post_norm;
+    const float *mlp_norm;
+    const float *mlp_post_norm;
+    const float *query_norm;  // [head_dim], for each head on its own
+    const float *key_norm;
+    const float *cosines;  // [positions][rotary_dim / 2], null: nothing is turned
+    const float *sines;
+    int64_t rotary_dim;
+    int64_t window;  // tokens that one can see, itself counted; 0: all
+    Linear qkv, output, gate_up, down;
+    // The KV cache. A block holds 16 tokens: keys [kv_heads] panels (16 tokens are the 16 outputs, the head's
+    // padded elements the inputs), values [kv_heads][16][padded_head_dim].
+    void *keys;
+    void *values;
+};
+
+struct Stage {
+    int64_t hidden_size;
+    int64_t num_heads;
+    int64_t num_kv_heads;
+    int64_t head_dim;
+    int64_t activation;
+    int64_t num_layers;
+    const int32_t *kv_of_head;  // [num_heads], ascending
+    const Layer *layers;
+    float norm_eps;
+    float attention_scale;
+    float attention_soft_cap;  // 0: none
+    float residual_multiplier;
+};
+
+// One step's rows: those of a sequence lie together and stand at positions one after another.
+struct Step {
+    int64_t num_tokens;
+    int64_t num_sequences;
+    const int64_t *positions;     // [num_tokens]
+    const int64_t *slots;         // [num_tokens]: block * 16 + offset, where keys and values go
+    const int64_t *first_rows;    // [num_sequences + 1]
+    const int64_t *block_rows;    // [num_sequences]: which row of block_tables
+    const int64_t *block_tables;  // [..][table_stride]: the sequence's blocks in the order of their positions
+    int64_t table_stride;
+};
+
+struct Context;  // threads and scratch memory
+
+// What every instruction set provides.
+struct Functions {
+    // half 2 * i is the attention of the stage's layer i, half 2 * i + 1 its MLP. `delta`, if not null, is what
+    // the half before brought: it goes through that half's post-norm and is added to `hidden` first. The sum over
+    // the ranks of `partial` is what this half brings. half == 2 * num_layers only adds.
+    void (*half)(Context *, const Stage *, const Step *, int64_t half, float *hidden, const float *delta,
+                 float *partial);
+    void (*linear)(Context *, const Linear *, const float *x, int64_t num_rows, float *out, int64_t out_stride);
+    void (*norm)(Context *, const float *x, int64_t num_rows, int64_t size, const float *weight, float eps,
+                 float *out);
+    // Rows of a table that is packed like a linear's weights; zeros for ids outside of it.
+    void (*embed)(Context *, const Linear *table, const int64_t *ids, int64_t num_ids, int64_t first_id,
+                  float multiplier, float *out);
+    // out = logits of the normed rows of `hidden` that `rows` names, divided, then capped unless soft_cap is 0.
+    void (*logits)(Context *, const Linear *head, const float *hidden, const int64_t *rows, int64_t num_rows,
+                   const float *norm_weight, float eps, float divisor, float soft_cap, float *out);
+};
+
+// threads.cpp
+typedef void (*Task)(void *argument, int64_t task, int64_t thread);
+void run_tasks(Context *, int64_t num_tasks, Task, void *argument);
+int64_t num_threads(const Context *);
+enum Scratch { SCRATCH_X, SCRATCH_PROJECTED, SCRATCH_QUERIES, SCRATCH_GATED, SCRATCH_TASKS, SCRATCH_THREADS, SCRATCHES };
+// At least `bytes` of memory at a multiple of 64, whose content is undefined. Ends the process if there is none.
+void *scratch(Context *, Scratch which, size_t bytes);

@@ -1,0 +1,192 @@
+// Linear layers for any number of rows: tiles of a few rows and panels, each of whose sums runs over the inputs in
+// their order, in one chain. So a row's result does not depend on the rows that it is computed with, nor on how
+// the work was cut.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace PHALANX_ISA {
+namespace {
+
+template <class Body>
+INLINE void parallel(Context *context, int64_t num_tasks, const Body &body) {
+    run_tasks(
+        context, num_tasks,
+        [](void *argument, int64_t task, int64_t thread) { (*static_cast<const Body *>(argument))(task, thread); },
+        const_cast<Body *>(&body));
+}
+
+// Rows one after another, in tasks that are worth handing out.
+template <class Body>
+INLINE void parallel_rows(Context *context, int64_t num_rows, int64_t rows_a_task, const Body &body) {
+    parallel(context, (num_rows + rows_a_task - 1) / rows_a_task, [&](int64_t task, int64_t) {
+        const int64_t end = (task + 1) * rows_a_task < num_rows ? (task + 1) * rows_a_task : num_rows;
+        for (int64_t row = task * rows_a_task; row < end; ++row) body(row);
+    });
+}
+
+struct Output {
+    float *to;          // first row and column of the tile
+    int64_t stride;     // elements from a row to the next
+    int64_t columns;    // that are there, from the tile's first on
+    const float *bias;  // at the tile's first column, or null
+    float scale;
+};
+
+#if defined(__AVX512F__)
+constexpr int MOST_ROWS = 12, WIDE_ROWS = 6, WIDE = 4, NARROW = 2;
+#else
+constexpr int MOST_ROWS = 4, WIDE_ROWS = 2, WIDE = 2, NARROW = 1;
+#endif
+constexpr int64_t GROUP = 4;       // panels of a task
+constexpr int64_t ROW_CHUNK = 240;  // rows of a task: their inputs stay in the second-level cache
+
+template <class F, int ROWS, int PANELS>
+__attribute__((noinline)) void tile(const typename F::X *x, int64_t x_stride,
+                                    const typename F::Element *const *panels, int64_t num_steps,
+                                    const Output &output) {
+    vec sums[ROWS][PANELS * PIECES];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+        for (int i = 0; i < PANELS * PIECES; ++i) sums[r][i] = zero();
+    const typename F::Element *from[PANELS];
+    for (int p = 0; p < PANELS; ++p) from[p] = panels[p];
+    for (int64_t step = 0; step < num_steps; ++step) {
+        typename F::Loaded loaded[PANELS];
+#pragma GCC unroll 16
+        for (int p = 0; p < PANELS; ++p) loaded[p] = F::load_step(from[p] + step * PANEL * F::STEP);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+            for (int p = 0; p < PANELS; ++p)
+                F::multiply(&sums[r][p * PIECES], x + r * x_stride + step * F::STEP, loaded[p]);
+    }
+    const vec scale = all(output.scale);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+        for (int i = 0; i < PANELS * PIECES; ++i) {
+            const int64_t left = output.columns - i * LANES;
+            if (left <= 0) continue;
+            vec v = sums[r][i];
+            if (output.bias != nullptr) v = v + load_some(output.bias + i * LANES, left);
+            store_some(output.to + r * output.stride + i * LANES, v * scale, left);
+        }
+}
+
+template <class F>
+using Tile = void (*)(const typename F::X *, int64_t, const typename F::Element *const *, int64_t, const Output &);
+
+// The tiles by (rows - 1): as wide as the registers allow, and one panel wide for what is left.
+template <class F>
+struct Tiles {
+#if defined(__AVX512F__)
+    static constexpr Tile<F> wide[MOST_ROWS] = {
+        tile<F, 1, 4>, tile<F, 2, 4>, tile<F, 3, 4>, tile<F, 4, 4>,  tile<F, 5, 4>,  tile<F, 6, 4>,
+        tile<F, 7, 2>, tile<F, 8, 2>, tile<F, 9, 2>, tile<F, 10, 2>, tile<F, 11, 2>, tile<F, 12, 2>};
+    static constexpr Tile<F> single[MOST_ROWS] = {
+        tile<F, 1, 1>, tile<F, 2, 1>, tile<F, 3, 1>, tile<F, 4, 1>,  tile<F, 5, 1>,  tile<F, 6, 1>,
+        tile<F, 7, 1>, tile<F, 8, 1>, tile<F, 9, 1>, tile<F, 10, 1>, tile<F, 11, 1>, tile<F, 12, 1>};
+#else
+    static constexpr Tile<F> wide[MOST_ROWS] = {tile<F, 1, 2>, tile<F, 2, 2>, tile<F, 3, 1>, tile<F, 4, 1>};
+    static constexpr Tile<F> single[MOST_ROWS] = {tile<F, 1, 1>, tile<F, 2, 1>, tile<F, 3, 1>, tile<F, 4, 1>};
+#endif
+};
+
+// A few rows, at most MOST_ROWS, times a few panels.
+template <class F>
+INLINE void multiply_tile(const typename F::X *x, int64_t x_stride, int64_t num_rows,
+                          const typename F::Element *const *panels, int64_t num_panels, int64_t num_steps,
+                          Output output) {
+    const int64_t width = num_rows <= WIDE_ROWS ? WIDE : NARROW;
+    int64_t panel = 0;
+    while (panel < num_panels) {
+        const bool fits = panel + width <= num_panels;
+        const Tile<F> *tiles = fits ? Tiles<F>::wide : Tiles<F>::single;
+        tiles[num_rows - 1](x, x_stride, panels + panel, num_steps, output);
+        const int64_t done = fits ? width : 1;
+        panel += done;
+        output.to += done * PANEL;
+        output.columns -= done * PANEL;
+        if (output.bias != nullptr) output.bias += done * PANEL;
+    }
+}
+
+// Elements from one row of a linear's inputs to the next: padded, and off the powers of two.
+INLINE int64_t x_stride_of(int64_t num_inputs) { return padded(num_inputs) + 32; }
+
+// out [num_rows, num_outputs] = scale * (x weights^T + bias), with x as the format wants it.
+template <class F>
+void multiply(Context *context, const Linear &linear, const typename F::X *x, int64_t num_rows, float scale,
+              float *out, int64_t out_stride) {
+    typedef typename F::Element Element;
+    const int64_t num_panels = (linear.num_outputs + PANEL - 1) / PANEL;
+    const int64_t num_steps = (linear.num_inputs + F::STEP - 1) / F::STEP;
+    const int64_t panel_size = num_steps * F::STEP * PANEL;
+    const int64_t x_stride = x_stride_of(linear.num_inputs);
+    const int64_t num_groups = (num_panels + GROUP - 1) / GROUP;
+    const int64_t num_chunks = (num_rows + ROW_CHUNK - 1) / ROW_CHUNK;
+    parallel(context, num_groups * num_chunks, [&](int64_t task, int64_t) {
+        const int64_t first_panel = task % num_groups * GROUP, chunk = task / num_groups;
+        const int64_t count = num_panels - first_panel < GROUP ? num_panels - first_panel : GROUP;
+        const Element *panels[GROUP];
+        for (int64_t i = 0; i < count; ++i)
+            panels[i] = static_cast<const Element *>(linear.weights) + (first_panel + i) * panel_size;
+        const int64_t column = first_panel * PANEL;
+        int64_t row = chunk * ROW_CHUNK;
+        const int64_t end = row + ROW_CHUNK < num_rows ? row + ROW_CHUNK : num_rows;
+        // Tiles of even size: a last one of a single row would cost nearly as much as a full one.
+        int64_t num_tiles = (end - row + MOST_ROWS - 1) / MOST_ROWS;
+        for (; num_tiles > 0; --num_tiles) {
+            const int64_t rows = (end - row + num_tiles - 1) / num_tiles;
+            const Output output = {out + row * out_stride + column, out_stride, linear.num_outputs - column,
+                                   linear.bias == nullptr ? nullptr : linear.bias + column, scale};
+            multiply_tile<F>(x + row * x_stride, x_stride, rows, panels, count, num_steps, output);
+            row += rows;
+        }
+    });
+}
+
+// One row of inputs, zeros behind it.
+template <class F>
+INLINE void store_x_row(typename F::X *to, const float *from, int64_t size) {
+    for (int64_t i = 0; i < padded(size); i += LANES)
+        F::store_x(to + i, i < size ? load_some(from + i, size - i) : zero());
+}
+
+template <class F>
+void linear(Context *context, const Linear *layer, const float *x, int64_t num_rows, float *out,
+            int64_t out_stride) {
+    typedef typename F::X X;
+    const int64_t stride = x_stride_of(layer->num_inputs);
+    X *inputs = static_cast<X *>(scratch(context, SCRATCH_X, num_rows * stride * sizeof(X)));
+    parallel_rows(context, num_rows, 32, [&](int64_t row) {
+        store_x_row<F>(inputs + row * stride, x + row * layer->num_inputs, layer->num_inputs);
+    });
+    multiply<F>(context, *layer, inputs, num_rows, 1.0f, out, out_stride);
+}
+
+template <class F>
+void embed(Context *context, const Linear *table, const int64_t *ids, int64_t num_ids, int64_t first_id,
+           float multiplier, float *out) {
+    typedef typename F::Element Element;
+    const int64_t size = table->num_inputs;
+    const int64_t panel_size = (size + F::STEP - 1) / F::STEP * F::STEP * PANEL;
+    parallel_rows(context, num_ids, 16, [&](int64_t i) {
+        float *to = out + i * size;
+        const int64_t id = ids[i] - first_id;
+        if (id < 0 || id >= table->num_outputs) {
+            memset(to, 0, size * sizeof(float));
+            return;
+        }
+        const Element *from = static_cast<const Element *>(table->weights) + id / PANEL * panel_size +
+                              id % PANEL * F::STEP;
+        for (int64_t k = 0; k < size; ++k)
+            to[k] = F::element(from + k / F::STEP * PANEL * F::STEP + k % F::STEP) * multiplier;
+    });
+}
+
+}  // namespace
+}  // namespace PHALANX_ISA
