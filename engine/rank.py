@@ -103,6 +103,8 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
         memory_share=arguments.memory_share,
         backend=arguments.backend,
         expert_parallel=arguments.expert_parallel,
+        kernels=arguments.kernels,
+        deterministic=arguments.deterministic,
     )
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     loaded = load_engine(world, settings, device, page.load)
@@ -112,6 +114,8 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
         _park(page, gate)
         page.enter(Phase.LOADING)
     engine = loaded.reserve_cache()
+    if world.at.rank == 0:
+        print(f"computed by {engine.computed_by}", file=sys.stderr, flush=True)
     if faults is not None:
         faults.watch_engine(world, engine.runner)
     if engine.runner.sampler is not None:
@@ -422,6 +426,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=4.0,
         help="how many times as long as a decode step one may take that computes prompts beside streams; 0: no bound",
+    )
+    parser.add_argument(
+        "--kernels",
+        default=os.environ.get("PHALANX_KERNELS") or "auto",
+        help="instruction set of the native kernels (avx512_bf16, avx512, avx2, portable), auto for the best, off "
+        "for torch (default: PHALANX_KERNELS, else auto)",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits for a request whatever runs beside it, and after a replay",
     )
     parser.add_argument(
         "--shard-cache", type=Path, default=cache / "shards", help="where cut weights are kept"

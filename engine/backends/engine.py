@@ -45,6 +45,6 @@ def load_deepspeed(
         cache = loaded.layers.new_cache(num_blocks, dtype)
         widths = logit_widths(world, facts)
         runner = StageRunner(world, loaded.stage, cache, table, facts.hidden_size, widths, sampler)
-        return Engine(facts, runner, limits, num_blocks)
+        return Engine(facts, runner, limits, num_blocks, computed_by="DeepSpeed and transformers")
 
     return LoadedEngine(num_blocks, reserve)

@@ -27,6 +27,11 @@ class TensorGroup(Protocol):
         and the same shape everywhere, may be overwritten, and the result may be its memory."""
         ...
 
+    def sum_in_rank_order(self) -> None:
+        """From now on sums are taken in the order of the ranks: an element's bits depend neither on the size of
+        what is reduced nor on where in it the element stands. Every rank calls it."""
+        ...
+
     def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
         """Columns of all ranks side by side, float32, at the group's first rank; None at the others.
 

@@ -88,6 +88,9 @@ class SingleRankGroup:
     def reduced(self, partial: torch.Tensor) -> torch.Tensor:
         return partial.float()
 
+    def sum_in_rank_order(self) -> None:
+        return
+
     def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
         return local
 
@@ -105,6 +108,7 @@ class MpiTensorGroup:
         """Only ends of steps meet here, never reductions."""
         self.size = comm.Get_size()
         self._rank = comm.Get_rank()
+        self._in_rank_order = False
 
     def add_reduced(self, total: torch.Tensor, partial: torch.Tensor) -> None:
         total.add_(self.reduced(partial))
@@ -112,8 +116,28 @@ class MpiTensorGroup:
     def reduced(self, partial: torch.Tensor) -> torch.Tensor:
         self._on_collective()
         partial = partial.float()
+        if self._in_rank_order:
+            return self._summed_in_rank_order(partial)
         self._comm.Allreduce(MPI.IN_PLACE, partial.numpy(), MPI.SUM)
         return partial
+
+    def sum_in_rank_order(self) -> None:
+        # MPI picks an algorithm by size, and with it an order. Two addends commute, bit for bit.
+        self._in_rank_order = self.size > 2
+
+    def _summed_in_rank_order(self, partial: torch.Tensor) -> torch.Tensor:
+        # Each rank sums one share of the elements and hands it to the others: what a ring would move, too.
+        count = partial.numel()
+        share = -(-count // self.size)
+        mine = torch.zeros(self.size, share)
+        mine.view(-1)[:count] = partial.reshape(-1)
+        parts = torch.empty(self.size, share)
+        self._comm.Alltoall(mine.numpy(), parts.numpy())
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        self._comm.Allgather(total.numpy(), mine.numpy())
+        return mine.view(-1)[:count].view(partial.shape)
 
     def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
         self._on_collective()

@@ -52,6 +52,9 @@ class NcclTensorGroup:
         dist.all_reduce(partial, group=self._group)
         return partial
 
+    def sum_in_rank_order(self) -> None:
+        raise NotImplementedError("deterministic worlds run on CPUs")
+
     def gather(self, local: torch.Tensor, widths: list[int]) -> torch.Tensor | None:
         # NCCL gathers equal shapes only; shares of the vocabulary differ by a few columns.
         padded = torch.nn.functional.pad(local, (0, max(widths) - local.shape[1]))

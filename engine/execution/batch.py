@@ -41,6 +41,19 @@ class ChunkContext:
 
 
 @dataclass(frozen=True)
+class PagedRows:
+    """Which rows belong to which sequence, and where its blocks stand: what native kernels read in place of
+    decode groups and chunks. int64 throughout."""
+
+    first_rows: np.ndarray
+    """`[num_sequences + 1]`: the rows of sequence i are `first_rows[i]` to `first_rows[i + 1]` - 1."""
+    handles: np.ndarray
+    """`[num_sequences]`: the row of the sequence in `block_tables`."""
+    block_tables: np.ndarray
+    """`[max_num_seqs, max_blocks]`: the table's own."""
+
+
+@dataclass(frozen=True)
 class PromptRows:
     """Rows of a chunk whose next tokens are known and whose log-probabilities were asked for."""
 
@@ -87,6 +100,7 @@ class Batch:
     """All tokens before the one drawn, for rows with logit shaping; the table's own lists, not to be changed."""
     prompt_rows: list[PromptRows]
     pooled_rows: list[PooledRows]
+    paged: PagedRows
 
     @property
     def num_tokens(self) -> int:
@@ -96,9 +110,18 @@ class Batch:
 class SequenceTable:
     """Block tables, lengths and parameters of the running sequences, by handle."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+        for_gathering: bool = True,
+    ) -> None:
+        """`for_gathering`: layers gather contexts from the cache by slots and masks; else they read `paged`."""
         self._block_size = block_size
         self._device = device
+        self._for_gathering = for_gathering
         self._blocks = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
         self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_computed = np.zeros(max_num_seqs, dtype=np.int64)
@@ -127,7 +150,7 @@ class SequenceTable:
         positions = [decode_positions]
         blocks = self._blocks[handles, decode_positions // self._block_size]
         slots = [blocks * self._block_size + decode_positions % self._block_size]
-        groups = self._decode_groups(handles, decode_positions + 1)
+        groups = self._decode_groups(handles, decode_positions + 1) if self._for_gathering else []
         self._num_computed[handles] = decode_positions + 1
 
         if self._history:
@@ -136,6 +159,7 @@ class SequenceTable:
                     self._history[handle].append(token)
 
         chunks = []
+        first_rows = list(range(len(handles) + 1))
         prompt_rows = []
         pooled_rows = []
         sampling_rows = list(range(len(handles)))
@@ -148,8 +172,10 @@ class SequenceTable:
             context = self._context_slots(chunk.handle, stop)
             positions.append(np.arange(chunk.start, stop))
             slots.append(context[chunk.start :])
-            earlier = self._tensor(context) if chunk.start else None
-            chunks.append(ChunkContext(begin, end, chunk.start, earlier))
+            first_rows.append(end)
+            if self._for_gathering:
+                earlier = self._tensor(context) if chunk.start else None
+                chunks.append(ChunkContext(begin, end, chunk.start, earlier))
             self._num_computed[chunk.handle] = stop
             if chunk.handle in self._history:
                 self._history[chunk.handle] += chunk.token_ids
@@ -175,6 +201,11 @@ class SequenceTable:
             sampling_history=[self._history.get(handle) for handle in plan.sampling_handles],
             prompt_rows=prompt_rows,
             pooled_rows=pooled_rows,
+            paged=PagedRows(
+                np.array(first_rows, dtype=np.int64),
+                np.concatenate((handles, [chunk.handle for chunk in plan.chunks])).astype(np.int64),
+                self._blocks,
+            ),
         )
 
     def _decode_groups(self, handles: np.ndarray, lengths: np.ndarray) -> list[DecodeGroup]:

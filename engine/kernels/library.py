@@ -196,7 +196,7 @@ def open_kernels(threads: int, instruction_set: str = "auto") -> Kernels:
 def instruction_sets() -> list[str]:
     """What this machine can run, the best first. Raises KernelsUnavailable."""
     library = _library()
-    names = []
+    names: list[str] = []
     while (name := library.phalanx_instruction_set(len(names))) is not None:
         names.append(name.decode())
     return names
@@ -234,7 +234,7 @@ def _library() -> ctypes.CDLL:
         ),
         "phalanx_logits": (
             None,
-            [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_float, c_float, c_void_p],
+            [*[c_void_p] * 5, c_int64, c_void_p, c_float, c_float, c_float, c_void_p],
         ),
     }  # fmt: skip
     for name, (result, arguments) in signatures.items():

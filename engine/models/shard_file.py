@@ -28,7 +28,7 @@ from engine.models.shard_cache import FolderUse
 from engine.models.sharding import LocalTensor, SourceSlice
 from engine.models.source_files import SourceFiles, check_tensor
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 """To be raised whenever the bytes of a shard file change for the same source and shape."""
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -65,9 +65,7 @@ class ShardFile:
     def of(cls, tensors: list[LocalTensor], dtype: torch.dtype, packed: bool = False) -> ShardFile:
         name = DTYPE_NAMES[dtype]
         digest = hashlib.sha256(repr((LAYOUT_VERSION, name, packed, tensors)).encode()).hexdigest()
-        entries = [
-            TensorEntry(tensor.name, name, _stored_shape(tensor, dtype, packed)) for tensor in tensors
-        ]
+        entries = [TensorEntry(tensor.name, name, _stored_shape(tensor, dtype, packed)) for tensor in tensors]
         layout = lay_out(entries, {"phalanx_layout": digest}, _ALIGNMENT)
         return cls(tuple(tensors), dtype, packed, digest, layout)
 

@@ -113,8 +113,10 @@ void attend_tile(const Stage &stage, const Layer &layer, const Step &step, const
             keys[i] = static_cast<const Element *>(layer.keys) + at;
             values[i] = static_cast<const Element *>(layer.values) + at;
         }
-        multiply_tile<F>(x, x_stride, num_rows, keys, num_blocks, num_steps,
-                         Output{scores, SPAN, SPAN, nullptr, stage.attention_scale});
+        for (int64_t r = 0; r < num_rows; r += MOST_ROWS)
+            multiply_tile<F>(x + r * x_stride, x_stride, num_rows - r < MOST_ROWS ? num_rows - r : MOST_ROWS, keys,
+                             num_blocks, num_steps,
+                             Output{scores + r * SPAN, SPAN, SPAN, nullptr, stage.attention_scale});
         for (int64_t r = 0; r < num_rows; ++r) {
             float *row = scores + r * SPAN;
             const int64_t newest = positions[r] - begin;

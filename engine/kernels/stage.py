@@ -1,0 +1,177 @@
+"""A pipeline stage computed by the native kernels: the counterpart of `engine.models.decoder.DecoderStage`.
+
+Called by the stage runner. Python hands over pointers once when the stage is built; a step is then one native
+call for each half of a layer (attention, MLP), with the sum over the ranks between two, or one call for all of
+them where there is nobody to sum with.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from engine.collectives.base import TensorGroup
+from engine.execution.batch import Batch
+from engine.execution.kv_cache import KVCache
+from engine.kernels.library import Kernels, LayerStruct, LinearStruct, StageStruct, StepStruct, linear_struct
+from engine.kernels.packing import padded
+from engine.models.config import Activation, ModelConfig
+from engine.models.families import QueryKeyNorm
+from engine.models.rotary import rotary_tables
+from engine.models.sharding import RankShape
+
+Weights = dict[str, torch.Tensor]
+
+_ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1}
+
+
+def unsupported(config: ModelConfig) -> str | None:
+    """What of this model the kernels do not compute; None: they compute all of it."""
+    if config.experts is not None:
+        return "a mixture of experts"
+    if config.query_key_norm is QueryKeyNorm.PROJECTION:
+        return "norms over whole query and key projections"
+    return None
+
+
+def cache_head_dim(config: ModelConfig) -> int:
+    """Elements that the KV cache of a native stage holds for each head."""
+    return padded(config.head_dim)
+
+
+class NativeStage:
+    """The layers of one pipeline stage, as cut for one tensor-parallel rank, from packed weights."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: RankShape,
+        weights: Weights,
+        group: TensorGroup,
+        max_positions: int,
+        kernels: Kernels,
+    ) -> None:
+        self.dtype = next(tensor.dtype for name, tensor in weights.items() if tensor.ndim == 3)
+        self.device = torch.device("cpu")
+        self._config, self._shape = config, shape
+        self._group = group
+        self._kernels = kernels
+        self._weights = weights
+        self._kept: list[Any] = []  # what native structures point to
+        # Rounded as the model's own type rounds it: so it was trained.
+        self._embedding_multiplier = torch.tensor(config.embedding_multiplier, dtype=self.dtype).item()
+        hidden_size = config.hidden_size
+        if shape.has_embedding:
+            self._embedding = self._linear("embed", len(shape.vocab), hidden_size)
+        if shape.has_head:
+            self._head = self._linear("head", len(shape.vocab), hidden_size)
+            self._norm = self._norm_weight("norm.weight")
+        self._rotaries: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers = (LayerStruct * len(shape.layers))()
+        for struct, index in zip(self._layers, shape.layers, strict=True):
+            self._fill(struct, index, max_positions)
+        kv_of_head = torch.tensor(shape.q_to_kv, dtype=torch.int32)
+        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self._stage = StageStruct(
+            hidden_size, shape.num_q_heads, shape.num_kv_heads, config.head_dim,
+            _ACTIVATIONS[config.activation], len(shape.layers), self._pointer(kv_of_head), self._layers,
+            config.rms_norm_eps, scale, config.attention_soft_cap or 0.0, config.residual_multiplier,
+        )  # fmt: skip
+        self._cache: KVCache | None = None
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """`[num_tokens]` to `[num_tokens, hidden_size]` float32. Each rank looks up the part of the vocabulary
+        that it holds."""
+        mine = self._kernels.embed(
+            self._embedding, token_ids, self._shape.vocab.start, self._embedding_multiplier
+        )
+        return self._group.reduced(mine)
+
+    def layers(self, hidden: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Runs the stage's layers over `hidden` `[num_tokens, hidden_size]` float32, in place."""
+        self._use(cache)
+        paged = batch.paged
+        step = StepStruct(
+            batch.num_tokens, len(paged.handles), batch.positions.data_ptr(), batch.slots.data_ptr(),
+            paged.first_rows.ctypes.data, paged.handles.ctypes.data, paged.block_tables.ctypes.data,
+            paged.block_tables.shape[1],
+        )  # fmt: skip
+        run, stage = self._kernels.halves, self._stage
+        num_halves = 2 * len(self._layers)
+        partial = torch.empty_like(hidden)
+        if self._group.size == 1:
+            # One more than there are: the last only adds what the one before brought.
+            run(stage, step, 0, num_halves + 1, hidden, None, partial)
+            return hidden
+        delta = None
+        for half in range(num_halves):
+            # What came in is added to the residual stream before anything is written to `partial`.
+            run(stage, step, half, half + 1, hidden, delta, partial)
+            delta = partial = self._group.reduced(partial)
+        run(stage, step, num_halves, num_halves + 1, hidden, delta, partial)
+        return hidden
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last stage's hidden states as the head sees them: `[num_rows, hidden_size]` float32, to the same."""
+        return self._kernels.norm(hidden.contiguous(), self._norm, self._config.rms_norm_eps)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This rank's columns of the logits: `[num_rows, hidden_size]` to `[num_rows, len(vocab)]` float32."""
+        config = self._config
+        return self._kernels.logits(
+            self._head, hidden, self._norm, config.rms_norm_eps, config.logit_divisor,
+            config.logit_soft_cap or 0.0,
+        )  # fmt: skip
+
+    def _fill(self, struct: LayerStruct, index: int, max_positions: int) -> None:
+        config, shape, name = self._config, self._shape, f"layers.{index}."
+        for norm in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"):
+            setattr(struct, norm, self._optional_norm(f"{name}{norm}.weight"))
+        struct.query_norm = self._optional_norm(f"{name}q_norm.weight")
+        struct.key_norm = self._optional_norm(f"{name}k_norm.weight")
+        rope = config.rope_of(index)
+        if rope is not None:
+            if rope not in self._rotaries:
+                self._rotaries[rope] = rotary_tables(rope, config.head_dim, max_positions)
+            cosines, sines = self._rotaries[rope]
+            struct.cosines, struct.sines = self._pointer(cosines), self._pointer(sines)
+            struct.rotary_dim = 2 * cosines.shape[1]
+        struct.window = config.window_of(index) or 0
+        hidden_size, columns = config.hidden_size, len(shape.mlp_columns)
+        attended = shape.num_q_heads * config.head_dim
+        projected = attended + 2 * shape.num_kv_heads * config.head_dim
+        struct.qkv = self._linear(f"{name}qkv", projected, hidden_size)
+        struct.output = self._linear(f"{name}output", hidden_size, attended)
+        struct.gate_up = self._linear(f"{name}gate_up", 2 * columns, hidden_size)
+        struct.down = self._linear(f"{name}down", hidden_size, columns)
+
+    def _linear(self, name: str, num_outputs: int, num_inputs: int) -> LinearStruct:
+        bias = self._weights.get(f"{name}.bias")
+        if bias is not None:
+            bias = bias.float()
+            self._kept.append(bias)
+        return linear_struct(self._weights[f"{name}.weight"], num_outputs, num_inputs, bias)
+
+    def _norm_weight(self, name: str) -> torch.Tensor:
+        weight = self._weights[name].float() + self._config.norm_offset
+        self._kept.append(weight)
+        return weight
+
+    def _optional_norm(self, name: str) -> int | None:
+        return self._norm_weight(name).data_ptr() if name in self._weights else None
+
+    def _pointer(self, tensor: torch.Tensor) -> int:
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _use(self, cache: KVCache) -> None:
+        if cache is self._cache:
+            return
+        for struct, index in zip(self._layers, self._shape.layers, strict=True):
+            struct.keys = cache.keys[index].data_ptr()
+            struct.values = cache.values[index].data_ptr()
+        self._cache = cache
+        self._stage.layers = ctypes.cast(self._layers, ctypes.POINTER(LayerStruct))

@@ -1,0 +1,15 @@
+"""The native kernels for tests: built if they are not there, or older than their sources."""
+
+from __future__ import annotations
+
+from engine.kernels import compile, library
+
+
+def instruction_sets() -> list[str]:
+    """What this machine can run, the best first."""
+    try:
+        return library.instruction_sets()
+    except library.KernelsUnavailable:
+        compile.build()
+        library._library.cache_clear()
+        return library.instruction_sets()

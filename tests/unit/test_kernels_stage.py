@@ -1,0 +1,183 @@
+"""A native stage beside the torch one, and its promise: what a token computes depends on its own context alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from engine.collectives.mpi import SingleRankGroup
+from engine.execution.batch import SequenceTable
+from engine.execution.kv_cache import BLOCK_SIZE, KVCache
+from engine.kernels.library import open_kernels
+from engine.kernels.packing import pack
+from engine.kernels.stage import NativeStage, cache_head_dim
+from engine.models.config import Activation, ModelConfig
+from engine.models.decoder import DecoderStage
+from engine.models.families import Norms, QueryKeyNorm
+from engine.models.rope_config import RopeConfig
+from engine.models.sharding import RankShape, local_tensors, shard_world
+from engine.plan import Chunk, SequenceParams, StepPlan
+from tests.native_kernels import instruction_sets
+
+CPU = torch.device("cpu")
+NUM_BLOCKS = 64
+MAX_LENGTH = 256
+
+PLAIN = ModelConfig(
+    architecture="test", vocab_size=50, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=16, rms_norm_eps=1e-5, rope=RopeConfig(10000.0), tie_word_embeddings=False,
+    attention_bias=False, attention_output_bias=False, mlp_bias=False, max_model_len=MAX_LENGTH,
+    bos_token_id=None, eos_token_ids=(),
+)  # fmt: skip
+CONFIGS = {
+    "plain": PLAIN,
+    # Nothing is a multiple of a vector, everything that families can have is there.
+    "odd": replace(
+        PLAIN, hidden_size=70, intermediate_size=50, num_heads=6, num_kv_heads=2, head_dim=20,
+        attention_bias=True, attention_output_bias=True, mlp_bias=True, norms=Norms.AROUND, norm_offset=1.0,
+        query_key_norm=QueryKeyNorm.HEAD, activation=Activation.GELU_TANH, windows=(70, None),
+        ropes=(RopeConfig(10000.0, rotary_fraction=0.5), None), attention_soft_cap=2.0,
+        residual_multiplier=0.5, attention_scale=0.3,
+    ),
+    "many heads on one": replace(PLAIN, num_heads=14, num_kv_heads=1, head_dim=32, windows=(5, 100)),
+    "after": replace(PLAIN, norms=Norms.AFTER, head_dim=80, num_heads=3, num_kv_heads=3),
+}  # fmt: skip
+
+
+def _weights(config: ModelConfig, shape: RankShape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    weights = {}
+    for tensor in local_tensors(config, shape, 0):
+        scale = tensor.shape[-1] ** -0.5 if len(tensor.shape) == 2 else 1.0
+        weights[tensor.name] = (torch.randn(tensor.shape, generator=random) * scale).to(dtype)
+    return weights
+
+
+class Served:
+    """One rank's stage with a table and a cache. Tokens' hidden states before the first layer depend on the
+    sequence's name and the position alone."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, path: str | None, threads: int = 1, tp: int = 1
+    ) -> None:
+        self.config = config
+        shape = shard_world(config, tp, 1)[0][0]
+        weights = _weights(config, shape, dtype)
+        group = SingleRankGroup()
+        self.stage: DecoderStage | NativeStage
+        head_dim = config.head_dim
+        if path is None:
+            self.stage = DecoderStage(config, shape, weights, group, MAX_LENGTH)
+        else:
+            packed = {name: pack(tensor) if tensor.ndim == 2 else tensor for name, tensor in weights.items()}
+            kernels = open_kernels(threads, path)
+            self.stage = NativeStage(config, shape, packed, group, MAX_LENGTH, kernels)
+            head_dim = cache_head_dim(config)
+        self.cache = KVCache(shape.layers, NUM_BLOCKS, shape.num_kv_heads, head_dim, dtype, CPU)
+        for tensor in (*self.cache.keys.values(), *self.cache.values.values()):
+            tensor.fill_(float("nan"))  # what was never written must never count
+            if path is None:
+                tensor[0] = 0
+        self.table = SequenceTable(8, MAX_LENGTH, BLOCK_SIZE, CPU, path is None)
+        self.free = list(range(1, NUM_BLOCKS))
+        self.lengths: dict[int, int] = {}
+        self.handles: dict[int, int] = {}
+        self.results: dict[tuple[int, int], torch.Tensor] = {}
+
+    def step(self, decode: list[int] = (), chunks: list[tuple[int, int]] = ()) -> None:  # type: ignore[assignment]
+        """Decodes a token of each named sequence, and computes so many tokens of others."""
+        names: list[tuple[int, int]] = []
+        admitted = []
+        decode_blocks = []
+        for row, name in enumerate(decode):
+            at = self.lengths[name]
+            if at % BLOCK_SIZE == 0:
+                decode_blocks.append((row, self.free.pop(len(self.free) // 2)))
+            names.append((name, at))
+            self.lengths[name] += 1
+        planned = []
+        for name, count in chunks:
+            if name not in self.lengths:
+                self.lengths[name] = 0
+                self.handles[name] = len(self.handles)
+                admitted.append((self.handles[name], SequenceParams(0.0, 1.0, 0, 0, 0)))
+            at = self.lengths[name]
+            num_new = -(-(at + count) // BLOCK_SIZE) - -(-at // BLOCK_SIZE)
+            blocks = [self.free.pop(len(self.free) // 2) for _ in range(num_new)]
+            planned.append(Chunk(self.handles[name], at, [0] * count, blocks, None))
+            names += [(name, at + i) for i in range(count)]
+            self.lengths[name] += count
+        plan = StepPlan(
+            1, 0, admitted=admitted, decode_handles=[self.handles[name] for name in decode],
+            decode_tokens=[0] * len(decode), decode_blocks=decode_blocks, chunks=planned,
+        )  # fmt: skip
+        hidden = torch.stack([_token(self.config.hidden_size, *name) for name in names])
+        hidden = self.stage.layers(hidden, self.table.apply(plan), self.cache)
+        for row, (name, position) in enumerate(names):
+            assert torch.isfinite(hidden[row]).all()
+            self.results[name, position] = hidden[row].clone()
+
+
+@cache
+def _token(size: int, name: int, position: int) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(1000 * name + position))
+
+
+@cache
+def _mixed_steps(
+    name: str, dtype: torch.dtype, path: str | None, tp: int
+) -> dict[tuple[int, int], torch.Tensor]:
+    """What prompts, chunks beside decoding, and decoding bring, by (sequence, position)."""
+    served = Served(CONFIGS[name], dtype, path, tp=tp)
+    served.step(chunks=[(1, 90), (2, 3)])
+    served.step(decode=[2], chunks=[(1, 40), (3, 17)])
+    for _ in range(3):
+        served.step(decode=[3, 1, 2])
+    return served.results
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("path", instruction_sets())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_stage_is_that_of_torch(name: str, path: str, tp: int) -> None:
+    # The first rank's share: with two ranks, heads and columns are cut unevenly.
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.15)):
+        native = _mixed_steps(name, dtype, path, tp)
+        for key, expected in _mixed_steps(name, dtype, None, tp).items():
+            error = (native[key] - expected).abs()
+            assert error.max() < tolerance * (10 if dtype == torch.bfloat16 else 1), (dtype, key)
+            assert error.mean() < tolerance, (dtype, key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("path", instruction_sets())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_token_has_the_same_bits_however_its_context_was_computed(
+    name: str, path: str, dtype: torch.dtype
+) -> None:
+    config = CONFIGS[name]
+    whole = Served(config, dtype, path)
+    whole.step(chunks=[(1, 150)])
+    alone = Served(config, dtype, path)
+    alone.step(chunks=[(1, 1)])
+    for _ in range(149):
+        alone.step(decode=[1])
+    crowded = Served(config, dtype, path, threads=3)
+    crowded.step(chunks=[(2, 30), (3, 5)])
+    random = np.random.default_rng(0)
+    crowded.step(decode=[2], chunks=[(1, 7)])
+    while crowded.lengths[1] < 150:
+        mates = [mate for mate in (2, 3) if random.random() < 0.5]
+        left = 150 - crowded.lengths[1]
+        if random.random() < 0.5:
+            crowded.step(decode=[*mates, 1])
+        else:
+            crowded.step(decode=mates, chunks=[(1, int(random.integers(1, min(left, 40) + 1)))])
+    for position in range(150):
+        expected = whole.results[1, position]
+        assert torch.equal(alone.results[1, position], expected), f"token by token, position {position}"
+        assert torch.equal(crowded.results[1, position], expected), f"in company, position {position}"
