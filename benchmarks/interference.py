@@ -38,7 +38,8 @@ def main() -> None:
         options = ("--step-factor", f"{factor:g}")
         with (
             bare_world(model_folder(), arguments.tp, arguments.pp, *options) as endpoint,
-            Client(endpoint) as client,
+            # Steps without a bound may take longer than a client waits for a sign of life.
+            Client(endpoint, silence_s=300.0) as client,
         ):
             alone: list[float] = []
             beside: list[float] = []
