@@ -19,8 +19,9 @@ from tests.recovery.served import Served
 from tests.tiny_models import make_tiny_llama
 
 LENGTH = 512
-GROWTH_BYTES = 48 * 2**20
-"""That a process may grow by from the second round to the third: allocators keep what they have split."""
+GROWTH_BYTES = {"front": 96 * 2**20, "rank": 16 * 2**20}
+"""That a process may grow by from the second round to the third. The front has bodies and answers of tens of
+megabytes in its hands, of which its allocator keeps now more, now less: over many rounds it went up and down by 42 MiB."""
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
 Attack = tuple[str, dict[str, Any]]
@@ -163,4 +164,5 @@ def test_nothing_kills_a_world_by_its_size(tmp_path: Path, flags: tuple[str, str
             )
         assert served.active_world()["epoch"] == epoch and served.cluster()["faults"] == []
         growth = {name: sizes[2][name] - sizes[1][name] for name in sizes[2]}
-        assert max(growth.values()) < GROWTH_BYTES, growth
+        for name, grown in growth.items():
+            assert grown < GROWTH_BYTES[name.split()[0]], growth
