@@ -21,7 +21,8 @@ from tests.tiny_models import make_tiny_llama
 LENGTH = 512
 GROWTH_BYTES = {"front": 96 * 2**20, "rank": 16 * 2**20}
 """That a process may grow by from the second round to the third. The front has bodies and answers of tens of
-megabytes in its hands, of which its allocator keeps now more, now less: over many rounds it went up and down by 42 MiB."""
+megabytes in its hands, of which its allocator keeps now more, now less: over many rounds it went up and down by
+42 MiB."""
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
 Attack = tuple[str, dict[str, Any]]
