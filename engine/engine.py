@@ -223,8 +223,12 @@ def scheduler_limits(settings: EngineSettings, config: ModelConfig | HuggingFace
     """Raises ConfigurationError for a length that the model does not have."""
     max_model_len = settings.max_model_len or config.max_model_len
     if max_model_len > config.max_model_len:
+        reason = ""
+        if isinstance(config, ModelConfig) and config.rope.scaling == "longrope":
+            reason = " (longrope: beyond it the model turns all keys otherwise, also those that are cached)"
         raise ConfigurationError(
-            f"--max-model-len {max_model_len} is beyond the model's own length of {config.max_model_len}"
+            f"--max-model-len {max_model_len} is beyond the model's own length of {config.max_model_len}{reason}; "
+            f"it may be 1 to {config.max_model_len}"
         )
     return SchedulerLimits(max_model_len, settings.max_num_seqs, settings.max_num_batched_tokens)
 

@@ -84,6 +84,37 @@ _HEADS_9_3 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size":
 
 TINY_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _HEADS_9_3),
+    "llama-linear": (
+        "Llama",
+        {**_HEADS_6_2, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    # Original lengths below that of the prompts, so that low frequencies are stretched within them.
+    "llama3": (
+        "Llama",
+        {
+            **_HEADS_6_2,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "qwen2-yarn": (
+        "Qwen2",
+        {
+            **_HEADS_6_2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
     "mistral": ("Mistral", {**_HEADS_6_2, "sliding_window": 20}),
     "qwen2": (
         "Qwen2",

@@ -95,8 +95,17 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     try:
         for name, value in header.items():
             if name != "__metadata__":
-                entries[name] = TensorEntry(name, str(value["dtype"]), tuple(map(int, value["shape"])))
-                end = max(end, int(value["data_offsets"][1]))
+                entry = TensorEntry(name, str(value["dtype"]), tuple(map(int, value["shape"])))
+                begins, ends = map(int, value["data_offsets"])
+                if not 0 <= begins <= ends or (
+                    entry.dtype in ELEMENT_BYTES and ends - begins != entry.num_bytes
+                ):
+                    raise ModelError(
+                        f"{file}: tensor {name} of type {entry.dtype} and shape {list(entry.shape)} cannot lie at "
+                        f"bytes {begins} to {ends}; fetch the model again"
+                    )
+                entries[name] = entry
+                end = max(end, ends)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         raise ModelError(f"{file} has a broken safetensors header; fetch the model again") from None
     if size != 8 + length + end:

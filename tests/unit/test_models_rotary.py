@@ -133,3 +133,45 @@ def test_partial_rotary_and_longrope_of_phi_3(tmp_path: Path, rope_type: str) ->
     assert cosine.shape == sine.shape == (original, 24)
     torch.testing.assert_close(cosine, expected_cosine[0, :, :24], atol=3e-4, rtol=0)
     torch.testing.assert_close(sine, expected_sine[0, :, :24], atol=3e-4, rtol=0)
+
+
+def test_longrope_is_not_served_beyond_its_original_length(tmp_path: Path) -> None:
+    """Where transformers takes the other factors and computes the whole context anew."""
+    from transformers import Phi3Config
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    from engine.engine import ConfigurationError, EngineSettings, scheduler_limits
+
+    reference_config = Phi3Config(
+        architectures=["Phi3ForCausalLM"],
+        vocab_size=64,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        intermediate_size=16,
+        max_position_embeddings=1024,
+        original_max_position_embeddings=128,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + index for index in range(8)],
+            "long_factor": [3.0 + index for index in range(8)],
+        },
+    )
+    reference_config.save_pretrained(tmp_path)
+    config = ModelConfig.from_folder(tmp_path)
+    reference = Phi3RotaryEmbedding(reference_config)
+    within, beyond = (reference(torch.zeros(1), torch.arange(length)[None])[0] for length in (128, 129))
+    assert (within[0] - beyond[0, :128]).abs().max() > 0.1, "one token more, and the first keys are others"
+    torch.testing.assert_close(rotary_tables(config.rope, 16, 128)[0], within[0, :, :8], atol=1e-4, rtol=0)
+
+    def limit(tokens: int) -> int:
+        settings = EngineSettings(model_dir=tmp_path, shard_cache=tmp_path, max_model_len=tokens)
+        return scheduler_limits(settings, config).max_model_len
+
+    assert (limit(0), limit(128), limit(100)) == (128, 128, 100)
+    with pytest.raises(ConfigurationError, match=r"--max-model-len 129 .* 128 \(longrope: .*1 to 128"):
+        limit(129)
