@@ -6,7 +6,8 @@ is not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,10 @@ def load_model(
     with torch.inference_mode():
         model = _map_model(folder, facts.architecture)
         first, second = sequences(facts)
-        reference = compute_reference(model, first, second) if world.at.is_sampler else None
+        reference = None
+        if world.at.is_sampler:
+            with _refusing(f"transformers itself cannot run {facts.architecture}"):
+                reference = compute_reference(model, first, second)
         _use_paged_attention(model)
         if world.at.tp > 1:
             cut_linears(model, world.tensor_group, world.at.tp_rank)
@@ -59,7 +63,8 @@ def load_model(
         stage = TransformersStage(model, layers, gives_logits=world.at.tp_rank == 0)
         widths = logit_widths(world, facts)
         cache = layers.new_cache(cache_blocks(first), dtype)
-        compare(world, stage, cache, widths, dtype, first, second, reference)
+        with _refusing(f"--backend deepspeed cannot run {facts.architecture}"):
+            compare(world, stage, cache, widths, dtype, first, second, reference)
     on_load(num_bytes, num_bytes)
     return LoadedModel(stage, layers)
 
@@ -75,14 +80,22 @@ def _map_model(folder: Path, architecture: str) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    try:
+    with _refusing(f"transformers cannot load {folder} as {architecture}"):
         model = model_class(architecture).from_pretrained(
             folder, dtype="auto", attn_implementation="eager", local_files_only=True, use_safetensors=True
         )
-    except Exception as error:
-        reason = " ".join(str(error).split()) or repr(error)
-        raise ModelError(f"transformers cannot load {folder} as {architecture}: {reason}") from error
     return model.eval()
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """What a model's own code throws is a reason not to serve it, in one line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{what}: {' '.join(str(error).split()) or repr(error)}") from error
 
 
 def _use_paged_attention(model: Any) -> None:
@@ -111,16 +124,9 @@ def _probe(model: Any, facts: HuggingFaceModel, tp: int) -> PagedLayers:
     """Runs a few tokens through the cut model to see what each of its layers asks of attention."""
     probe = LayerProbe()
     positions = torch.arange(_PROBE_TOKENS, device=model.device)
-    try:
+    cut = f" as DeepSpeed AutoTP cuts it for --tp {tp} (--tp 1 cuts nothing)" if tp > 1 else ""
+    with _refusing(f"--backend deepspeed cannot run {facts.architecture}{cut}"):
         body_forward(model, positions % facts.vocab_size, positions, probe)
-    except ModelError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or repr(error)
-        remedy = "; the parts that AutoTP cut do not fit together, --tp 1 cuts nothing" if tp > 1 else ""
-        raise ModelError(
-            f"--backend deepspeed cannot run {facts.architecture} with --tp {tp}: {reason}{remedy}"
-        ) from error
     if len(probe.layers) != facts.num_layers:
         raise ModelError(
             f"--backend deepspeed cannot run {facts.architecture}: only {len(probe.layers)} of its "

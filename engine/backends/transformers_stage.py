@@ -84,4 +84,6 @@ class _GivenHiddenStates(torch.nn.Module):
     def forward(self, *_unused: Any, inputs_embeds: torch.Tensor, **_ignored: Any) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        output = MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        output.cross_attentions = None  # what heads of models that may have an encoder hand on
+        return output

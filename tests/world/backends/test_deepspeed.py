@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from engine.backends import loading
 from engine.collectives.base import TensorGroup
 from engine.engine import Engine
 from engine.models.errors import ModelError
+from engine.plan import Pooling, PoolingKind
 from engine.world import World
 from tests import other_architectures
 from tests.family_references import NUM_TOKENS, FamilyReference
@@ -92,6 +94,20 @@ def test_prompt_logprobs(world: World, references: dict[str, FamilyReference]) -
         chosen = [expected[index, token] for index, token in enumerate(reference.tokens[1])]
         found = [entry.logprob for entry in last.prompt_logprobs[len(reference.prompts[1]) - 1 :]]
         assert found == pytest.approx(chosen, abs=1e-3)
+
+
+def test_embeddings(world: World, references: dict[str, FamilyReference]) -> None:
+    """The hidden state of the last token, after the model's last norm."""
+    reference = references["opt"]
+    prompt = reference.prompts[0]
+    asked = driver.request(0, prompt, 0, pooling=Pooling(PoolingKind.LAST, normalize=False))
+    run = driver.serve(world, _build(world, reference), [asked])
+    if world.at.rank == 0:
+        (found,) = [np.frombuffer(news.pooled, dtype="<f4") for news in run.news if news.pooled is not None]
+        model = transformers.AutoModelForCausalLM.from_pretrained(reference.folder, dtype=torch.float32)
+        with torch.inference_mode():
+            expected = model.base_model(torch.tensor([prompt])).last_hidden_state[0, -1].numpy()
+        assert np.abs(found - expected).max() < 1e-3
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
