@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from gateway.client import Client, SamplingParams
@@ -174,8 +175,8 @@ def kill_front(served: Served) -> None:
         try:
             if served.front().pid != front.pid and served.cluster()["front"]["pid"] != front.pid:
                 return
-        except (httpx.HTTPError, StopIteration):
-            pass
+        except (httpx.HTTPError, StopIteration, psutil.Error):
+            pass  # on its way
         assert time.monotonic() < deadline, served.errors()
         time.sleep(0.02)
 
