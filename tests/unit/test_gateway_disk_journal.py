@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import sqlite3
 import stat
@@ -22,6 +21,7 @@ from gateway.journal import JournalCall, JournalEntry, JournalUnavailable
 from gateway.journal_store import JournalLocked
 from gateway.protocol import SamplingParams, TokenLogprobs
 from tests.echo_world import ROOT
+from tests.unit.disks import fill, small_disk
 
 EVENTS = list[tuple[str, dict[str, Any]]]
 
@@ -381,36 +381,17 @@ def test_a_file_full_of_running_requests_takes_no_more_and_loses_none(tmp_path: 
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small file system needs root")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"mount: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def small(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "small") as folder:
+        yield folder
 
 
-def fill(folder: Path) -> None:
-    with (folder / "filler").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            return
-
-
-def test_a_full_disk_refuses_the_new_and_finishes_the_old(small_disk: Path) -> None:
+def test_a_full_disk_refuses_the_new_and_finishes_the_old(small: Path) -> None:
     log = Events()
-    journal = opened(small_disk, log)
+    journal = opened(small, log)
     begin(journal, "c1", entry("r1"))
     begin(journal, "c2", entry("r2"), key="k2")
-    fill(small_disk)
+    fill(small)
     position = 0
     while journal.failing is None:
         journal.append("r1", position, list(range(position, position + 100)))
@@ -432,12 +413,12 @@ def test_a_full_disk_refuses_the_new_and_finishes_the_old(small_disk: Path) -> N
     found = journal.find("c2")
     assert found is not None and found.has_answer and journal.find_key("k2") is found
 
-    (small_disk / "filler").unlink()
+    (small / "filler").unlink()
     journal.tick(time.time() + 10)
     assert journal.failing is None and log.names[-1] == "journal can be written again"
     begin(journal, "c4", entry("r4"))
     journal.close()
-    again = opened(small_disk)
+    again = opened(small)
     assert [call.call_id for call in again.unfinished_calls()] == ["c1", "c4"]
     assert again.unfinished_calls()[0].entries[0].output_token_ids == list(range(position))
     found = again.find_key("k2")
@@ -445,29 +426,29 @@ def test_a_full_disk_refuses_the_new_and_finishes_the_old(small_disk: Path) -> N
     again.close()
 
 
-def test_a_front_can_start_on_a_full_disk(small_disk: Path) -> None:
-    fill(small_disk)
+def test_a_front_can_start_on_a_full_disk(small: Path) -> None:
+    fill(small)
     log = Events()
-    journal = opened(small_disk, log)
+    journal = opened(small, log)
     assert journal.failing is not None and log.names == ["journal cannot be written"]
     with pytest.raises(JournalUnavailable):
         begin(journal, "c", entry("a"))
-    (small_disk / "filler").unlink()
+    (small / "filler").unlink()
     journal.tick(time.time() + 2)
     assert journal.failing is None
     begin(journal, "c", entry("b"))
     journal.close()
-    assert len(opened(small_disk).unfinished_calls()) == 1
+    assert len(opened(small).unfinished_calls()) == 1
 
 
-def test_a_journal_on_a_full_disk_is_read_and_goes_on(small_disk: Path) -> None:
-    journal = opened(small_disk)
+def test_a_journal_on_a_full_disk_is_read_and_goes_on(small: Path) -> None:
+    journal = opened(small)
     begin(journal, "c", entry("a"))
     journal.append("a", 0, [5])
     journal.flush()
     journal.close()
-    fill(small_disk)
-    again = opened(small_disk)
+    fill(small)
+    again = opened(small)
     assert again.unfinished_calls()[0].entries[0].output_token_ids == [5]
     again.append("a", 1, [6])
     again.finish("a", "length")
@@ -475,3 +456,17 @@ def test_a_journal_on_a_full_disk_is_read_and_goes_on(small_disk: Path) -> None:
     found = again.find("c")
     assert found is not None and found.entries[0].output_token_ids == [5, 6]
     again.close()
+
+
+def test_a_log_on_a_full_disk_fails_nothing(small: Path) -> None:
+    code = (
+        "from gateway.log import configure_log\n"
+        "log = configure_log()\n"
+        "[log.error('journal cannot be written', detail='x' * 1000) for _ in range(20)]\n"
+        "print('done')\n"
+    )
+    fill(small)
+    with (small / "log").open("wb") as log:
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert (result.returncode, result.stdout) == (0, "done\n")

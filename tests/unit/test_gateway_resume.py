@@ -17,6 +17,7 @@ from gateway.async_client import _Inflight
 from gateway.client import Client, RequestFailed, SamplingParams
 from gateway.protocol import Submit
 from tests.echo_world import EchoCluster, echo_logprobs, echo_tokens
+from tests.unit.disks import fill, small_disk
 from tests.unit.http_asking import CHAT, TEXT, ask, chat, events, parse_events
 
 PROMPT = list(range(40, 63))
@@ -238,6 +239,7 @@ def test_a_key_for_something_else_is_refused(shared: EchoCluster) -> None:
     assert status == 400
 
 
+@pytest.mark.slow
 def test_a_request_with_a_key_outlives_its_client(shared: EchoCluster) -> None:
     key = {"idempotency-key": "three"}
     body = {"prompt": "abcd", "max_tokens": 600, "ignore_eos": True}
@@ -402,6 +404,7 @@ def test_a_front_may_be_killed_twice_in_the_middle_of_streams(cluster: EchoClust
     assert log.count('"event": "calls taken up"') == 2 and "moved aside" not in log
 
 
+@pytest.mark.slow
 def test_a_front_may_be_killed_while_there_is_no_world(cluster: EchoCluster) -> None:
     streams = Streams(cluster, 500)
     cluster.kill_world()
@@ -459,6 +462,7 @@ def test_keys_and_deadlines_outlive_a_front(cluster: EchoCluster) -> None:
     assert 3.5 < time.monotonic() - began < 12
 
 
+@pytest.mark.slow
 def test_a_front_killed_without_a_journal_on_disk_leaves_nothing(tmp_path: Path) -> None:
     with EchoCluster(tmp_path, front_options=("--journal", "off")) as cluster:
         cluster.wait_serving(cluster.start_world())
@@ -501,3 +505,39 @@ def test_two_fronts_of_one_run_folder_are_one_too_many(cluster: EchoCluster) -> 
     assert second.wait(20) == 1
     assert "is in use by another front" in cluster.front_log.read_text()
     assert ask(cluster, TEXT, {"prompt": "ab", "max_tokens": 3})[0] == 200
+
+
+def test_a_full_disk_refuses_new_requests_and_finishes_old_ones(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "run") as folder, EchoCluster(folder) as cluster:
+        cluster.wait_serving(cluster.start_world())
+        stream = OpenStream(cluster, TEXT, {**LONG, "max_tokens": 1000})
+        stream.read(2)
+        fill(folder)
+        big = {"prompt": [40] * 3000, "max_tokens": 1}
+
+        def refused() -> bool:
+            status, headers, answer = ask(cluster, TEXT, big)
+            if status == 200:
+                return False
+            assert status == 503 and "retry-after" in headers
+            assert answer["error"]["code"] == "unavailable"
+            message = answer["error"]["message"]
+            assert "refused, since the journal cannot be written" in message and "full" in message
+            return True
+
+        cluster.wait(refused)
+        status, body = cluster.get("/health/ready")
+        assert status == 503 and b"journal cannot be written" in body
+        assert cluster.get("/health/live")[0] == 200
+        assert "full" in json.loads(cluster.get("/cluster")[1])["front"]["journal_failing"]
+        assert b'phalanx_journal_failing{model="echo"} 1.0' in cluster.get("/metrics")[1]
+        chunks = stream.read_until_lost()
+        assert chunks[-1][1] == b"[DONE]" and text_of(chunks) == "abcdefgh" * 125
+        (folder / "filler").unlink()
+        cluster.wait(lambda: ask(cluster, TEXT, big)[0] == 200)
+        assert cluster.get("/health/ready")[0] == 200
+        assert b'phalanx_journal_failing{model="echo"} 0.0' in cluster.get("/metrics")[1]
+        log = cluster.front_log.read_text()
+        # (The log itself lies on the disk that was full.)
+        assert '"event": "journal can be written again"' in log
+        assert status_of(cluster, stream.id) == "completed"
