@@ -15,6 +15,14 @@ from tests.references import ROOT
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.recovery.chaos", description=__doc__)
     parser.add_argument("--faults", type=int, default=20)
+    parser.add_argument(
+        "--calm",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="with --faults 0: load without faults, to see that none is found",
+    )
+    parser.add_argument("--clients", type=int, default=8, help="of which three in eight speak ZeroMQ")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults-a-leg", type=int, default=20, help="before the deployment is started anew")
     parser.add_argument("--spares", help="only these: none,warm,hot, with --tp and --pp")
@@ -28,7 +36,17 @@ def main() -> int:
     if arguments.spares:
         shapes = [Deployment(kind, arguments.tp, arguments.pp) for kind in arguments.spares.split(",")]
     folder = arguments.state or ROOT / "build" / "chaos" / str(arguments.seed)
-    plan = campaign.Plan(arguments.seed, arguments.faults, folder, shapes, arguments.faults_a_leg)
+    num_zmq = arguments.clients * 3 // 8
+    plan = campaign.Plan(
+        arguments.seed,
+        arguments.faults,
+        folder,
+        shapes,
+        arguments.faults_a_leg,
+        num_http=arguments.clients - num_zmq,
+        num_zmq=num_zmq,
+        calm_s=arguments.calm,
+    )
     if arguments.report_only:
         legs = list(campaign.load_legs(folder))
     else:

@@ -89,6 +89,8 @@ class Plan:
     faults_a_leg: int = 20
     num_http: int = 5
     num_zmq: int = 3
+    calm_s: float = 0.0
+    """With `faults` 0: how long each shape is under load without any fault, to see that none is found."""
 
 
 async def run(plan: Plan, oracle: Oracle) -> list[Leg]:
@@ -110,6 +112,9 @@ def load_legs(folder: Path) -> Iterator[Leg]:
 
 
 def _legs_to_do(plan: Plan, done: Sequence[Leg]) -> Iterator[tuple[Shape, list[int]]]:
+    if plan.faults == 0:
+        yield from ((shape, []) for shape in plan.shapes[len(done) :])
+        return
     finished = {number for leg in done for number in leg.numbers}
     for index, first in enumerate(range(1, plan.faults + 1, plan.faults_a_leg)):
         last = min(first + plan.faults_a_leg - 1, plan.faults)
@@ -142,7 +147,7 @@ class _Runner:
             served = self._deployment.served
             self._injector = Injector(served, scratch / "faults")
             prefix = f"{self._file.stem}-"
-            dice = random.Random(f"{self._plan.seed} {numbers[0]} load")
+            dice = random.Random(f"{self._plan.seed} {self._file.stem} load")
             self._load = Load(served.url, self._deployment.zmq, served.model, dice, prefix)
             try:
                 await self._live(numbers)
@@ -172,6 +177,7 @@ class _Runner:
             self._leg.numbers.append(number)
             self._save()
             self._report_violations()
+        await self._stay_calm(self._plan.calm_s if not numbers else 0.0)
         whole = await self._load.drain(DRAIN_S)
         if not whole:
             self._note(f"some requests had no end {DRAIN_S:.0f} s after the last was sent")
@@ -180,6 +186,13 @@ class _Runner:
             self._leg.history.died = f"exit code {code}: {self._deployment.served.errors()[-600:]}"
         self._take_log()
         self._leg.history.requests = self._load.requests
+
+    async def _stay_calm(self, seconds: float) -> None:
+        ends_at = time.monotonic() + seconds
+        while time.monotonic() < ends_at and not self._deployment.has_ended:
+            await asyncio.sleep(min(30.0, max(0.0, ends_at - time.monotonic())))
+            self._save()
+            self._report_violations()
 
     # ----------------------------------------------------------------- one fault
 
