@@ -24,6 +24,7 @@ import zmq
 
 from launcher.guard_environment import PREFIX, GuardEnvironment, rank_of_environment
 from launcher.hangs import HangWatch
+from launcher.life_lock import LifeLock
 from launcher.post_mortem import (
     STACK_SIGNAL,
     STACK_VARIABLE,
@@ -34,9 +35,10 @@ from launcher.post_mortem import (
     python_stacks,
     signal_name,
 )
-from launcher.processes import ProcessId, StateReader, host_id, host_name
+from launcher.processes import ProcessId, StateReader, ending_code, host_id, host_name
 from launcher.supervisor_tie import SupervisorTie
 from launcher.watch import (
+    LIFE_SUFFIX,
     PARENT_VARIABLE,
     PROGRESS_PAGE_VARIABLE,
     START_GATE_VARIABLE,
@@ -95,6 +97,9 @@ class Guard:
         self._stopped_since: float | None = None
         self._report: FaultReport | None = None
         """What was reported of the rank's fault, once it was."""
+        self._life: LifeLock | None = None
+        """Until somebody waits for it."""
+        self._rank_is_ending = False
         self._ended_at: float | None = None
         self._exit_code: int | None = None
         self._told_to_end = False
@@ -117,6 +122,7 @@ class Guard:
         self._environment.shm_dir.mkdir(mode=0o700, exist_ok=True)
         page_path = self._environment.shm_dir / f"rank-{self.rank}.progress"
         self._page = ProgressPage.create(page_path)
+        self._life = LifeLock.create(page_path.with_suffix(LIFE_SUFFIX))
         self._process = self._spawn(page_path)
         rank_id = ProcessId.of(self._process.pid)
         assert rank_id is not None  # it is not reaped yet
@@ -200,6 +206,8 @@ class Guard:
             if self._wake.fileno() in events:
                 with contextlib.suppress(BlockingIOError):
                     self._wake.recv(64)
+            if self._rank_is_ending and self._report is None:
+                self._on_rank_ending(now - checked_at)
             if rank_descriptor in events:
                 poller.unregister(rank_descriptor)
                 os.close(rank_descriptor)
@@ -235,11 +243,30 @@ class Guard:
         )
         return self._send(hello) and (self._report is None or self._send(self._report))
 
+    def _watch_life(self) -> None:
+        if self._life is None or not self._life.is_held:
+            return
+
+        def on_end() -> None:  # in another thread
+            self._rank_is_ending = True
+            with contextlib.suppress(OSError):
+                self._write_end.send(b"e")
+
+        self._life.watch(on_end)
+        self._life = None
+
+    def _on_rank_ending(self, since_check_s: float) -> None:
+        """It cannot run any more, and can be waited for only when its memory is given back."""
+        if (code := ending_code(self._process.pid)) is not None:
+            self._tell_end(code, since_check_s)
+
     def _on_rank_end(self, since_check_s: float) -> None:
         self._exit_code = code = self._process.wait()
         self._ended_at = time.monotonic()
-        if self._report is not None:
-            return
+        if self._report is None:
+            self._tell_end(code, since_check_s)
+
+    def _tell_end(self, code: int, since_check_s: float) -> None:
         doing = describe_progress(self._page.read())
         if code < 0:
             kind, detail = "killed", f"rank {self.rank} was killed by {signal_name(code)} while {doing}"
@@ -249,6 +276,7 @@ class Guard:
 
     def _check_state(self, now: float, late_s: float) -> None:
         """Beats, and reports a rank that has been stopped or silent for too long."""
+        self._watch_life()
         state = self._state.read()
         if state not in "Tt":
             self._stopped_since = None

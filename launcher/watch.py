@@ -18,8 +18,13 @@ from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from launcher.life_lock import LifeLock
+
 PROGRESS_PAGE_VARIABLE = "PHALANX_PROGRESS_PAGE"
 """Environment variable that tells a rank the path of its progress page."""
+
+LIFE_SUFFIX = ".life"
+"""Of the file beside the page that holds the rank's life lock."""
 
 PARENT_VARIABLE = "PHALANX_PARENT_PID"
 """Environment variable in which a guard tells its rank the guard's own process id."""
@@ -97,6 +102,7 @@ class ProgressPage:
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory = memory
         self._words = memoryview(memory)[: self._ENDPOINT_OFFSET].cast("q")
+        self._life: LifeLock | None = None
 
     @classmethod
     def create(cls, path: Path) -> ProgressPage:
@@ -113,15 +119,17 @@ class ProgressPage:
 
     @classmethod
     def open(cls, path: Path | None) -> ProgressPage:
-        """The page that a guard made; with None one of the process's own, which nobody reads. Raises
-        OSError."""
+        """The page that a guard made; with None one of the process's own, which nobody reads. From here on the
+        guard also learns of this thread's end (life_lock.py). Raises OSError."""
         if path is None:
             return cls(mmap.mmap(-1, cls._SIZE))
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            return cls(mmap.mmap(descriptor, cls._SIZE))
+            page = cls(mmap.mmap(descriptor, cls._SIZE))
         finally:
             os.close(descriptor)
+        page._life = LifeLock.hold(path.with_suffix(LIFE_SUFFIX))
+        return page
 
     def enter(self, phase: Phase) -> None:
         """Begins a phase."""

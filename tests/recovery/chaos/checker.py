@@ -120,7 +120,8 @@ def _check_request(
         any_parted |= parted
         yield from _check_end(request, choice, whole, expected[choice], parted)
         yield from _check_times(request, choice, bounds)
-    if request.completion_tokens is not None and not any_parted:
+    is_whole = {end.choice for end in request.ends} >= set(known)
+    if request.completion_tokens is not None and is_whole and not any_parted:
         total = sum(len(choice.token_ids) for choice in expected)
         if request.completion_tokens != total:
             yield Rule.MISCOUNTED, None, f"{request.completion_tokens} tokens instead of {total}"
