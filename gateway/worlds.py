@@ -7,6 +7,7 @@ happens to requests is for requests.py to say.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,8 @@ class Worlds:
         self._log = log
         self._on_serving_changed = on_serving_changed
         self._link: Link | None = None
+        self._next_link: Link | None = None
+        """To a younger world, which takes over from one that serves as soon as it has welcomed us."""
         self._retry: asyncio.TimerHandle | None = None
         self._retry_s = FIRST_RETRY_S
         self._retry_epoch = 0
@@ -93,8 +96,13 @@ class Worlds:
         if self._link is not None:
             linked = self._link.entry
             if active is not None and (active.epoch, active.gateway) == (linked.epoch, linked.gateway):
+                self._drop_next_link()
+                return
+            if active is not None and self._link.is_up and _lists(table, linked):
+                self._prepare_change(active)
                 return
             self._drop_link("the world is not active any more")
+        self._drop_next_link()
         self._requests.judge(table.faults)
         if active is None or (self._retry is not None and active.epoch == self._retry_epoch):
             return
@@ -104,6 +112,7 @@ class Worlds:
 
     def close(self) -> None:
         self._cancel_retry()
+        self._drop_next_link()
         if self._link is not None:
             self._link.close()
 
@@ -153,6 +162,19 @@ class Worlds:
         active = [world for world in self.table.worlds if world.state == "active" and world.gateway]
         return max(active, key=lambda world: world.epoch, default=None)
 
+    def _prepare_change(self, active: WorldEntry) -> None:
+        """The world that serves goes on until the younger one has welcomed us."""
+        if self._next_link is not None and self._next_link.entry.gateway == active.gateway:
+            return
+        self._drop_next_link()
+        with contextlib.suppress(EndpointError):
+            self._next_link = Link(active, self._connect)
+
+    def _drop_next_link(self) -> None:
+        link, self._next_link = self._next_link, None
+        if link is not None:
+            link.close()
+
     def _open(self, entry: WorldEntry) -> None:
         try:
             self._link = Link(entry, self._connect)
@@ -173,6 +195,8 @@ class Worlds:
         )
 
     def _welcomed(self, link: Link, welcome: Welcome) -> None:
+        if link is self._next_link and welcome.epoch == link.entry.epoch:
+            self._change(link)
         if link is not self._link:
             return
         if welcome.epoch != link.entry.epoch:
@@ -185,11 +209,22 @@ class Worlds:
         self._requests.world_up(link, welcome)
         self._on_serving_changed()
 
+    def _change(self, link: Link) -> None:
+        """The younger world takes over."""
+        old, self._link, self._next_link = self._link, link, None
+        self._cancel_retry()
+        if old is not None:
+            self._log.info("world changed", epoch=link.entry.epoch, before=old.entry.epoch)
+            self._requests.world_down()
+            old.close()
+
     def _receive(self, link: Link, message: ServerMessage) -> None:
         if link is self._link and message.epoch == link.entry.epoch:
             self._requests.receive(message)
 
     def _lost(self, link: Link, reason: str) -> None:
+        if link is self._next_link:
+            self._drop_next_link()  # the next table brings the next attempt
         if link is self._link:
             self._drop_link(reason)
             self._retry_later(link.entry.epoch)
@@ -221,3 +256,11 @@ class Worlds:
         active = self._active()
         if self._link is None and active is not None:
             self._open(active)
+
+
+def _lists(table: WorldTable, entry: WorldEntry) -> bool:
+    """Whether the table still calls this world active."""
+    return any(
+        (world.epoch, world.gateway, world.state) == (entry.epoch, entry.gateway, "active")
+        for world in table.worlds
+    )

@@ -153,6 +153,12 @@ class RecordKeeper:
         self._prepared = dict(prepared or {})
         self._key: object = None
 
+    def change(self, settings: Mapping[str, Any], prepared: Mapping[str, Any]) -> None:
+        """A world of other settings serves from now on; written with the next `keep`."""
+        self._settings = dict(settings)
+        self._prepared = dict(prepared)
+        self._key = None
+
     def keep(
         self,
         supervisor: ProcessId,

@@ -47,6 +47,20 @@ def build_parser() -> argparse.ArgumentParser:
     stop.add_argument("--port", type=int, default=8000, metavar="P", help="HTTP port that it serves on")
     stop.add_argument("--run-dir", type=Path, metavar="DIR", help="its run folder, if it was given one")
 
+    reload = commands.add_parser(
+        "reload",
+        help="change weights or flags while serving",
+        description="Starts a new world beside the one that serves, with other weights or flags, moves every request "
+        "to it, and ends the old one. No request is dropped; if the new world does not start, the old one goes on. "
+        "Needs the memory of both for a while. What is not given stays as it is; clients go on with the same model "
+        "name.",
+    )
+    Settings.add_reload_arguments(reload)
+    reload.add_argument(
+        "--port", type=int, default=8000, metavar="P", help="HTTP port of the deployment (default: 8000)"
+    )
+    reload.add_argument("--run-dir", metavar="DIR", help="its run folder, if it was given one")
+
     pull = commands.add_parser("pull", help="download and import a model", description="Get a model.")
     pull.add_argument("model", metavar="MODEL", help="catalog name, GGUF file or hub id")
     pull.add_argument(
@@ -94,6 +108,10 @@ def _run(options: argparse.Namespace) -> int:
         from launcher.stop import stop
 
         return stop(options.port, options.run_dir)
+    if options.command == "reload":
+        from launcher.reload_command import reload
+
+        return reload(options)
     if options.command == "pull":
         from launcher.pull import pull
 

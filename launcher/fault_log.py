@@ -24,6 +24,9 @@ class FaultLog:
         self.version = 0
         """Grows with each change."""
         self._log = log
+        self._recovered_by = 0
+        """The world that recovered last from faults, and which ones."""
+        self._recovered: set[tuple[int, float]] = set()
 
     def __bool__(self) -> bool:
         return bool(self.records)
@@ -80,13 +83,17 @@ class FaultLog:
             [fault.epoch == epoch and fault.abort_s is None for fault in self.records], abort_s=abort_s
         )
 
-    def on_served(self, recover_s: float) -> None:
-        """A world serves again, so many seconds after the first fault that is not recovered."""
+    def on_served(self, epoch: int, recover_s: float) -> None:
+        """World `epoch` serves again, so many seconds after the first fault that is not recovered."""
+        self._recovered_by = epoch
+        self._recovered = {(fault.epoch, fault.at) for fault in self.records if fault.recover_s is None}
         self._replace([fault.recover_s is None for fault in self.records], recover_s=recover_s)
 
     def on_resumed(self, epoch: int, resumed_at: float) -> None:
         """The first request that world `epoch` took over has brought a token, at this Unix time."""
-        waiting = [f for f in self.records if f.epoch < epoch and f.recover_s and f.resume_s is None]
+        if epoch != self._recovered_by:
+            return
+        waiting = [fault for fault in self.records if (fault.epoch, fault.at) in self._recovered]
         for fault in waiting:
             resume_s = max(0.0, resumed_at - fault.at)
             self._replace([other is fault for other in self.records], resume_s=resume_s)

@@ -47,6 +47,7 @@ class RunDir:
         self.control_socket = self.path / "control.sock"
         self.guards_socket = self.path / "guards.sock"
         self.listener_socket = self.path / "listen.sock"
+        self.commands_socket = self.path / "commands.sock"
         if len(os.fsencode(self.control_socket)) > _MAX_SOCKET_PATH:
             raise LauncherError(f"--run-dir {self.path}: too long for a socket; give a shorter path")
         try:

@@ -20,6 +20,7 @@ from launcher.display import Display, choose_display
 from launcher.errors import LauncherError
 from launcher.launchers.mpirun import find_mpirun
 from launcher.logs import EventLog
+from launcher.planned_changes import PlannedChanges, rank_command
 from launcher.preparation import PreparationProgress, PreparedModel, Stopped, prepare
 from launcher.processes import usable_cores
 from launcher.run_dir import RunDir, RunDirInUse
@@ -33,8 +34,6 @@ from launcher.worlds import World
 _BACKLOG = 2048
 NOT_RECORDED = ("run_dir", "max_wait_s", "drain_timeout")
 """Settings that a supervisor may be given otherwise than the one that it takes over from."""
-HOT_MEMORY_SHARE = 0.5
-"""Of what a world would take for its KV cache if it were alone on its host."""
 
 
 def serve(settings: Settings) -> int:
@@ -86,6 +85,11 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
         )
         _listen(listener, settings)
         progress = _StartProgress(display)
+        keeper = RecordKeeper(run_dir, recorded_settings(settings), recorded_model(prepared))
+
+        def remember(changed: Settings, model: PreparedModel) -> None:
+            keeper.change(recorded_settings(changed), recorded_model(model))
+
         Supervisor(
             plan=plan,
             run_dir=run_dir,
@@ -100,10 +104,9 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
             ),
             spare=SpareKind(settings.spare),
             drain_timeout_s=settings.drain_timeout,
-            keeper=RecordKeeper(
-                run_dir, recorded_settings(settings), {**asdict(prepared), "path": str(prepared.path)}
-            ),
+            keeper=keeper,
             found=found,
+            changes=PlannedChanges(settings, prepared, plan, remember),
         ).run()
         display.say("stopped")
     finally:
@@ -113,15 +116,18 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
 
 def recorded_settings(settings: Settings) -> dict[str, Any]:
     """By flag, what a supervisor must have been given to take over what another one started."""
-    values = {
-        name: value for name, value in asdict(settings).items() if name not in ("run_dir", "max_wait_s")
-    }
+    values = {name: value for name, value in asdict(settings).items() if name not in NOT_RECORDED}
     return {
         f"--{name.replace('_', '-')}" if name != "model" else "MODEL": str(value)
         if value is not None
         else None
         for name, value in values.items()
     }
+
+
+def recorded_model(prepared: PreparedModel) -> dict[str, Any]:
+    """The model, for a supervisor that takes over."""
+    return {**asdict(prepared), "path": str(prepared.path)}
 
 
 def _claim(settings: Settings, log: EventLog) -> tuple[RunDir, socket.socket, Found | None]:
@@ -189,26 +195,6 @@ def _listen(listener: socket.socket, settings: Settings) -> None:
 
 def _port_in_use(host: str, port: int) -> str:
     return f"port {port} on {host} is in use; choose another one with --port"
-
-
-def rank_command(settings: Settings, prepared: PreparedModel, name: str) -> list[str]:
-    """What a guard starts as its rank, without `--epoch`."""
-    command = [*python_module("engine.rank"), "--model", str(prepared.path), "--served-model-name", name]
-    command += ["--tp", str(settings.tp), "--pp", str(settings.pp), "--dtype", prepared.dtype]
-    command += ["--backend", settings.backend]
-    command += ["--max-num-seqs", str(settings.max_num_seqs)]
-    command += ["--max-num-batched-tokens", str(settings.max_num_batched_tokens)]
-    command += ["--step-factor", f"{settings.step_factor:g}"]
-    command += ["--shard-cache", str(default_cache_dir() / "shards"), "--gateway", "tcp://127.0.0.1:*"]
-    if settings.expert_parallel:
-        command.append("--expert-parallel")
-    if settings.max_model_len:
-        command += ["--max-model-len", str(settings.max_model_len)]
-    if settings.kv_cache_memory:
-        command += ["--kv-cache-memory", str(settings.kv_cache_memory)]
-    if settings.spare == SpareKind.HOT.value:
-        command += ["--memory-share", str(HOT_MEMORY_SHARE)]
-    return command
 
 
 def front_command(

@@ -7,7 +7,7 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,21 @@ LEAST_JOURNAL_BYTES = 1 << 24
 _SIZES = ("kv_cache_memory", "journal_max_size")
 BACKENDS = ("auto", "phalanx", "deepspeed")
 CHOICES = {"dtype": DTYPES, "spare": SPARES, "backend": BACKENDS, "journal": JOURNALS}
+RELOADABLE = (
+    "model",
+    "tp",
+    "pp",
+    "dtype",
+    "backend",
+    "expert_parallel",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "step_factor",
+    "kv_cache_memory",
+    "spare",
+)
+"""What `phalanx reload` may change: what concerns the world alone."""
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -185,32 +200,52 @@ class Settings:
         return self.tp * self.pp
 
     @classmethod
+    def add_reload_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Adds MODEL and a flag for each field that a running deployment can change."""
+        parser.add_argument("model", metavar="MODEL", nargs="?", help="default: the model that is served")
+        cls._add_flags(parser, [name for name in RELOADABLE if name != "model"], with_defaults=False)
+
+    @classmethod
+    def changes_from(cls, arguments: argparse.Namespace) -> dict[str, Any]:
+        """What the arguments of `reload` ask to be changed. Raises SettingsError."""
+        return {
+            name: _convert(name, value, f"{_as_flag(name)} {value}")
+            for name, value in vars(arguments).items()
+            if name in RELOADABLE and value is not None
+        }
+
+    @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Adds MODEL, --config and a flag for every field."""
         parser.add_argument(
             "model", metavar="MODEL", nargs="?", help="catalog name, folder, GGUF file or hub id"
         )
+        cls._add_flags(parser, [setting.name for setting in fields(cls) if setting.name != "model"])
+        parser.add_argument(
+            "--config", metavar="FILE.yaml", type=Path, help="file with the same names as flags"
+        )
+
+    @classmethod
+    def _add_flags(
+        cls, parser: argparse.ArgumentParser, names: Sequence[str], with_defaults: bool = True
+    ) -> None:
         for setting in fields(cls):
-            if setting.name == "model":
-                continue
-            if setting.type == "bool":
+            if setting.name in names and setting.type == "bool":
                 parser.add_argument(
                     _as_flag(setting.name),
                     action=argparse.BooleanOptionalAction,
                     default=argparse.SUPPRESS,
                     help=setting.metadata["help"],
                 )
-                continue
-            parser.add_argument(
-                _as_flag(setting.name),
-                metavar=setting.metadata["metavar"],
-                choices=CHOICES.get(setting.name),
-                default=argparse.SUPPRESS,  # so that the config file's value is not covered by a default
-                help=f"{setting.metadata['help']}{_default_text(setting.default)}",
-            )
-        parser.add_argument(
-            "--config", metavar="FILE.yaml", type=Path, help="file with the same names as flags"
-        )
+            elif setting.name in names:
+                default_text = _default_text(setting.default) if with_defaults else ""
+                parser.add_argument(
+                    _as_flag(setting.name),
+                    metavar=setting.metadata["metavar"],
+                    choices=CHOICES.get(setting.name),
+                    default=argparse.SUPPRESS,  # so that the config file's value is not covered by a default
+                    help=f"{setting.metadata['help']}{default_text}",
+                )
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> Settings:

@@ -20,6 +20,7 @@ from launcher.front_process import FrontProcess
 from launcher.guard_link import GuardLink
 from launcher.logs import EventLog
 from launcher.processes import AdoptedProcess, ProcessId
+from launcher.reload import ChangeMaker, Reloads
 from launcher.run_dir import RUN_ID_VARIABLE, RunDir
 from launcher.spares import Spares
 from launcher.stop_signals import StopSignals
@@ -67,6 +68,7 @@ class Supervisor:
         drain_timeout_s: float = 0.0,
         keeper: RecordKeeper | None = None,
         found: Found | None = None,
+        changes: ChangeMaker | None = None,
     ) -> None:
         """`on_progress` is called every turn until the first world serves, `on_ready` once it does. `found` is
         what an earlier supervisor left serving: it is taken over."""
@@ -92,8 +94,10 @@ class Supervisor:
             run_dir.control_socket,
             run_dir.path / "front.log",
         )
+        self._reloads = Reloads(self._context, run_dir.commands_socket, changes)
         self._poller = zmq.Poller()
-        for pollable in (self._link.router, self._link.zap, self._front.router, stop):
+        own = (self._link.router, self._link.zap, self._front.router, self._reloads.socket)
+        for pollable in (*own, stop):
             self._poller.register(pollable, select.POLLIN)
         self._worlds: list[World] = []
         """All that live, in the order of their epochs."""
@@ -148,6 +152,7 @@ class Supervisor:
         self._link.answer_zap()
         self._hear_guards(now)
         self._hear_front(now)
+        self._hear_commands(now)
         for world in list(self._worlds):
             world.extend_deadlines(late_s)
             self._judge_world(world, now)
@@ -179,6 +184,8 @@ class Supervisor:
 
     def _hear_front(self, now: float) -> None:
         for state in self._front.receive():
+            if self._reloads.world is not None and state.serving_epoch == self._reloads.world.epoch:
+                self._change_world(state, now)
             world = self._current
             if world is None or state.serving_epoch != world.epoch or world.state is not WorldState.ACTIVE:
                 continue
@@ -191,6 +198,33 @@ class Supervisor:
                 self._spares.on_resumed(now)
                 self._faults.on_resumed(world.epoch, state.resumed_at)
 
+    def _hear_commands(self, now: float) -> None:
+        """`phalanx reload`: the new world starts beside the one that serves."""
+        refusal = None
+        if self._draining or self._stopping:
+            refusal = "the server is shutting down"
+        elif self._current is None or self._current.times.served is None:
+            refusal = "no world serves now; wait until `phalanx status` shows one"
+        change = self._reloads.hear(now, refusal)
+        if change is not None and self._reloads.world is None:
+            self._log.info("planned change", version=change.plan.version)
+            self._reloads.world = self._start_world(SpareKind.NONE, change.plan)
+
+    def _change_world(self, state: FrontState, now: float) -> None:
+        """The front serves from the new world: it is the current one, and what belongs to the old plan ends."""
+        new = self._reloads.world
+        assert new is not None
+        for old in (self._current, self._spares.world):
+            if old is not None:
+                self._log.info("world ends as planned", epoch=old.epoch)
+                old.abort(now)
+        self._current, self._spares.world = new, None
+        self._kv_blocks = new.kv_blocks
+        change = self._reloads.done(now)
+        self._plan, self._spares.kind = change.plan, change.spare
+        new.times.served = now
+        self._on_served(new, state, now)
+
     def _on_served(self, world: World, state: FrontState, now: float) -> None:
         if not self._was_ready:
             self._was_ready = True
@@ -202,7 +236,7 @@ class Supervisor:
             recover_s = now - self._recovering_since
             self._recovering_since = None
             self._log.info("world recovered", epoch=world.epoch, recover_s=recover_s)
-            self._faults.on_served(recover_s)
+            self._faults.on_served(world.epoch, recover_s)
 
     # ----------------------------------------------------------------- the world
 
@@ -214,21 +248,21 @@ class Supervisor:
             self._log.info("spare promoted", epoch=spare.epoch, state=spare.state.value)
             spare.promote(now)
             self._current = spare
-        elif not self._worlds and now >= self._start_at:
+        elif now >= self._start_at and all(world is self._reloads.world for world in self._worlds):
             self._current = self._start_world(SpareKind.NONE)
 
     def _raise_epoch(self) -> None:
         self._epoch = self._run_dir.raise_epoch()
 
-    def _start_world(self, spare: SpareKind) -> World:
+    def _start_world(self, spare: SpareKind, plan: WorldPlan | None = None) -> World:
         if not self._epoch_is_free:
             self._raise_epoch()
         self._epoch_is_free = False
         epoch = self._epoch
-        world = World(epoch, self._plan, self._run_dir, self._link, spare)
+        world = World(epoch, plan or self._plan, self._run_dir, self._link, spare)
         self._worlds.append(world)
         try:
-            world.start(self._environment, self._kv_blocks)
+            world.start(self._environment, self._kv_blocks if plan is None else 0)
         except OSError as error:
             raise GaveUp(f"cannot start a world: {error}") from None
         if self._faults:  # a start in good health says nothing
@@ -252,7 +286,9 @@ class Supervisor:
         self._log.warning("taken over from a supervisor that was killed", worlds=epochs, front=found.front)
 
     def _keep_record(self) -> None:
-        living = [world for world in self._worlds if world.state is not WorldState.DYING]
+        # One that is to take over is no world to be adopted before it has: then it is ended as a leftover.
+        next_world = self._reloads.world
+        living = [w for w in self._worlds if w.state is not WorldState.DYING and w is not next_world]
         self._keeper.keep(
             self._own_id, self._link.keys, self._front.process, self._current, living, self._kv_blocks
         )
@@ -260,8 +296,15 @@ class Supervisor:
     def _judge_world(self, world: World, now: float) -> None:
         was_parked = world.state is WorldState.PARKED
         fenced = not any(other.state is WorldState.DYING for other in self._worlds if not other.is_spare)
-        fault = world.check(now, may_serve=fenced)
-        if fault is None and world is self._current and world.state is WorldState.ACTIVE:
+        fault = None
+        if world is self._reloads.world and (problem := self._reloads.problem(self._current)):
+            fault = WorldFault("start", None, None, problem)
+        fault = fault or world.check(now, may_serve=fenced)
+        # While another world is to take over, the front is asked to leave this one.
+        next_world = self._reloads.world
+        changing = next_world is not None and next_world.state is WorldState.ACTIVE
+        expected = next_world if changing else self._current
+        if fault is None and world is expected and world.state is WorldState.ACTIVE:
             fault = self._find_unserved(world, now)
         if fault is not None:
             self._abort(world, fault, now)
@@ -302,6 +345,9 @@ class Supervisor:
                 self._recovering_since = now
             self._faults.record(world, fault, "world fault", None)
             self._replace_world(now)
+        elif world is self._reloads.world:
+            self._log.error("planned change failed", epoch=world.epoch, rank=fault.rank, detail=fault.detail)
+            self._reloads.fail(fault)
         elif world is self._spares.world:
             self._faults.record(world, fault, "spare fault", 0.0)
             self._log.warning("spare lost", epoch=world.epoch, next_start_s=self._spares.lose(now))
@@ -313,8 +359,8 @@ class Supervisor:
         assert world.times.aborted is not None
         self._log.info("world dead", epoch=world.epoch, abort_s=now - world.times.aborted)
         self._faults.on_dead(world.epoch, now - world.times.aborted)
-        if world.is_spare:
-            return
+        if world.is_spare or world.plan.version != self._plan.version:
+            return  # nobody waits for it
         if final := final_fault(world.faults):
             raise GaveUp(_last_error(final.last_lines) or final.detail)
         if world.times.served is not None or world.is_adopted:
@@ -403,6 +449,7 @@ class Supervisor:
         if not self._worlds:
             self._run_dir.forget()
         self._front.close()
+        self._reloads.close()
         self._link.close()
         self._context.term()
 

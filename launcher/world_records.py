@@ -106,7 +106,7 @@ class WorldTimes:
 
 @dataclass(frozen=True)
 class WorldPlan:
-    """What a world is started from; the same for each world of a deployment."""
+    """What a world is started from; the same for each world of a deployment, until a planned change."""
 
     mpirun: mpirun.Mpirun
     tp: int
@@ -116,3 +116,5 @@ class WorldPlan:
     """Without `--epoch N` and what else differs between worlds, which the world adds."""
     guard_command: Sequence[str]
     served_model_name: str
+    version: str = "1"
+    """Grows with each planned change of the world."""

@@ -349,7 +349,7 @@ class World:
             epoch=self.epoch,
             state=state,
             model=self.plan.served_model_name,
-            version="1",
+            version=self.plan.version,
             replica=0,
             tp=self.plan.tp,
             pp=self.plan.pp,

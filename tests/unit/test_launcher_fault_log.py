@@ -61,7 +61,7 @@ def test_a_record_is_filled_by_and_by() -> None:
     versions = [faults.version]
     faults.on_dead(4, 0.02)
     versions.append(faults.version)
-    faults.on_served(0.5)
+    faults.on_served(5, 0.5)
     versions.append(faults.version)
     faults.on_resumed(5, fault.at + 1.5)
     versions.append(faults.version)
@@ -80,7 +80,7 @@ def test_what_the_supervisor_finds_itself_is_told_from_the_last_beat() -> None:
 def test_a_spare_that_dies_interrupts_nothing() -> None:
     faults = FaultLog(Log())  # type: ignore[arg-type]
     faults.record(world(5, is_spare=True), SEGV, "spare fault", 0.0)
-    faults.on_served(3.0)
+    faults.on_served(6, 3.0)
     faults.on_resumed(6, faults.records[0].at + 1)
     fault = faults.records[0]
     assert fault.detail.startswith("spare: ") and (fault.recover_s, fault.resume_s) == (0.0, None)
