@@ -85,7 +85,7 @@ def try_with(tokenizer_file: Path) -> GrammarTrial:
     return _trial
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def problem_of(grammar: str) -> str | None:
     """What is wrong with a grammar in the engine's own form; None if nothing is. The same schema comes with many
     requests: answers are kept. May take long, see grammar_trial: the front calls it in a thread first."""
