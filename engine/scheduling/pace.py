@@ -7,11 +7,12 @@ from __future__ import annotations
 
 STEP_FACTOR = 4.0
 """A step with a chunk takes about so many times as long as one without, where one prompt comes beside streams."""
-LEAST_TOKENS = 16
-"""A prompt always goes on, by a block a step."""
+LEAST_TOKENS = 128
+"""A chunk costs something whatever its length, the more the longer the context before it: shorter ones would make the
+prompt wait much longer, and streams hardly less. And a prompt always goes on."""
 FIRST_TOKENS = 256
 """As long as nothing was measured."""
-_WEIGHT = 0.2
+_WEIGHT = 0.5
 """Of the newest step in the averages."""
 
 
