@@ -30,7 +30,7 @@ _KEY_SPACE = "zmq:"
 class _ClientRequest:
     """One request of one client; it is the sink of its own outputs, or one of those who listen to its call."""
 
-    __slots__ = ("call", "client", "ended", "reader", "request", "request_id", "server")
+    __slots__ = ("call", "client", "ended", "fingerprint", "reader", "request", "request_id", "server")
 
     def __init__(self, server: ZmqServer, client: bytes, request_id: str) -> None:
         self.server = server
@@ -40,6 +40,8 @@ class _ClientRequest:
         """Of one that ends with its connection."""
         self.call: Call | None = None
         """Of one with a key. Neither is there while the prompt is tokenized."""
+        self.fingerprint = b""
+        """Of what the client asked for, before anything was made of it."""
         self.reader: TextReader | None = None
         """Of a client that came to a call behind its beginning."""
         self.ended = False
@@ -130,6 +132,8 @@ class ZmqServer:
 
     def _submit(self, client: bytes, message: Submit) -> None:
         live = self._live[client, message.request_id] = _ClientRequest(self, client, message.request_id)
+        if _is_kept(message):
+            live.fingerprint = _fingerprint(message)
         problem = _problem_of_texts(message)
         if problem is not None:
             self.fail(live, RequestFailed("invalid_request", problem))
@@ -207,7 +211,7 @@ class ZmqServer:
                     "zmq",
                     time.time(),
                     _KEY_SPACE + message.key,
-                    _fingerprint(message),
+                    live.fingerprint,
                     OnDisconnect.GRACE,
                 )
                 wanted = Wanted(prompt_token_ids, message.params, message.output_token_ids)
@@ -222,7 +226,7 @@ class ZmqServer:
         if not _is_kept(message):
             return False
         try:
-            call = self._calls.find_key(_KEY_SPACE + message.key, _fingerprint(message))
+            call = self._calls.find_key(_KEY_SPACE + message.key, live.fingerprint)
         except KeyReused:
             text = "this key was used for another request; use a new one for each request"
             self.fail(live, RequestFailed("invalid_request", text))

@@ -23,6 +23,9 @@ SUPERVISOR_VARIABLE = "PHALANX_SUPERVISOR_PID"
 """Environment variable that tells the front whose child it should be."""
 
 _RESTARTS_IN_A_ROW = 3
+"""Of a front that ended soon without having said a word."""
+_SPOKEN_RESTARTS_IN_A_ROW = 10
+"""Of one that had begun to serve: somebody may be killing it."""
 _STABLE_AFTER_S = 10.0
 
 
@@ -124,6 +127,7 @@ class FrontProcess:
         if self._process is None or (code := self._process.poll()) is None:
             return None
         self._process = None
+        most = _RESTARTS_IN_A_ROW if self.state is None else _SPOKEN_RESTARTS_IN_A_ROW
         self.state = None
         self._identity = None
         if code == EXIT_CONFIG:
@@ -131,7 +135,7 @@ class FrontProcess:
                 last_error_line(self.log_path) or f"the front cannot start; see {self.log_path}"
             )
         self._short_lives = self._short_lives + 1 if now - self._started_at < _STABLE_AFTER_S else 0
-        if self._short_lives >= _RESTARTS_IN_A_ROW:
+        if self._short_lives >= most:
             raise LauncherError(f"the front ended {self._short_lives} times in a row; see {self.log_path}")
         return code
 

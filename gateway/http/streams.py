@@ -26,6 +26,8 @@ KEEP_ALIVE_S = 5.0
 HEAD_S = 0.1
 """After so long, or with the first event, a stream whose requests are in a world sends its status and headers: by
 these its client can take it up again."""
+OUTAGE_CHECK_S = 1.0
+"""How often one that waits for a world looks whether it is in one."""
 
 
 class ClientGone(Exception):
@@ -216,9 +218,10 @@ class EventStream(Response):
             self._reader.cancel()
 
     async def _send_events(self, send: Send, watcher: asyncio.Future[None]) -> None:
-        queue, started = self._queue, False
+        queue, started, wait_s = self._queue, False, HEAD_S
         while True:
-            events = await queue.take(KEEP_ALIVE_S if started else HEAD_S) if self._running > 0 else []
+            events = await queue.take(wait_s) if self._running > 0 else []
+            wait_s = KEEP_ALIVE_S if started else OUTAGE_CHECK_S
             if watcher.done():
                 return
             body = b"".join([self._render(*event) for event in events])
@@ -238,7 +241,7 @@ class EventStream(Response):
             if not started:
                 if not body and not self._reader.is_in_world:
                     continue
-                started = True
+                started, wait_s = True, KEEP_ALIVE_S
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": not ends})

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from gateway.client import Client, SamplingParams
+from gateway.client import Client, GatewayError, SamplingParams
 from tests import references
 from tests.recovery.served import Served
 
@@ -118,15 +118,19 @@ class Collected:
     text: str = ""
     gaps: int = 0
     finish_reason: str | None = None
+    error: str | None = None
 
 
 def collect(client: Client, prompt: str, collected: Collected) -> None:
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    for output in client.submit(prompt, params):
-        collected.gaps += output.position != len(collected.tokens)
-        collected.tokens += output.token_ids
-        collected.text += output.text or ""
-        collected.finish_reason = output.finish_reason
+    try:
+        for output in client.submit(prompt, params):
+            collected.gaps += output.position != len(collected.tokens)
+            collected.tokens += output.token_ids
+            collected.text += output.text or ""
+            collected.finish_reason = output.finish_reason
+    except GatewayError as error:
+        collected.error = str(error)
 
 
 class Clients:
@@ -154,7 +158,7 @@ class Clients:
         deadline = time.monotonic() + TIMEOUT_S
         while True:
             http = [len(f.chunks) for f in self.http if not f.done and f.error is None]
-            zmq = [len(c.tokens) for c in self.zmq if c.finish_reason is None]
+            zmq = [len(c.tokens) for c in self.zmq if c.finish_reason is None and c.error is None]
             if min([*http, *zmq], default=pieces) >= pieces:
                 return
             assert time.monotonic() < deadline, (http, zmq)
@@ -196,7 +200,8 @@ def check_same(disturbed: Clients, undisturbed: Clients, min_connections: int) -
         assert followed.ids[-1] == plain.ids[-1]
         assert followed.connections >= min_connections
     for collected, other in zip(disturbed.zmq, undisturbed.zmq, strict=True):
-        assert collected == other and len(collected.tokens) == NUM_TOKENS and collected.gaps == 0
+        assert collected.error is None and collected == other
+        assert len(collected.tokens) == NUM_TOKENS and collected.gaps == 0
 
 
 @pytest.mark.parametrize("world", ["there", "gone"])

@@ -350,7 +350,9 @@ class Streams:
         positions: list[int] = []
         logprobs: list[Any] = []
         text = ""
-        for output in self._client.submit([70 + number, *PROMPT], params):
+        # Text and token ids in turn: an "a" is token 67 of the test's tokenizer.
+        prompt = [70 + number, *PROMPT] if number % 2 else "a" * (number + 1)
+        for output in self._client.submit(prompt, params):
             positions.append(output.position - len(tokens))
             tokens += output.token_ids
             logprobs += output.logprobs or []
@@ -371,7 +373,8 @@ class Streams:
             assert len(finishes) == body.get("n", 1)
         for number, following in enumerate(self._zmq):
             text, tokens, positions, logprobs = following.result(90)
-            expected = echo_tokens([70 + number, *PROMPT], self._max_tokens)
+            prompt = [70 + number, *PROMPT] if number % 2 else [67] * (number + 1)
+            expected = echo_tokens(prompt, self._max_tokens)
             assert tokens == expected and set(positions) == {0}
             assert len(text) == self._max_tokens
             assert logprobs == ([echo_logprobs(token, 1) for token in expected] if number % 2 else [])
