@@ -30,7 +30,7 @@ from tests.tiny_models import make_tiny_llama
 NUM_REQUESTS = 2000
 NUM_WARM_UP = 500
 """Of these; memory is compared from there on."""
-GROWTH_BYTES = 8 * 2**20
+GROWTH_BYTES = 16 * 2**20
 """That a process may grow by in the other 1,500 requests: allocators keep what they have split."""
 CONCURRENT = 32
 NUM_TOKENS = 40
