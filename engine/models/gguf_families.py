@@ -36,6 +36,10 @@ _POST_NORMS = {
 }
 
 
+_MOST_LAYERS = _MOST_HEADS = _MOST_EXPERTS = 4096
+_LONGEST = 2**31 - 1
+
+
 @dataclass(frozen=True)
 class GgufFamily:
     """One architecture of llama.cpp, and what it is in Hugging Face's terms."""
@@ -65,7 +69,7 @@ def _llama(gguf: GgufFile, name: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def _mixtral(gguf: GgufFile, name: str, config: dict[str, Any]) -> dict[str, Any]:
     return {
-        "num_local_experts": gguf.get(f"{name}.expert_count", int),
+        "num_local_experts": gguf.size(f"{name}.expert_count", at_most=_MOST_EXPERTS),
         "num_experts_per_tok": gguf.get(f"{name}.expert_used_count", int),
         "sliding_window": None,
     }
@@ -94,9 +98,9 @@ def _qwen3(gguf: GgufFile, name: str, config: dict[str, Any]) -> dict[str, Any]:
 def _qwen3_moe(gguf: GgufFile, name: str, config: dict[str, Any]) -> dict[str, Any]:
     return {
         **_qwen3(gguf, name, config),
-        "num_experts": gguf.get(f"{name}.expert_count", int),
+        "num_experts": gguf.size(f"{name}.expert_count", at_most=_MOST_EXPERTS),
         "num_experts_per_tok": gguf.get(f"{name}.expert_used_count", int),
-        "moe_intermediate_size": gguf.get(f"{name}.expert_feed_forward_length", int),
+        "moe_intermediate_size": gguf.size(f"{name}.expert_feed_forward_length"),
         # No key says so: llama.cpp normalises in every model of the architecture.
         "norm_topk_prob": True,
     }
@@ -223,7 +227,7 @@ def model_config(gguf: GgufFile, name: str, family: GgufFamily) -> dict[str, Any
     if "token_embd.weight" not in gguf.tensors:
         raise ModelError(f"{gguf.path}: tensor token_embd.weight is missing; the model is not complete")
     hidden_size = gguf.size(f"{name}.embedding_length")
-    num_heads = gguf.size(f"{name}.attention.head_count")
+    num_heads = gguf.size(f"{name}.attention.head_count", at_most=_MOST_HEADS)
     head_dim = gguf.size(f"{name}.attention.key_length", hidden_size // num_heads)
     rotated = gguf.size(f"{name}.rope.dimension_count", head_dim)
     may_turn_less = family.partial_rotary and rotated <= head_dim
@@ -239,13 +243,13 @@ def model_config(gguf: GgufFile, name: str, family: GgufFamily) -> dict[str, Any
         "vocab_size": gguf.shape("token_embd.weight")[0],
         "hidden_size": hidden_size,
         "intermediate_size": gguf.size(f"{name}.feed_forward_length"),
-        "num_hidden_layers": gguf.size(f"{name}.block_count"),
+        "num_hidden_layers": gguf.size(f"{name}.block_count", at_most=_MOST_LAYERS),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": gguf.size(f"{name}.attention.head_count_kv", num_heads),
+        "num_key_value_heads": gguf.size(f"{name}.attention.head_count_kv", num_heads, _MOST_HEADS),
         "head_dim": head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": gguf.number(f"{name}.attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": gguf.size(f"{name}.context_length"),
+        "max_position_embeddings": gguf.size(f"{name}.context_length", at_most=_LONGEST),
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "torch_dtype": "bfloat16",
         **rope_settings(gguf, name, head_dim, rotated),

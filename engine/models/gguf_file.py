@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from engine.models.errors import ModelError
 
 _ROWS_AT_ONCE_ELEMENTS = 2**22
+_LONGEST_LIST = 2**22
+"""Entries of a list in the metadata; the longest ones are merges, of which large vocabularies have half a million."""
 
 
 class GgufFile:
@@ -84,11 +86,12 @@ class GgufFile:
         field = self._reader.fields.get(key)
         return [] if field is None else [float(field.parts[index][0]) for index in field.data]
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A metadata value that counts something. Raises ModelError as `get` does, and for one below 1."""
+    def size(self, key: str, default: int | None = None, at_most: int = 2**22) -> int:
+        """A metadata value that counts something. Raises ModelError as `get` does, and for one below 1, or so large
+        that no model has it: a damaged file must not keep anybody busy for hours."""
         value: int = self.get(key, int, default)
-        if value < 1:
-            raise ModelError(f"{self.path}: metadata {key} is {value}; it has to be at least 1")
+        if not 1 <= value <= at_most:
+            raise ModelError(f"{self.path}: metadata {key} is {value}; it has to lie between 1 and {at_most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -156,7 +159,8 @@ class GgufFile:
 
 
 def _reader_class() -> Any:
-    """The package's reader, which says of a type that it does not know in which tensor it stands."""
+    """The package's reader, which reads nothing from behind the end of a file, where it might go on for hours, and
+    says of a type that it does not know in which tensor it stands."""
     import gguf
 
     class Reader(gguf.GGUFReader):
@@ -173,6 +177,25 @@ def _reader_class() -> Any:
         def __init__(self, path: Path) -> None:
             self.path = path
             super().__init__(path)
+
+        def _get(
+            self,
+            offset: int,
+            dtype: Any,
+            count: int = 1,
+            override_order: Literal["I", "S", "<"] | None = None,
+        ) -> Any:
+            # Python's numbers: those of numpy would overflow where a damaged file claims to hold a lot.
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends in the midst of something")
+            return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == gguf.GGUFValueType.ARRAY:
+                count = int(self._get(orig_offs + 4, np.uint64)[0])
+                if count > _LONGEST_LIST:
+                    raise ValueError(f"a list of {count} entries")
+            return super()._get_field_parts(orig_offs, raw_type)
 
     return Reader
 

@@ -48,7 +48,9 @@ def _scaling(gguf: GgufFile, name: str) -> dict[str, Any] | None:
     scaling = {
         "rope_type": "yarn",
         "factor": gguf.number(f"{section}.factor"),
-        "original_max_position_embeddings": gguf.size(f"{section}.original_context_length"),
+        "original_max_position_embeddings": gguf.size(
+            f"{section}.original_context_length", at_most=2**31 - 1
+        ),
     }
     for key, ours in (
         ("yarn_attn_factor", "attention_factor"),
@@ -64,10 +66,10 @@ def _longrope(gguf: GgufFile, name: str) -> dict[str, Any]:
     for tensor in (_SHORT, _LONG):
         if tensor not in gguf.tensors:
             raise ModelError(f"{gguf.path}: tensor {tensor} is missing; the model is not complete")
-    original = gguf.size(f"{name}.rope.scaling.original_context_length")
+    original = gguf.size(f"{name}.rope.scaling.original_context_length", at_most=2**31 - 1)
     return {
         "rope_type": "longrope",
-        "factor": gguf.size(f"{name}.context_length") / original,
+        "factor": gguf.size(f"{name}.context_length", at_most=2**31 - 1) / original,
         "original_max_position_embeddings": original,
         "short_factor": gguf.floats(_SHORT),
         "long_factor": gguf.floats(_LONG),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -258,3 +259,50 @@ def test_what_is_refused(tmp_path: Path, name: str, options: dict[str, Any], wor
     for word in [*words, str(file)]:
         assert word in str(error.value)
     assert [path.name for path in (tmp_path / "target").iterdir()] == [".imported.lock"]
+
+
+def test_damaged_files_are_imported_or_refused(tmp_path: Path) -> None:
+    """Whatever the bytes before the weights say: nothing else comes out, and nothing goes on for ever."""
+    import gguf
+
+    options = {"use_sliding_window": False, "num_hidden_layers": 1}
+    folder = make_tiny_family(tmp_path / "model", "qwen2", dtype="bfloat16", **options)
+    whole = write_family(folder, tmp_path / "whole.gguf", "qwen2")
+    content, end = whole.read_bytes(), gguf.GGUFReader(whole).data_offset
+    chance = random.Random(3)
+    damaged = tmp_path / "damaged.gguf"
+    outcomes = set()
+    for attempt in range(80):
+        bytes_of_it = bytearray(content)
+        for _ in range(chance.choice([1, 1, 2, 5])):
+            at = chance.randrange(4, end)
+            bytes_of_it[at] = chance.choice([0, 255, bytes_of_it[at] ^ (1 << chance.randrange(8))])
+        damaged.write_bytes(bytes_of_it)
+        try:
+            import_gguf(damaged, tmp_path / "imported", f"hash {attempt}", lambda done, total: None)
+            outcomes.add("imported")
+        except ModelError as error:
+            assert str(damaged) in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"imported", "refused"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("qwen2.attention.head_count", 2**24 + 4), ("qwen2.feed_forward_length", 2**31)]
+)
+def test_sizes_that_no_model_has(tmp_path: Path, key: str, value: int) -> None:
+    with pytest.raises(ModelError, match=rf"{key} is {value}; it has to lie between 1 and"):
+        read_config(tmp_path, "qwen2", **{key.removeprefix("qwen2."): value})
+
+
+def test_a_list_that_claims_to_be_endless(tmp_path: Path) -> None:
+    folder = make_tiny_family(
+        tmp_path / "model", "qwen2", dtype="bfloat16", use_sliding_window=False, num_hidden_layers=1
+    )
+    file = write_family(folder, tmp_path / "model.gguf", "qwen2")
+    content = file.read_bytes()
+    # Behind the key: the type of the value (a list), that of its entries, and their number.
+    at = content.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 8
+    file.write_bytes(content[:at] + (2**40).to_bytes(8, "little") + content[at + 8 :])
+    with pytest.raises(ModelError, match=r"model\.gguf is truncated or damaged"):
+        GgufFile(file)
