@@ -71,8 +71,9 @@ def killed(journal: DiskJournal) -> None:
 # --------------------------------------------------------------------------- opened again
 
 
-def test_everything_of_a_request_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
-    journal = opened(tmp_path)
+@pytest.mark.parametrize("sync", [False, True])
+def test_everything_of_a_request_is_there_when_it_is_opened_again(tmp_path: Path, sync: bool) -> None:
+    journal = opened(tmp_path, sync=sync)
     one = entry("r1", deadline_at=2000.0)
     two = entry("r2", output_token_ids=[50, 51])
     begin(journal, "c1", one, two, key="k", fingerprint=b"f", content=b"shape", on_disconnect="grace")
