@@ -72,7 +72,11 @@ class Server:
             defaults["run_dir"] = str(Path(self._scratch, "run"))
         command = [sys.executable, "-m", "launcher.cli", "serve", str(model)]
         for name, value in {**defaults, **options}.items():
-            command += ["--" + name.replace("_", "-"), str(value)]
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                command.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                command += [f"--{flag}", str(value)]
         self._last_lines: deque[str] = deque(maxlen=20)
         self._process = subprocess.Popen(
             command,

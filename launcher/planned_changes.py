@@ -31,6 +31,8 @@ def rank_command(settings: Settings, prepared: PreparedModel, name: str) -> list
     command += ["--shard-cache", str(default_cache_dir() / "shards"), "--gateway", "tcp://127.0.0.1:*"]
     if settings.expert_parallel:
         command.append("--expert-parallel")
+    if settings.deterministic:
+        command.append("--deterministic")
     if settings.max_model_len:
         command += ["--max-model-len", str(settings.max_model_len)]
     if settings.kv_cache_memory:

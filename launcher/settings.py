@@ -87,6 +87,10 @@ class Settings:
         "of transformers, cut by DeepSpeed AutoTP (--tp only; pip install 'phalanx-serve[deepspeed]'); auto: "
         "phalanx, and an error that says so if only deepspeed might do",
     )
+    deterministic: bool = _flag(
+        False,
+        "a request gives the same bits whatever runs beside it, and after a fault (on CPUs, with native kernels)",
+    )
     host: str = _flag("127.0.0.1", "address that HTTP listens on", "H")
     port: int = _flag(8000, "port that HTTP listens on; 0: any free one", "P")
     zmq: str = _flag("tcp://127.0.0.1:5555", "endpoint that the front's ZeroMQ server listens on", "ENDPOINT")

@@ -87,6 +87,7 @@ def test_bad_files(tmp_path: Path, text: str, expected: str) -> None:
 def test_a_switch(tmp_path: Path) -> None:
     assert not settings_of("m").expert_parallel
     assert settings_of("m", "--expert-parallel").expert_parallel
+    assert settings_of("m", "--deterministic").deterministic and not settings_of("m").deterministic
     file = tmp_path / "c.yaml"
     file.write_text("expert-parallel: true\n")
     assert settings_of("m", "--config", str(file)).expert_parallel

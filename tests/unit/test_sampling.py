@@ -121,3 +121,25 @@ def test_all_at_once_leaves_the_distribution_of_transformers(temperature: float)
     observed = np.bincount(drawn, minlength=12) / count
     assert np.all(observed[expected == 0] == 0)
     assert np.all(np.abs(observed - expected) < 5 * np.sqrt(expected / count) + 1e-9)
+
+
+def test_rows_are_drawn_alike_alone_and_in_a_batch() -> None:
+    logits = torch.randn(13, 49152) * 4
+    every = [
+        params(temperature=0.3 + 0.1 * row, top_p=1.0 - 0.03 * row, top_k=(0, 40)[row % 2], seed=row)
+        for row in range(13)
+    ]
+    positions = list(range(100, 113))
+    batched = sample(logits.clone(), every, positions)
+    log_scores = torch.log_softmax(logits, dim=-1)
+    for row in range(13):
+        assert sample(logits[row : row + 1].clone(), every[row : row + 1], positions[row : row + 1]) == [
+            batched[row]
+        ]
+        assert torch.equal(torch.log_softmax(logits[row : row + 1], dim=-1)[0], log_scores[row])
+    probabilities = torch.softmax(logits, dim=-1)
+    sums = torch.cumsum(probabilities.double(), dim=-1)
+    for rows in (slice(0, 1), slice(3, 5), slice(4, 13)):
+        part = torch.softmax(logits[rows].clone(), dim=-1)
+        assert torch.equal(part, probabilities[rows])
+        assert torch.equal(torch.cumsum(part.double(), dim=-1), sums[rows])

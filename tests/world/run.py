@@ -16,6 +16,7 @@ from pathlib import Path
 from tests import (
     family_references,
     gemma3_references,
+    native_kernels,
     other_architectures,
     pooling_references,
     references,
@@ -33,6 +34,7 @@ GEMMA3_SHAPES = [(1, 1), (2, 1), (1, 2)]
 
 
 def main(arguments: list[str]) -> int:
+    native_kernels.instruction_sets()  # builds them if need be
     if arguments == ["--quick"]:
         shapes = QUICK_SHAPES
     elif arguments == ["--rest"]:

@@ -1,0 +1,65 @@
+"""Which kernels compute, and what is said where none can."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.engine import ConfigurationError, EngineSettings, _choose_kernels
+from engine.models.config import ExpertConfig
+from tests.native_kernels import instruction_sets
+from tests.unit.test_kernels_stage import PLAIN
+
+SETTINGS = EngineSettings(model_dir=Path("model"), shard_cache=Path("cache"))
+CPU = torch.device("cpu")
+EXPERTS = replace(PLAIN, experts=ExpertConfig(4, 2, True, "mlp", ("gate", "up", "down")))
+
+
+def test_the_best_instruction_set_computes_unless_another_is_named() -> None:
+    best = instruction_sets()[0]
+    kernels, line = _choose_kernels(SETTINGS, PLAIN, CPU)
+    assert kernels is not None and kernels.instruction_set == best
+    assert best in line and "native kernels" in line
+    kernels, _ = _choose_kernels(replace(SETTINGS, kernels="portable"), PLAIN, CPU)
+    assert kernels is not None and kernels.instruction_set == "portable"
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "device", "why"),
+    [
+        (replace(SETTINGS, kernels="off"), PLAIN, CPU, "PHALANX_KERNELS=off"),
+        (SETTINGS, EXPERTS, CPU, "a mixture of experts"),
+        (SETTINGS, PLAIN, torch.device("cuda"), "for CPUs"),
+    ],
+)
+def test_torch_computes_where_kernels_cannot_and_deterministic_is_refused(
+    settings: EngineSettings, config: object, device: torch.device, why: str
+) -> None:
+    kernels, line = _choose_kernels(settings, config, device)  # type: ignore[arg-type]
+    assert kernels is None
+    assert line.startswith("torch") and why in line
+    with pytest.raises(ConfigurationError, match=f"--deterministic needs the native kernels: .*{why}"):
+        _choose_kernels(replace(settings, deterministic=True), config, device)  # type: ignore[arg-type]
+
+
+def test_a_library_that_was_not_built_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.kernels import library
+
+    instruction_sets()
+    library._library.cache_clear()
+    monkeypatch.setattr(library, "LIBRARY", Path("/nowhere/_native.so"))
+    try:
+        kernels, line = _choose_kernels(SETTINGS, PLAIN, CPU)
+        assert kernels is None and "pip install" in line
+        with pytest.raises(ConfigurationError, match=r"python -m engine\.kernels\.compile"):
+            _choose_kernels(replace(SETTINGS, deterministic=True), PLAIN, CPU)
+    finally:
+        library._library.cache_clear()
+
+
+def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="--kernels sse9 does not run on this machine"):
+        _choose_kernels(replace(SETTINGS, kernels="sse9"), PLAIN, CPU)
