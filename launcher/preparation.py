@@ -65,8 +65,6 @@ def prepare(
     command += ["--backend", backend]
     if expert_parallel:
         command.append("--expert-parallel")
-    if settings.deterministic:
-        command.append("--deterministic")
     with subprocess.Popen(
         command,
         env=child_environment(),
