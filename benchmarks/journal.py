@@ -15,7 +15,11 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.request
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import psutil
 
 import phalanx
 from benchmarks.common import MODEL, machine, percentile, show, write
@@ -27,6 +31,7 @@ from gateway.protocol import SamplingParams, TokenLogprobs
 SEQUENCES = 32
 STEPS = 3000
 NEW_TOKENS = 64
+WHAT = ("tokens_per_second", "front_cpu_us_per_token", "commit_share")
 PROMPT = "The phalanx was a rectangular mass military formation, and number {} of its men said:"
 
 
@@ -70,21 +75,47 @@ def measure_steps(folder: Path, *, sync: bool = False, logprobs: bool = False) -
     }
 
 
-async def load(server: phalanx.Server, new_tokens: int = NEW_TOKENS) -> float:
-    """Tokens a second of 32 streams that begin together."""
+@dataclass
+class Load:
+    """What one load of 32 streams that begin together showed."""
+
+    tokens_per_second: float
+    front_cpu_us_per_token: float
+    commit_share: float
+    """Of the elapsed time, what went by in commits. On a busy machine it says more than the throughput."""
+
+
+async def load(server: phalanx.Server, new_tokens: int = NEW_TOKENS) -> Load:
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    front = _front(server)
     async with phalanx.AsyncClient(server.zmq) as client:
+        commits, used = _commit_seconds(server), sum(front.cpu_times()[:2])
         began = time.perf_counter()
         prompts = (PROMPT.format(number) for number in range(SEQUENCES))
         done = await asyncio.gather(*(client.generate(prompt, params) for prompt in prompts))
         seconds = time.perf_counter() - began
-    return sum(len(generation.token_ids) for generation in done) / seconds
+    tokens = sum(len(generation.token_ids) for generation in done)
+    used = sum(front.cpu_times()[:2]) - used
+    return Load(tokens / seconds, 1e6 * used / tokens, (_commit_seconds(server) - commits) / seconds)
 
 
-def measure_servers(rounds: int, tp: int) -> dict[str, list[float]]:
-    """Tokens a second by round."""
+def _front(server: phalanx.Server) -> psutil.Process:
+    children = psutil.Process(server._process.pid).children(recursive=True)
+    return next(child for child in children if "gateway.front" in child.cmdline())
+
+
+def _commit_seconds(server: phalanx.Server) -> float:
+    """Spent in commits since the front's start; 0 without a file."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    name = "phalanx_journal_write_seconds_sum"
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def measure_servers(rounds: int, tp: int) -> dict[str, list[Load]]:
+    """By round."""
     options = {"tp": tp, "kv_cache_memory": "256MiB", "spare": "none"}
-    found: dict[str, list[float]] = {"disk": [], "off": []}
+    found: dict[str, list[Load]] = {"disk": [], "off": []}
     with (
         phalanx.serve(MODEL, journal="disk", **options) as disk,
         phalanx.serve(MODEL, journal="off", **options) as off,
@@ -122,19 +153,23 @@ def main() -> None:
     show("One commit", ["", "p50", "p99", "max"], rows)
     if not arguments.steps_only:
         found = measure_servers(arguments.rounds, arguments.tp)
-        ratios = [on / off for on, off in zip(found["disk"], found["off"], strict=True)]
-        result |= {"tokens_per_second": found, "ratio_disk_to_off": ratios, "tp": arguments.tp}
-        middle = statistics.median(ratios)
-        result["median_ratio"] = middle
+        pairs = list(zip(found["disk"], found["off"], strict=True))
+        ratios = [on.tokens_per_second / off.tokens_per_second for on, off in pairs]
+        result["tp"] = arguments.tp
+        result["loads"] = {name: [asdict(one) for one in loads] for name, loads in found.items()}
+        result["ratio_disk_to_off"] = ratios
+        rows = [
+            [f"--journal {name}", *(statistics.median(getattr(one, what) for one in loads) for what in WHAT)]
+            for name, loads in found.items()
+        ]
         show(
-            f"{SEQUENCES} streams, tp {arguments.tp}",
-            ["", "tokens/s"],
-            [
-                ["--journal disk", statistics.median(found["disk"])],
-                ["--journal off", statistics.median(found["off"])],
-                ["ratio, median of pairs", middle],
-                ["ratio, least and most", f"{min(ratios):.3f} to {max(ratios):.3f}"],
-            ],
+            f"{SEQUENCES} streams, tp {arguments.tp}, medians",
+            ["", "tokens/s", "front's CPU us/token", "share of time in commits, %"],
+            [[*row[:3], f"{100 * float(str(row[3])):.3f}"] for row in rows],
+        )
+        print(
+            f"tokens/s with the journal over those without, in pairs: median {statistics.median(ratios):.3f}, "
+            f"{min(ratios):.3f} to {max(ratios):.3f}; load average {os.getloadavg()[0]:.1f}"
         )
         write("journal", result)
 

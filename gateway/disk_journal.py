@@ -224,9 +224,11 @@ class DiskJournal(Journal):
         slot = self._slots.get(request_id)
         if slot is None or self.failing is not None:
             return
-        if position + len(token_ids) - slot.num_stored >= CHUNK_TOKENS:
+        if position + len(token_ids) - slot.num_stored >= CHUNK_TOKENS or (prompt_logprobs and not token_ids):
             self._store_chunk(slot)
-        elif token_ids or prompt_logprobs:
+        elif token_ids:
+            if slot.num_stored == position:
+                slot.first_step = self._next_step
             self._step.append(StepTokens(slot.number, position, token_ids, logprobs, prompt_logprobs))
 
     def add_crash(self, request_ids: Iterable[str]) -> None:
@@ -267,7 +269,7 @@ class DiskJournal(Journal):
         store = self._store
         if store is None or self.failing is not None:
             return
-        floor = min((s.first_step for s in self._slots.values()), default=self._next_step)
+        floor = min((s.first_step for s in self._slots.values() if s.needs_steps), default=self._next_step)
         until = time.perf_counter() + _PRUNE_S
         try:
             while time.perf_counter() < until and store.prune_steps(floor):

@@ -72,6 +72,11 @@ class Slot:
         self.first_step = first_step
         """Its other tokens are in steps from this one on."""
 
+    @property
+    def needs_steps(self) -> bool:
+        """Whether it has tokens that are in no chunk."""
+        return self.num_stored < len(self.entry.output_token_ids)
+
     def chunk(self) -> tuple[int, int, bytes] | None:
         """What is not in chunks yet; from now on it is."""
         entry, position = self.entry, self.num_stored

@@ -138,6 +138,26 @@ def test_long_requests_are_gathered_and_their_steps_go(tmp_path: Path) -> None:
     assert [found.token_id for found in call.entries[0].logprobs] == call.entries[0].output_token_ids
 
 
+def test_one_that_waits_holds_no_steps_of_others(tmp_path: Path) -> None:
+    journal = opened(tmp_path)
+    begin(journal, "waits", entry("r1"))
+    begin(journal, "runs", entry("r2"))
+    for position in range(5000):
+        journal.append("r2", position, [position])
+        journal.flush()
+    journal.append("r1", 0, [7])
+    journal.flush()
+    for _ in range(5):
+        journal.tick(time.time())
+    assert journal._store is not None
+    count = journal._store._connection.execute("SELECT count(*) FROM steps").fetchone()[0]
+    assert count <= CHUNK_TOKENS
+    killed(journal)
+    one, two = opened(tmp_path).unfinished_calls()
+    assert one.entries[0].output_token_ids == [7]
+    assert two.entries[0].output_token_ids == list(range(5000))
+
+
 def test_entries_without_a_call_end_with_the_front(tmp_path: Path) -> None:
     journal = opened(tmp_path)
     journal.accept(entry("r1"))
