@@ -77,6 +77,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "intermediate_size": 160,
         },
     ),
+    # Its layers keep the arguments of the forward pass from attention.
+    "stablelm": (
+        "StableLm",
+        {
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "intermediate_size": 160,
+            "use_qkv_bias": True,
+        },
+    ),
 }
 """Name: what the classes of transformers are called, and what its config says beside `_SIZES`."""
 

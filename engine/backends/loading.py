@@ -17,7 +17,13 @@ import torch
 from engine.backends import paged_interface
 from engine.backends.deepspeed_tp import cut_linears
 from engine.backends.model_facts import HuggingFaceModel, model_class
-from engine.backends.paged_interface import ATTENTION, LayerProbe, PagedLayers
+from engine.backends.paged_interface import (
+    ATTENTION,
+    LayerProbe,
+    PagedLayers,
+    StepNotHandedOn,
+    hand_on_step,
+)
 from engine.backends.self_check import cache_blocks, compare, compute_reference, sequences
 from engine.backends.transformers_stage import TransformersStage, body_forward
 from engine.models.errors import ModelError
@@ -122,11 +128,17 @@ def _settle(model: Any, dtype: torch.dtype, device: torch.device) -> None:
 
 def _probe(model: Any, facts: HuggingFaceModel, tp: int) -> PagedLayers:
     """Runs a few tokens through the cut model to see what each of its layers asks of attention."""
-    probe = LayerProbe()
     positions = torch.arange(_PROBE_TOKENS, device=model.device)
+    token_ids = positions % facts.vocab_size
     cut = f" as DeepSpeed AutoTP cuts it for --tp {tp} (--tp 1 cuts nothing)" if tp > 1 else ""
     with _refusing(f"--backend deepspeed cannot run {facts.architecture}{cut}"):
-        body_forward(model, positions % facts.vocab_size, positions, probe)
+        try:
+            probe = LayerProbe()
+            body_forward(model, token_ids, positions, probe)
+        except StepNotHandedOn:
+            hand_on_step(model)
+            probe = LayerProbe()
+            body_forward(model, token_ids, positions, probe)
     if len(probe.layers) != facts.num_layers:
         raise ModelError(
             f"--backend deepspeed cannot run {facts.architecture}: only {len(probe.layers)} of its "

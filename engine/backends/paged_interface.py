@@ -7,6 +7,7 @@ PagedStep, which computes over the paged cache. There is no state beside these o
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,6 +53,10 @@ class AttentionLayer:
         return max(self.key_dim, self.value_dim)
 
 
+class StepNotHandedOn(ModelError):
+    """A model's layers keep the arguments of a forward pass from its attention."""
+
+
 class _Step(Protocol):
     def attend(
         self,
@@ -82,11 +87,30 @@ def _attention_function(
     """query, key, value `[1, heads, num_tokens, head_dim]`; returns `[1, num_tokens, heads, head_dim]`."""
     step: _Step | None = options.pop(STEP, None)
     if step is None:
-        raise ModelError(
+        raise StepNotHandedOn(
             f"--backend deepspeed cannot run this model: {type(module).__name__} gets no keyword arguments of the "
             "forward pass, by which paged attention learns what to compute"
         )
     return step.attend(module, query, key, value, attention_mask, options), None
+
+
+def hand_on_step(model: Any) -> None:
+    """For a model whose layers drop the arguments of the forward pass: its attention modules are given the step that
+    its body was called with."""
+    step: dict[str, Any] = {}
+
+    def remember(_body: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        step[STEP] = options.get(STEP)
+
+    def hand_on(_module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return args, {**step, **options}
+
+    model.base_model.register_forward_pre_hook(remember, with_kwargs=True)
+    for module in model.modules():
+        parameters = inspect.signature(module.forward).parameters.values()
+        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        if "Attention" in type(module).__name__ and takes_more:
+            module.register_forward_pre_hook(hand_on, with_kwargs=True)
 
 
 class LayerProbe:
