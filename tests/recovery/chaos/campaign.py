@@ -153,6 +153,7 @@ class _Runner:
                 await self._live(numbers)
             finally:
                 self._injector.clear()
+                served = self._deployment.served
                 if not self._deployment.has_ended:
                     await asyncio.to_thread(served.stop)
                 await self._deployment.close()
@@ -229,8 +230,15 @@ class _Runner:
             ) is not None:
                 history.injections += second.injections
                 doomed.append(second)
-        if struck.injections[0].expects is Expects.NOTHING:
+        expects = struck.injections[0].expects
+        if expects is Expects.NOTHING:
             await asyncio.sleep(CALM_S)
+        elif expects is Expects.NEW_SUPERVISOR:
+            await asyncio.sleep(fault.delay_s)  # meanwhile nobody watches
+            await self._deployment.start_again()
+            self._injector.served = self._deployment.served
+        elif expects is Expects.NEW_FRONT:
+            await self._wait_front(struck.injections[0].at)
         else:
             await self._wait_settled(struck)
             if mark is not None and (late := self._injector.happened(fault, mark, next_epoch)) is not None:
@@ -284,6 +292,15 @@ class _Runner:
                 if event.name in ("world fault", "spare fault")
             }
             if epochs <= known:
+                return
+            await asyncio.sleep(POLL_S)
+
+    async def _wait_front(self, since: float) -> None:
+        """Until another front is there and linked to the world."""
+        give_up_at = time.monotonic() + BOUNDS.recover_s
+        while time.monotonic() < give_up_at and not self._deployment.has_ended:
+            ended = any(event.name == "front ended" for event in self._deployment.log(since))
+            if ended and active(await self._deployment.worlds()) is not None:
                 return
             await asyncio.sleep(POLL_S)
 

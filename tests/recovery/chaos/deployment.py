@@ -44,8 +44,11 @@ GONE_WITHIN_S = 5.0
 class Deployment:
     """A running deployment."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, model: str, flags: Sequence[str]) -> None:
         self.served = served
+        self._model = model
+        self._flags = flags
+        self._adoptions: list[Detection] = []
         self.zmq = served.ready_line.split()[3]
         self._log = served.run_dir / "supervisor.log"
         self._client = httpx.AsyncClient(base_url=served.url, timeout=10)
@@ -55,7 +58,14 @@ class Deployment:
         """Starts it and waits until it serves."""
         os.environ[FAULTS_VARIABLE] = f"@{faults}"
         flags = ("--tp", str(shape.tp), "--pp", str(shape.pp), "--spare", shape.spare, *FLAGS)
-        return cls(await asyncio.to_thread(Served, model, run_dir, *flags))
+        return cls(await asyncio.to_thread(Served, model, run_dir, *flags), model, flags)
+
+    async def start_again(self) -> None:
+        """Another supervisor, as a user would start it, for what a killed one has left."""
+        process = self.served.process
+        await asyncio.to_thread(process.wait, 10)
+        self.served = await asyncio.to_thread(Served, self._model, self.served.run_dir, *self._flags)
+        self._adoptions.append(Detection(time.time(), None, "supervisor", "another one serves"))
 
     @property
     def has_ended(self) -> bool:
@@ -74,8 +84,8 @@ class Deployment:
         return list(events(self._log, since))
 
     def detections(self) -> list[Detection]:
-        """All faults that the supervisor has found."""
-        found = []
+        """All faults that the supervisor has found, and the supervisors that came after one that was killed."""
+        found = list(self._adoptions)
         for event in self.log():
             if event.name in ("world fault", "spare fault"):
                 kind, detail = event.fields.get("kind", ""), event.fields.get("detail", "")

@@ -13,6 +13,7 @@ from tests.recovery.chaos.checker import Rule, Violation
 from tests.recovery.chaos.history import Expects, History, Injection, Request
 from tests.recovery.chaos.schedule import FREEZES, HANGS, Kind, Target
 
+CLASSES = ("kill", "exit", "freeze", "hang", "front")
 PARTS = ("detected", "serving", "first token", "all streams")
 _CLASSES = {
     "freeze": {kind.value for kind in FREEZES},
@@ -29,7 +30,7 @@ class Outage(Struct, frozen=True):
     at: float
     label: str
     fault: str
-    """kill, freeze, hang or exit."""
+    """kill, freeze, hang or exit; front where that was killed."""
     spare: str
     """warm or hot if one stood ready; none if there was none, or it was not ready yet."""
     direct: bool
@@ -60,6 +61,8 @@ class Figure(Struct, frozen=True):
 
 
 def fault_class(injection: Injection) -> str:
+    if injection.expects in (Expects.NEW_FRONT, Expects.NEW_SUPERVISOR):
+        return injection.target
     return next((name for name, kinds in _CLASSES.items() if injection.kind in kinds), "kill")
 
 
@@ -71,7 +74,8 @@ def outages(history: History, spare: str) -> list[Outage]:
         for injection in history.injections
         if injection.expects is Expects.WORLD_FAULT and injection.epoch not in spares
     ]
-    found = []
+    fronts = (_of_front(history, injection, spare) for injection in history.injections)
+    found = [outage for outage in fronts if outage is not None]
     for injection in faults:
         detected = [
             d.at for d in history.detections if d.epoch == injection.epoch and d.at >= injection.at - 0.01
@@ -108,6 +112,28 @@ def outages(history: History, spare: str) -> list[Outage]:
     return found
 
 
+def _of_front(history: History, injection: Injection, spare: str) -> Outage | None:
+    """The outage by a front that was killed, while its world goes on; None for other faults."""
+    if injection.expects is not Expects.NEW_FRONT:
+        return None
+    known = [d.at for d in history.detections if d.kind == "front" and d.at >= injection.at - 0.01]
+    if not known:
+        return None
+    streams = [request for request in history.requests if _under_way(request, injection.at)]
+    resumed = [at for request in streams if (at := _next_sign(request, min(known))) is not None]
+    if not resumed:
+        return None
+    seconds = {
+        "detected": max(0.0, min(known) - injection.at),
+        "serving": min(resumed) - injection.at,
+        "first token": min(resumed) - injection.at,
+        "all streams": max(resumed) - injection.at,
+    }
+    label = f"{injection.kind}: {injection.target}"
+    load = injection.load_average
+    return Outage(injection.number, injection.at, label, "front", spare, True, seconds, len(resumed), load)
+
+
 def _under_way(request: Request, at: float) -> bool:
     if request.accepted_at is None or request.accepted_at > at or request.error is not None:
         return False
@@ -131,9 +157,9 @@ def table(found: Sequence[Outage]) -> list[Figure]:
         label = f"{fault} to {part}" + (f", {spare}" if spare else "")
         figures.append(_figure(label, values, limits.get("p50"), limits.get("p99")))
     known = {figure.label for figure in figures}
-    for fault in ("kill", "exit", "freeze", "hang"):
+    for fault in CLASSES:
         for part in PARTS:
-            for spare in (None,) if part == "detected" else ("none", "warm", "hot"):
+            for spare in (None,) if part == "detected" or fault == "front" else ("none", "warm", "hot"):
                 label = f"{fault} to {part}" + (f", {spare}" if spare else "")
                 values = _seconds(found, fault, part, spare)
                 if label not in known and values:

@@ -43,7 +43,8 @@ class Injector:
 
     def __init__(self, served: Served, faults_file: Path) -> None:
         """`faults_file`: what PHALANX_FAULTS of the deployment names."""
-        self._served = served
+        self.served = served
+        """To be replaced when another supervisor takes over."""
         self._file = faults_file
         self._stopped: list[psutil.Process] = []
 
@@ -57,7 +58,7 @@ class Injector:
         for target_world, processes in self._targets(fault, world, spare):
             at = time.time()
             undone_at = self._do(fault.kind, processes)
-            expects = Expects.WORLD_FAULT if self._is_fault(fault) else Expects.NOTHING
+            expects = self._expects(fault)
             epoch = None if target_world is None else target_world["epoch"]
             injection = self._injection(fault, at, epoch, expects)
             injection.until = undone_at
@@ -109,9 +110,9 @@ class Injector:
 
         target = fault.target
         if target is Target.FRONT:
-            return [(None, [self._served.front()])]
+            return [(None, [self.served.front()])]
         if target is Target.SUPERVISOR:
-            return [(None, [psutil.Process(self._served.process.pid)])]
+            return [(None, [psutil.Process(self.served.process.pid)])]
         if target is Target.BOTH_WORLDS:
             assert spare is not None
             return [(world, ranks(world)), (spare, ranks(spare))]
@@ -128,8 +129,11 @@ class Injector:
         return [(of, [_process(entry["guard_pid" if is_guard else "pid"])])]
 
     @staticmethod
-    def _is_fault(fault: Fault) -> bool:
-        return fault.kind is not Kind.SHORT_STOP
+    def _expects(fault: Fault) -> Expects:
+        if fault.kind is Kind.SHORT_STOP:
+            return Expects.NOTHING
+        others = {Target.FRONT: Expects.NEW_FRONT, Target.SUPERVISOR: Expects.NEW_SUPERVISOR}
+        return others.get(fault.target, Expects.WORLD_FAULT)
 
     def _do(self, kind: Kind, processes: Sequence[psutil.Process]) -> float | None:
         """Unix time at which it was undone, if it was."""

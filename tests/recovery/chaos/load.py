@@ -19,13 +19,14 @@ import zmq
 
 from gateway.connection import Connection
 from gateway.errors import ConnectionLost
-from gateway.protocol import Cancel, Failed, ServerMessage, Submit, Tokens, Welcome
+from gateway.protocol import Cancel, Failed, Output, ServerMessage, Submit, Tokens, Welcome
 from tests.recovery.chaos.cases import BY_NAME, CASES, HTTP, ZMQ, Case
 from tests.recovery.chaos.history import Delivery, End, Request
 
 LEAVES = 0.06
 """Share of requests whose client goes away in mid-stream."""
 LEAVES_WITHIN_S = 4.0
+RECONNECT_S = 0.1
 PAUSE_S = 0.3
 """The most that a client waits between two requests."""
 TIMEOUT_S = 300.0
@@ -119,48 +120,63 @@ class Load:
         client = self._http if via == HTTP else self._zmq
         try:
             async with asyncio.timeout(leaves_s):
-                await client.ask(case, request)
+                await client.ask(case, request, leaves_s is not None)
         except TimeoutError:
             request.left_at = time.time()
 
 
 class _HttpClient:
-    """Streams of server-sent events. Positions are characters, counted as they come."""
+    """Streams of server-sent events. Positions are characters, counted as they come. A stream that breaks is taken up
+    behind the last event that was read; a question that was never answered is asked again with its key."""
 
     def __init__(self, url: str, model: str, sign: asyncio.Event) -> None:
         self._model = model
         self._sign = sign
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._client = httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits)
 
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def ask(self, case: Case, request: Request) -> None:
-        """Until the stream ends, in whatever way."""
-        done = False
-        try:
-            async with self._client.stream("POST", "/v1/completions", json=case.body(self._model)) as answer:
-                if answer.status_code != 200:
-                    request.refused = f"{answer.status_code}: {(await answer.aread()).decode()[:300]}"
+    async def ask(self, case: Case, request: Request, leaves: bool) -> None:
+        """Until the stream ends, in whatever way. A client that `leaves` sends no key, so that its going away ends
+        the request."""
+        reader = _EventReader(request)
+        give_up_at = time.monotonic() + TIMEOUT_S
+        while not reader.is_done and request.refused is None and request.error is None:
+            try:
+                await self._connect(case, request, reader, leaves)
+            except (httpx.HTTPError, ValueError) as error:
+                if time.monotonic() > give_up_at:
+                    request.error = request.error or repr(error)
                     return
-                request.accepted_at = time.time()
-                reader = _EventReader(request)
-                async for line in answer.aiter_lines():
-                    if line == "data: [DONE]":
-                        done = True
-                    elif line.startswith("data:"):
-                        reader.read(json.loads(line[5:]))
-                    self._sign.set()
-        except (httpx.HTTPError, ValueError) as error:
-            self._fail(request, repr(error))
-            return
-        if not done:
-            self._fail(request, "the stream ended without [DONE]")
+                request.reconnects += 1
+                await asyncio.sleep(RECONNECT_S)
 
-    @staticmethod
-    def _fail(request: Request, text: str) -> None:
-        request.error = request.error or text
+    async def _connect(self, case: Case, request: Request, reader: _EventReader, leaves: bool) -> None:
+        if reader.id is None:
+            headers = {} if leaves else {"idempotency-key": request.name}
+            body = case.body(self._model)
+            stream = self._client.stream("POST", "/v1/completions", json=body, headers=headers)
+        else:
+            headers = {"last-event-id": reader.last_event} if reader.last_event else {}
+            stream = self._client.stream("GET", f"/v1/requests/{reader.id}/stream", headers=headers)
+        async with stream as answer:
+            if answer.status_code != 200:
+                text = f"{answer.status_code}: {(await answer.aread()).decode()[:300]}"
+                if request.accepted_at is None:
+                    request.refused = text
+                else:
+                    request.error = text
+                return
+            request.accepted_at = request.accepted_at or time.time()
+            reader.id = answer.headers.get("x-phalanx-request-id", reader.id)
+            async for line in answer.aiter_lines():
+                reader.read_line(line)
+                self._sign.set()
+        if not reader.is_done and request.error is None:
+            # The front says goodbye to a stream only by [DONE]: this is its death.
+            raise httpx.RemoteProtocolError("the stream ended without [DONE]")
 
 
 class _EventReader:
@@ -170,8 +186,24 @@ class _EventReader:
         self._request = request
         self._lengths: dict[int, int] = {}
         self._num_logprobs = 0
+        self._event_id = ""
+        self.id: str | None = None
+        """The server's name of the request."""
+        self.last_event = ""
+        """Id of the last event that was read."""
+        self.is_done = False
 
-    def read(self, event: dict[str, Any]) -> None:
+    def read_line(self, line: str) -> None:
+        """One line of the stream; an event is its id and then its data."""
+        if line.startswith("id:"):
+            self._event_id = line[3:].strip()
+        elif line == "data: [DONE]":
+            self.is_done = True
+        elif line.startswith("data:"):
+            self._read(json.loads(line[5:]))
+            self.last_event = self._event_id
+
+    def _read(self, event: dict[str, Any]) -> None:
         request, now = self._request, time.time()
         if "error" in event:
             request.error = request.error or json.dumps(event["error"])
@@ -192,90 +224,148 @@ class _EventReader:
 
 
 class _ZmqClient:
-    """All requests over one connection, made when it is needed and again when it is lost."""
+    """All requests over one connection. When it is lost, each is submitted again on the next one, with its key and
+    the tokens that it has brought."""
 
     def __init__(self, endpoint: str, sign: asyncio.Event) -> None:
         self._endpoint = endpoint
         self._sign = sign
         self._context: zmq.Context[Any] = zmq.Context()
         self._connection: Connection | None = None
-        self._welcomed = asyncio.Event()
-        self._live: dict[str, tuple[Request, asyncio.Event]] = {}
+        self._connecting = asyncio.Lock()
+        self._live: dict[str, _Live] = {}
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
         self._context.destroy(linger=0)
 
-    async def ask(self, case: Case, request: Request) -> None:
+    async def ask(self, case: Case, request: Request, leaves: bool) -> None:
         """Until the request ends, in whatever way."""
-        ended = asyncio.Event()
+        live = self._live[request.name] = _Live(case, request)
+        give_up_at = time.monotonic() + TIMEOUT_S
         try:
-            connection = await self._connect()
-            self._live[request.name] = (request, ended)
-            params = msgspec.structs.replace(case.params, grammar=case.grammar)
-            connection.send(Submit(request.name, prompt=case.prompt, params=params, stop=list(case.stop)))
-            async with asyncio.timeout(TIMEOUT_S):
-                await ended.wait()
-        except ConnectionLost as error:
-            request.error = request.error or repr(error)
+            while not live.ended.is_set():
+                try:
+                    connection = await self._connect(live)
+                    connection.send(live.submit())
+                    await live.moved(give_up_at - time.monotonic())
+                except ConnectionLost as error:
+                    if time.monotonic() > give_up_at:
+                        request.error = request.error or repr(error)
+                        return
+                    request.reconnects += 1
+                    await asyncio.sleep(RECONNECT_S)
+        except TimeoutError:
+            request.error = request.error or "no end in sight"
         finally:
-            if self._live.pop(request.name, None) is not None and self._connection is not None:
-                self._leave(request)
+            del self._live[request.name]
+            if not live.ended.is_set():
+                self._cancel(request.name)
 
-    def _leave(self, request: Request) -> None:
-        if not request.ends and request.error is None and self._connection is not None:
+    def _cancel(self, name: str) -> None:
+        if self._connection is not None:
             try:
-                self._connection.send(Cancel(request.name))
+                self._connection.send(Cancel(name))
             except ConnectionLost:
                 return
 
-    async def _connect(self) -> Connection:
-        if self._connection is None:
-            self._welcomed.clear()
-            self._connection = Connection(
+    async def _connect(self, live: _Live) -> Connection:
+        """The connection, made if there is none. Raises ConnectionLost."""
+        live.lost.clear()
+        async with self._connecting:
+            if self._connection is not None:
+                return self._connection
+            welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+            def welcome(_welcome: Welcome) -> None:
+                if not welcomed.done():
+                    welcomed.set_result(None)
+
+            def lost(reason: str) -> None:
+                self._lost()
+                if not welcomed.done():
+                    welcomed.set_exception(ConnectionLost(reason))
+
+            connection = Connection(
                 self._context,
                 self._endpoint,
-                on_welcome=self._welcome,
+                on_welcome=welcome,
                 on_message=self._receive,
-                on_lost=self._lost,
+                on_lost=lost,
                 name="chaos",
             )
-        await self._welcomed.wait()
-        if self._connection is None:
-            raise ConnectionLost("lost before it was made")
-        return self._connection
-
-    def _welcome(self, _welcome: Welcome) -> None:
-        self._welcomed.set()
+            try:
+                await welcomed
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+            return connection
 
     def _receive(self, message: ServerMessage) -> None:
         now = time.time()
         if isinstance(message, Tokens):
             for output in message.outputs:
-                found = self._live.get(output.request_id)
-                if found is None:
-                    continue
-                request, ended = found
-                request.accepted_at = request.accepted_at or now
-                if output.token_ids:
-                    request.deliveries.append(Delivery(now, 0, output.position, output.token_ids))
-                if output.finish_reason is not None:
-                    request.ends.append(End(now, 0, output.finish_reason))
-                    ended.set()
+                if (live := self._live.get(output.request_id)) is not None:
+                    live.take(output, now)
         elif isinstance(message, Failed) and message.request_id in self._live:
-            request, ended = self._live[message.request_id]
-            text = f"{message.code}: {message.message}"
-            if request.accepted_at is None:
-                request.refused = text
-            else:
-                request.error = text
-            ended.set()
+            self._live[message.request_id].fail(f"{message.code}: {message.message}")
         self._sign.set()
 
-    def _lost(self, reason: str) -> None:
+    def _lost(self) -> None:
         self._connection = None
-        self._welcomed.set()  # those who wait see that there is none
-        for request, ended in self._live.values():
-            request.error = request.error or f"connection lost: {reason}"
-            ended.set()
+        for live in self._live.values():
+            live.lost.set()
+
+
+class _Live:
+    """One request of the ZeroMQ client that has not ended."""
+
+    def __init__(self, case: Case, request: Request) -> None:
+        self.request = request
+        self.ended = asyncio.Event()
+        self.lost = asyncio.Event()
+        """Set when the connection is gone on which it was submitted."""
+        self._case = case
+        self._tokens: list[int] = []
+
+    def submit(self) -> Submit:
+        return Submit(
+            self.request.name,
+            prompt=self._case.prompt,
+            params=msgspec.structs.replace(self._case.params, grammar=self._case.grammar),
+            stop=list(self._case.stop),
+            output_token_ids=self._tokens,
+            key=self.request.name,
+        )
+
+    async def moved(self, timeout_s: float) -> None:
+        """Until it has ended. Raises ConnectionLost if the connection goes first, and TimeoutError."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.ended, self.lost)]
+        try:
+            done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if not done:
+            raise TimeoutError
+        if not self.ended.is_set():
+            raise ConnectionLost("the connection is gone")
+
+    def take(self, output: Output, now: float) -> None:
+        request = self.request
+        request.accepted_at = request.accepted_at or now
+        if output.token_ids:
+            request.deliveries.append(Delivery(now, 0, output.position, output.token_ids))
+            self._tokens = self._tokens + output.token_ids
+        if output.finish_reason is not None:
+            request.ends.append(End(now, 0, output.finish_reason))
+            self.ended.set()
+
+    def fail(self, text: str) -> None:
+        if self.request.accepted_at is None:
+            self.request.refused = text
+        else:
+            self.request.error = text
+        self.ended.set()

@@ -48,7 +48,12 @@ def scatter(outages: Sequence[Outage]) -> str:
                     f"<title>target: {target.label} p99 {target.limit_s:g} s</title></line>"
                 )
         for outage in outages:
-            if part in outage.seconds and spare in (None, outage.spare) and outage.direct:
+            if (
+                part in outage.seconds
+                and spare in (None, outage.spare)
+                and outage.direct
+                and outage.fault != "front"
+            ):
                 body.append(_dot(outage, part, y))
     return _svg(bottom + 22, body)
 

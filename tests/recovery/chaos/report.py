@@ -22,10 +22,10 @@ from tests.recovery.chaos.plots import scatter, timeline
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2733; --soft: #5d6b7a; --line: #d9dfe6; --ground: #fff; --panel: #f5f7f9;
   --flow: #4c8bb8; --good: #2a8a57; --bad: #c23b3b; --kill: #c23b3b; --exit: #b86a13; --freeze: #3467c2;
-  --hang: #7d4bb0; --nothing: #8a96a3; }
+  --hang: #7d4bb0; --front: #1b8f8f; --nothing: #8a96a3; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --soft: #98a5b3; --line: #33404d; --ground: #151c23;
   --panel: #1d262f; --flow: #6ba7d1; --good: #5cc08b; --bad: #ee7b7b; --kill: #ee7b7b; --exit: #e2a45a;
-  --freeze: #7ea3ee; --hang: #b58be0; --nothing: #7d8a97; } }
+  --freeze: #7ea3ee; --hang: #b58be0; --front: #4fc4c4; --nothing: #7d8a97; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); margin: 0 auto;
   max-width: 1180px; padding: 32px 24px 64px; }
 h1 { font-size: 27px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 40px 0 8px; }
@@ -43,6 +43,7 @@ svg .grid { stroke: var(--line); } svg .flow { fill: var(--flow); opacity: .75; 
 svg .gap { fill: var(--bad); opacity: .13; }
 .kill { stroke: var(--kill); fill: var(--kill); } .exit { stroke: var(--exit); fill: var(--exit); }
 .freeze { stroke: var(--freeze); fill: var(--freeze); } .hang { stroke: var(--hang); fill: var(--hang); }
+.front, .supervisor { stroke: var(--front); fill: var(--front); }
 .nothing { stroke: var(--nothing); fill: var(--nothing); }
 svg .target { stroke: var(--good); stroke-width: 2; }
 .key span { margin-right: 18px; font-size: 13px; } .key i { display: inline-block; width: 10px; height: 10px;
@@ -53,6 +54,7 @@ _KEY = (
     '<p class="key"><span style="color:var(--kill)"><i></i>killed</span>'
     '<span style="color:var(--exit)"><i></i>exception, out of memory</span>'
     '<span style="color:var(--freeze)"><i></i>stopped</span><span style="color:var(--hang)"><i></i>hung</span>'
+    '<span style="color:var(--front)"><i></i>front or supervisor killed</span>'
     '<span style="color:var(--nothing)"><i></i>no fault: a short stop</span></p>'
 )
 

@@ -61,6 +61,8 @@ class Target(Enum):
 
 OF_SPARE = (Target.SPARE_RANK, Target.SPARE_GUARD, Target.SPARE_MPIRUN, Target.BOTH_WORLDS)
 
+OUTSIDE_WORLDS = (Target.FRONT, Target.SUPERVISOR)
+
 PHASES = ("joining", "loading", "loaded")
 """Of a starting or promoted world, in which a second fault can hit it."""
 
@@ -136,6 +138,8 @@ _OUTSIDE: list[tuple[Kind, Target, int]] = [
     (Kind.SHORT_STOP, Target.MPIRUN, 1),
     (Kind.SHORT_STOP, Target.SUPERVISOR, 2),
     (Kind.SEGMENTATION_FAULT, Target.RANK, 3),
+    (Kind.KILL, Target.FRONT, 7),
+    (Kind.KILL, Target.SUPERVISOR, 4),
 ]
 _INSIDE: list[tuple[Kind, Target, int]] = [
     (Kind.HANG, Target.RANK, 2),
@@ -172,7 +176,7 @@ def draw(seed: int, number: int, deployment: Deployment) -> Fault:
     if kind is Kind.SKIP_COLLECTIVE and deployment.tp == 1:
         rank = dice.randrange(deployment.size - 1)  # the last stage has none that it could skip
     second = None
-    ends_world = target not in OF_SPARE and kind is not Kind.SHORT_STOP
+    ends_world = target not in (*OF_SPARE, *OUTSIDE_WORLDS) and kind is not Kind.SHORT_STOP
     second_rank, phase = dice.randrange(deployment.size), dice.choice((None, None, *PHASES))
     second_delay_s = dice.uniform(0.0, 1.5)
     if dice.random() < _HAVE_SECOND and ends_world:
@@ -185,6 +189,6 @@ def draw(seed: int, number: int, deployment: Deployment) -> Fault:
         delay_s=dice.uniform(0.0, 2.0),
         prefill=dice.random() < 0.25 and kind not in INSIDE,
         collective=dice.randint(1, 20) if deployment.tp > 1 else 1,
-        spare_parked=target in OF_SPARE or dice.random() < 0.85,
+        spare_parked=target in (*OF_SPARE, Target.SUPERVISOR) or dice.random() < 0.85,
         second=second,
     )
