@@ -128,7 +128,7 @@ async def leftovers_of_world(
     give_up_at = time.monotonic() + within_s
     folder = Path("/dev/shm", f"phalanx-{served.run_id}-{epoch}")
     while True:
-        left = [f"process {_describe(process)}" for process in doomed if process.is_running()]
+        left = [f"process {_describe(process)}" for process in doomed if _is_left(process)]
         if folder.exists():
             left.append(str(folder))
         if gateway is not None and _listens(gateway):
@@ -167,11 +167,21 @@ def processes_of_run(run_id: str) -> list[psutil.Process]:
     return found
 
 
+def _is_left(process: psutil.Process) -> bool:
+    """Zombies count as there, except those that only init can reap: children of a supervisor that was killed."""
+    try:
+        return process.is_running() and not (process.status() == psutil.STATUS_ZOMBIE and process.ppid() == 1)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _describe(process: psutil.Process) -> str:
     try:
         return f"{process.pid} ({process.status()}) {' '.join(process.cmdline()[:6])}"
-    except psutil.Error:
-        return str(process.pid)
+    except psutil.ZombieProcess:
+        return f"{process.pid} (zombie, child of {process.ppid()})"
+    except psutil.NoSuchProcess:
+        return f"{process.pid} (gone by now)"
 
 
 def _listens(endpoint: str) -> bool:
