@@ -6,21 +6,21 @@ memory: new requests are refused then, accepted ones go on, and everything is wr
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import msgspec
-
 from gateway.histogram import Histogram
 from gateway.journal import RETENTION_S, Journal, JournalCall, JournalEntry, JournalUnavailable
+from gateway.journal_opening import open_file
 from gateway.journal_records import (
     Slot,
     StepTokens,
     call_content,
     encode,
     ending_content,
-    load_unfinished,
     read_call,
     request_content,
 )
@@ -45,6 +45,7 @@ _PRUNE_S = 0.005
 """How long one `tick` may delete."""
 _FULL_SHARE = 0.8
 """From this share of the largest size on, finished calls go before their time."""
+_TOUCH_S = 10.0
 _BUCKETS_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 1.0)
 
 
@@ -86,60 +87,38 @@ class DiskJournal(Journal):
         self._ending_calls: list[JournalCall] = []
         self._damaged = False
         self._retry_at = 0.0
+        self._touched_at = 0.0
         self._welcome: bytes | None = None
         self._used_bytes = 0
         try:
-            self._open_or_replace()
+            self._open()
         except StoreError as error:
             self._fail(error)
 
     # ----------------------------------------------------------------------- opening
 
-    def _open_or_replace(self) -> None:
-        """Raises StoreError if neither the file nor a new one can be used."""
-        try:
-            self._open()
-        except StoreError as error:
-            if not error.damaged:
-                raise
-            self._replace("unusable", str(error))
-        except (msgspec.DecodeError, msgspec.ValidationError, ValueError) as error:
-            self._replace("unusable", f"{self._path}: {error}")
-
     def _open(self) -> None:
-        is_new = not self._path.exists() or self._path.stat().st_size == 0
-        written_at = 0.0 if is_new else max(p.stat().st_mtime for p in _files(self._path))
-        store = SqliteStore(self._path, sync=self._sync, max_bytes=self._max_bytes)
-        try:
-            identity = store.meta("identity")
-            if identity is None:
-                store.set_meta("identity", self._identity)
-            elif identity != self._identity:
-                raise StoreError(f"{self._path} belongs to another model's tokenizer", damaged=True)
-            welcome = store.meta("welcome")
-            last_number = store.last_number()
-            next_step = store.last_step() + 1
-            calls, slots = load_unfinished(store)
-            self._used_bytes = store.used_bytes()
-        except BaseException:
-            store.close()
-            raise
-        self._store = store
-        self._welcome = self._welcome or welcome
-        self._last_number = last_number
-        self._next_number = max(self._next_number, last_number + 1)
-        self._next_step = next_step
-        for call in calls:
+        """Raises StoreError if neither the file nor a new one can be used."""
+        found = open_file(
+            self._path, self._log, identity=self._identity, sync=self._sync, max_bytes=self._max_bytes
+        )
+        self._store = found.store
+        self._used_bytes = found.used_bytes
+        self._welcome = self._welcome or found.welcome
+        self._last_number = found.last_number
+        self._next_number = max(self._next_number, found.last_number + 1)
+        self._next_step = found.next_step
+        for call in found.calls:
             self._live[call.call_id] = call
             self._in_file.add(call.call_id)
             if call.key is not None:
                 self._live_keys[call.key] = call
-        for slot, call in slots:
+        for slot, call in found.slots:
             self._slots[slot.entry.request_id] = slot
             self._entries[slot.entry.request_id] = slot.entry
             self._call_of[slot.entry.request_id] = call
-        if calls:
-            self._restored(calls, time.time() - written_at)
+        if found.calls:
+            self._restored(found.calls, found.age_s)
 
     def _restored(self, calls: list[JournalCall], age_s: float) -> None:
         try:
@@ -156,11 +135,6 @@ class DiskJournal(Journal):
             for entry in [entry for call in calls for entry in call.entries]:
                 self.finish(entry.request_id, None, error=("unavailable", text))
         self.flush()
-
-    def _replace(self, why: str, detail: str) -> None:
-        target = move_aside(self._path, why)
-        self._log.error("journal moved aside", detail=detail, moved_to=str(target))
-        self._open()
 
     # ----------------------------------------------------------------------- Journal
 
@@ -264,6 +238,11 @@ class DiskJournal(Journal):
 
     def tick(self, now: float) -> None:
         super().tick(now)
+        if self._slots and now - self._touched_at > _TOUCH_S:
+            # In a long outage nothing is written; the file's time says that somebody is there.
+            self._touched_at = now
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
         if self.failing is not None:
             self._recover(now)
         store = self._store
@@ -374,7 +353,7 @@ class DiskJournal(Journal):
                 self._damaged = False
             if self._store is None:
                 known = set(self._live)
-                self._open_or_replace()
+                self._open()
                 self._rewrite_calls([self._live[call_id] for call_id in known])
                 self.on_restored([call for call in self._live.values() if call.call_id not in known])
             assert self._store is not None
@@ -456,7 +435,3 @@ class DiskJournal(Journal):
         except StoreError as error:
             self._fail(error)
             raise JournalUnavailable(f"the journal cannot be read: {error}") from None
-
-
-def _files(path: Path) -> list[Path]:
-    return [p for p in (path, path.with_name(path.name + "-wal")) if p.exists()]

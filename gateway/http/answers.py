@@ -15,7 +15,8 @@ from gateway.http.logprobs import ChatLogprobs, Namer, Placed, PromptLogprobs, P
 from gateway.protocol import Output, TokenLogprobs
 
 DONE = b"[DONE]"
-KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE = b": keep-alive\n"
+"""No blank line behind it: OpenAI's SDK takes one for an event without data, once an event has had an id."""
 
 _encode = msgspec.json.Encoder().encode
 

@@ -53,9 +53,7 @@ def parse_events(data: bytes) -> list[tuple[str, bytes]]:
     """Id and data of each complete event of a piece of a stream; comments are left out."""
     parsed = []
     for part in data.split(b"\n\n")[:-1]:
-        if part.startswith(b":"):
-            continue
-        first, second = part.split(b"\n")
+        first, second = [line for line in part.split(b"\n") if not line.startswith(b":")]
         assert first.startswith(b"id: ") and second.startswith(b"data: "), part
         parsed.append((first[4:].decode(), second[6:]))
     return parsed

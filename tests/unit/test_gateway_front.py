@@ -386,7 +386,14 @@ def test_too_many_waiting_requests_are_refused_with_429(tmp_path: Path) -> None:
 def test_a_stream_in_an_outage_is_kept_alive_with_comments(cluster: EchoCluster) -> None:
     serve(cluster)
     body: dict[str, object] = {"prompt": "abcdefgh", "max_tokens": 300, "stream": True}
-    with urllib.request.urlopen(post(cluster, "/v1/completions", body), timeout=20) as response:
+    with (
+        ThreadPoolExecutor(1) as thread,
+        urllib.request.urlopen(post(cluster, "/v1/completions", body), timeout=20) as response,
+    ):
+        # OpenAI's client must not stumble over them.
+        client = api(cluster)
+        chunks = client.completions.create(model="echo", prompt="abcdefgh", max_tokens=300, stream=True)
+        text = thread.submit(lambda: "".join(chunk.choices[0].text for chunk in chunks))
         assert response.readline() == b"id: 1\n"
         cluster.kill_world()
         lines = iter(response.readline, b"")
@@ -395,6 +402,7 @@ def test_a_stream_in_an_outage_is_kept_alive_with_comments(cluster: EchoCluster)
         serve(cluster)
         *_, done = [line for line in lines if line.strip()]
         assert done == b"data: [DONE]\n"
+        assert text.result(30) == ("abcdefgh" * 38)[:300]
 
 
 # --------------------------------------------------------------------------- ends of requests
