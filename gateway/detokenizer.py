@@ -82,12 +82,16 @@ class WindowDetokenizer:
     """For every other kind of tokenizer: decodes a short window of tokens with and without the new one and
     takes the difference, since the text of a token may depend on its neighbours (spaces, byte fallback)."""
 
-    def __init__(self, tokenizer: Tokenizer, special: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, special: frozenset[int], context: Sequence[int] = ()) -> None:
+        """`context`: the tokens before the first one, of which the last few count. SentencePiece drops the space
+        before the first word of a text: an answer that goes on with a text has to keep it."""
         self._tokenizer = tokenizer
         self._special = special
-        self._window: list[int] = []
-        self._emitted = 0  # tokens of the window whose text is out
-        self._text = ""  # text of those
+        self._window = [token_id for token_id in context[-MAX_HELD_TOKENS:] if token_id not in special]
+        self._text = tokenizer.decode(self._window)  # text of the window's tokens that is out
+        if self._text.endswith(REPLACEMENT):  # half a character: nothing to lean on
+            self._window, self._text = [], ""
+        self._emitted = len(self._window)  # tokens of the window whose text is out
 
     def push(self, token_id: int) -> str:
         if token_id in self._special or self._tokenizer.id_to_token(token_id) is None:

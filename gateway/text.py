@@ -116,9 +116,10 @@ class TextModel:
             return bytes([int(byte[1], 16)])
         return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
-    def stream(self, stops: Sequence[str] = ()) -> TextStream:
-        """The text of a new request. Raises ValueError for an empty stop string."""
-        return TextStream(self._detokenizer(), stops)
+    def stream(self, stops: Sequence[str] = (), context: Sequence[int] = ()) -> TextStream:
+        """The text of a request's output, behind the tokens of its prompt. Raises ValueError for an empty stop
+        string."""
+        return TextStream(self._detokenizer(context), stops)
 
     @cached_property
     def _longest_token(self) -> float:
@@ -128,10 +129,10 @@ class TextModel:
         # In a byte-level vocabulary a token has a character for each byte of text.
         return max(map(len, self._tokenizer.get_vocab()), default=math.inf)
 
-    def _detokenizer(self) -> Detokenizer:
+    def _detokenizer(self, context: Sequence[int]) -> Detokenizer:
         if self._byte_table is not None:
             return ByteLevelDetokenizer(self._byte_table)
-        return WindowDetokenizer(self._tokenizer, self._special)
+        return WindowDetokenizer(self._tokenizer, self._special, context)
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

@@ -159,7 +159,7 @@ class Reading:
             self._readers = [
                 _ChoiceReader(
                     entry,
-                    text.stream(entry.stop),
+                    text.stream(entry.stop, entry.prompt_token_ids),
                     eos_token_ids,
                     places[index] if places is not None else Place(),
                     shows_logprobs=shows_logprobs,

@@ -101,6 +101,24 @@ def test_byte_fallback_text_comes_back(byte_fallback: Tokenizer, text: str) -> N
     assert "".join(pieces_of(detokenizer, token_ids)) == byte_fallback.decode(token_ids) == text
 
 
+@settings(deadline=None)
+@given(
+    prompt=st.text(alphabet="abcdeht é😀\n", max_size=40), text=st.text(alphabet="abcdeht é😀", max_size=20)
+)
+def test_a_text_goes_on_behind_its_prompt(byte_fallback: Tokenizer, prompt: str, text: str) -> None:
+    """The space before the first word of an output is the output's; only a text's own first one is dropped."""
+    before, after = byte_fallback.encode(prompt).ids, byte_fallback.encode(text).ids
+    detokenizer = WindowDetokenizer(byte_fallback, special_token_ids(byte_fallback), before)
+    together = byte_fallback.decode([*before, *after])
+    assert prompt + "".join(pieces_of(detokenizer, after)) == together
+
+
+def test_a_prompt_that_ends_in_half_a_character_is_no_context(byte_fallback: Tokenizer) -> None:
+    half = byte_fallback.encode("ab😀").ids[:-2]
+    detokenizer = WindowDetokenizer(byte_fallback, special_token_ids(byte_fallback), half)
+    assert "".join(pieces_of(detokenizer, byte_fallback.encode("hat").ids)) == "hat"
+
+
 def test_the_window_does_not_grow_over_bytes_that_make_no_character(byte_fallback: Tokenizer) -> None:
     lonely = byte_fallback.token_to_id("<0xE2>")
     detokenizer = WindowDetokenizer(byte_fallback, special_token_ids(byte_fallback))

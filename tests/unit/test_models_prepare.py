@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -99,16 +98,11 @@ def test_the_catalog(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["folder", "catalog"])
-def test_a_later_start_is_fast_and_light(folder: Path, model: str) -> None:
+def test_a_later_start_imports_nothing_heavy(folder: Path, model: str) -> None:
     if model == "catalog":
         references.model_folder()
     name = str(folder) if model == "folder" else SMOLLM2.name
-    times = []
-    for _ in range(3):  # the best of them: other tests may keep the machine busy
-        began = time.monotonic()
-        prepare(name)
-        times.append(time.monotonic() - began)
-    assert min(times) < 0.3
+    prepare(name)
     code = (
         "import sys\nfrom engine.models.prepare import main\nassert main(sys.argv[1:]) == 0\n"
         "print([name for name in ('torch', 'numpy', 'gguf', 'huggingface_hub') if name in sys.modules])\n"
