@@ -80,6 +80,7 @@ bench: $(READY_TEST)
 	$(BIN)/python -m benchmarks.structured
 	$(BIN)/python -m benchmarks.control_plane
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.journal
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache engine/kernels/_native.so
