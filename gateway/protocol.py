@@ -355,6 +355,8 @@ class WorldTable(Struct, frozen=True, tag="world_table", tag_field="type"):
     """Active worlds first, then starting ones, then spares."""
     faults: list[Fault]
     """The last faults, newest first."""
+    notice: str | None = None
+    """What people who ask for the health should know: worlds that do not start, or die soon."""
 
 
 class FrontState(Struct, frozen=True, tag="front_state", tag_field="type"):

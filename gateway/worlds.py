@@ -122,21 +122,29 @@ class Worlds:
             return None
         if self.table is None:
             return "the supervisor has not spoken yet"
+        notice = f"; {self.table.notice}" if self.table.notice else ""
         coming = [world for world in self.table.worlds if world.state in ("active", "starting")]
         if not coming:
-            return "no world is there; the next one has not started yet"
+            return f"no world is there; the next one has not started yet{notice}"
         world = coming[0]
         if world.state == "active":
-            return f"world {world.epoch} is active; its gateway has not answered yet"
+            return f"world {world.epoch} is active; its gateway has not answered yet{notice}"
         phases = sorted({rank.state for rank in world.ranks})
         doing = f" ({', '.join(phases)})" if phases else ""
-        return f"world {world.epoch} is starting{doing}"
+        return f"world {world.epoch} is starting{doing}{notice}"
 
     def describe(self) -> dict[str, Any]:
         """What `/cluster` shows."""
         table = self.table
         if table is None:
-            return {"epoch": 0, "serving_epoch": None, "worlds": [], "faults": [], "table_age_s": None}
+            return {
+                "epoch": 0,
+                "serving_epoch": None,
+                "worlds": [],
+                "faults": [],
+                "notice": None,
+                "table_age_s": None,
+            }
         age_s = time.monotonic() - self.table_at
         order = {"active": 0, "starting": 1, "spare": 2}
         worlds: list[dict[str, Any]] = [
@@ -151,6 +159,7 @@ class Worlds:
             "serving_epoch": self.serving_epoch,
             "worlds": worlds,
             "faults": msgspec.to_builtins(table.faults),
+            "notice": table.notice,
             "table_age_s": round(age_s, 3),
         }
 

@@ -56,6 +56,8 @@ def format_cluster(cluster: dict[str, Any]) -> list[str]:
             f"then. Requests are served on, but no fault is mended: start `phalanx serve` with the same flags to "
             f"take over, or everything ends in {left_s:.0f} s (`phalanx stop` ends it now)",
         )
+    if cluster.get("notice"):
+        lines.append(f"notice: {cluster['notice']}")
     faults = cluster.get("faults", [])
     if faults:
         lines.append("last faults:")

@@ -14,6 +14,7 @@ import zmq
 
 from gateway.protocol import FrontState, WorldTable
 from launcher.adoption import Found, RecordKeeper, adopt_worlds
+from launcher.diagnosis import Machine, describe_failed_starts, diagnose
 from launcher.errors import LauncherError
 from launcher.fault_log import FaultLog
 from launcher.front_process import FrontProcess
@@ -21,6 +22,7 @@ from launcher.guard_link import GuardLink
 from launcher.logs import EventLog
 from launcher.processes import AdoptedProcess, ProcessId
 from launcher.reload import ChangeMaker, Reloads
+from launcher.restarts import Restarts
 from launcher.run_dir import RUN_ID_VARIABLE, RunDir
 from launcher.spares import Spares
 from launcher.stop_signals import StopSignals
@@ -39,10 +41,6 @@ LAST_GRACE_S = 2.0
 TELL_DRAIN_AFTER_S = 1.0
 SERVE_TIMEOUT_S = 30.0
 """How long the front may take to be welcomed by a world that is ready."""
-FAILED_STARTS = 3
-"""After so many worlds in a row that died before they served, another one helps nobody."""
-BACK_OFF_S = 0.5
-"""Wait before the start after a failed one; doubled each time."""
 
 
 class GaveUp(LauncherError):
@@ -110,8 +108,8 @@ class Supervisor:
         """Whether it was handed out ahead: when a world was aborted, to the one that comes next."""
         self._kv_blocks = 0
         """Of the first world that served; all later ones get the same."""
-        self._start_at = 0.0
-        self._failed_starts = 0
+        self._restarts = Restarts()
+        self._machine = Machine.now()
         self._was_ready = False
         self._drain_timeout_s = drain_timeout_s
         self._draining = False
@@ -172,7 +170,7 @@ class Supervisor:
         if any(world.state is WorldState.DYING for world in self._worlds):
             return DYING_TURN_S
         if self._current is None:  # the next one is to start at once, or after the back-off
-            return min(TURN_S, max(0.0, self._start_at - time.monotonic()))
+            return min(TURN_S, max(0.0, self._restarts.not_before - time.monotonic()))
         return TURN_S
 
     def _hear_guards(self, now: float) -> None:
@@ -191,7 +189,6 @@ class Supervisor:
                 continue
             if world.times.served is None:
                 world.times.served = now
-                self._failed_starts = 0
                 self._on_served(world, state, now)
             if state.resumed_at is not None and self._resumed_epoch < world.epoch:
                 self._resumed_epoch = world.epoch
@@ -208,7 +205,10 @@ class Supervisor:
         change = self._reloads.hear(now, refusal)
         if change is not None and self._reloads.world is None:
             self._log.info("planned change", version=change.plan.version)
-            self._reloads.world = self._start_world(SpareKind.NONE, change.plan)
+            try:
+                self._reloads.world = self._start_world(SpareKind.NONE, change.plan)
+            except GaveUp as error:
+                self._reloads.fail(WorldFault("start", None, None, str(error)))
 
     def _change_world(self, state: FrontState, now: float) -> None:
         """The front serves from the new world: it is the current one, and what belongs to the old plan ends."""
@@ -226,6 +226,7 @@ class Supervisor:
         self._on_served(new, state, now)
 
     def _on_served(self, world: World, state: FrontState, now: float) -> None:
+        self._restarts.on_served()
         if not self._was_ready:
             self._was_ready = True
             self._kv_blocks = world.kv_blocks
@@ -243,12 +244,14 @@ class Supervisor:
     def _replace_world(self, now: float) -> None:
         """Puts a world where none is: the spare, which may go ahead at once, since it serves only when the one
         before it is gone; else a new one, once that is so and the back-off is over."""
+        if now < self._restarts.not_before:
+            return
         spare = self._spares.take()
         if spare is not None:
             self._log.info("spare promoted", epoch=spare.epoch, state=spare.state.value)
             spare.promote(now)
             self._current = spare
-        elif now >= self._start_at and all(world is self._reloads.world for world in self._worlds):
+        elif all(world is self._reloads.world for world in self._worlds):
             self._current = self._start_world(SpareKind.NONE)
 
     def _raise_epoch(self) -> None:
@@ -260,11 +263,12 @@ class Supervisor:
         self._epoch_is_free = False
         epoch = self._epoch
         world = World(epoch, plan or self._plan, self._run_dir, self._link, spare)
-        self._worlds.append(world)
         try:
             world.start(self._environment, self._kv_blocks if plan is None else 0)
         except OSError as error:
-            raise GaveUp(f"cannot start a world: {error}") from None
+            cause = diagnose([WorldFault("start", None, None, str(error))], self._machine, Machine.now())
+            raise GaveUp(f"cannot start a world: {error}{f' ({cause})' if cause else ''}") from None
+        self._worlds.append(world)
         if self._faults:  # a start in good health says nothing
             event = "spare started" if world.is_spare else "world started"
             self._log.info(event, epoch=epoch, ranks=world.size)
@@ -344,6 +348,10 @@ class Supervisor:
             if self._recovering_since is None:
                 self._recovering_since = now
             self._faults.record(world, fault, "world fault", None)
+            if world.times.served is not None:
+                back_off_s = self._restarts.on_fault(now - world.times.served, now)
+                if back_off_s:
+                    self._log.warning("worlds die soon", epoch=world.epoch, next_start_s=back_off_s)
             self._replace_world(now)
         elif world is self._reloads.world:
             self._log.error("planned change failed", epoch=world.epoch, rank=fault.rank, detail=fault.detail)
@@ -365,25 +373,15 @@ class Supervisor:
             raise GaveUp(_last_error(final.last_lines) or final.detail)
         if world.times.served is not None or world.is_adopted:
             return
-        self._failed_starts += 1
-        if self._failed_starts >= FAILED_STARTS:
-            raise GaveUp(self._diagnosis(world))
-        back_off_s = BACK_OFF_S * 2 ** (self._failed_starts - 1)
-        self._start_at = now + back_off_s
+        back_off_s = self._restarts.on_failed_start(now)
+        failed = self._restarts.failed_starts
+        if back_off_s is None:
+            folder = self._run_dir.world_dir(world.epoch)
+            cause = diagnose(world.faults, self._machine, Machine.now())
+            raise GaveUp(describe_failed_starts(failed, cause, world.faults, folder))
         self._log.warning(
-            "world failed to start",
-            epoch=world.epoch,
-            failed_starts=self._failed_starts,
-            next_start_s=back_off_s,
+            "world failed to start", epoch=world.epoch, failed_starts=failed, next_start_s=back_off_s
         )
-
-    def _diagnosis(self, world: World) -> str:
-        cause = world.faults[0]
-        # mpirun's end says less than what a rank said before it.
-        told = next((fault for fault in world.faults if fault.last_lines), cause)
-        lines = "".join(f"\n    {line}" for line in told.last_lines.splitlines()[-15:])
-        folder = self._run_dir.world_dir(world.epoch)
-        return f"{self._failed_starts} worlds in a row did not start: {cause.detail}; logs in {folder}{lines}"
 
     # ----------------------------------------------------------------- the front
 
@@ -404,6 +402,7 @@ class Supervisor:
             self._epoch,
             identity,
             self._faults.version,
+            self._restarts.notice(now) is None,
             *((w.epoch, w.state, w.is_spare, len(w.ranks)) for w in worlds),
         )
         if key == self._table_key and now - self._table_sent_at < TABLE_INTERVAL_S:
@@ -411,7 +410,12 @@ class Supervisor:
         self._table_key = key
         self._table_sent_at = now
         self._front.send(
-            WorldTable(self._epoch, [world.entry(now) for world in worlds], self._faults.records)
+            WorldTable(
+                self._epoch,
+                [world.entry(now) for world in worlds],
+                self._faults.records,
+                self._restarts.notice(now),
+            )
         )
 
     # ----------------------------------------------------------------- the end
