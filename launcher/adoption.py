@@ -12,6 +12,7 @@ from typing import Any
 
 from launcher.errors import LauncherError
 from launcher.guard_link import GuardLink, LinkKeys
+from launcher.hosts import Host
 from launcher.processes import ProcessId, host_id, is_alive
 from launcher.run_dir import RunDir
 from launcher.watch import SpareKind
@@ -41,6 +42,7 @@ class FoundWorld:
     mpirun: ProcessId
     spare: SpareKind
     """NONE: the one that serves."""
+    hosts: tuple[Host, ...]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Found:
     """What an earlier supervisor left, and what is still there of it."""
 
     keys: LinkKeys
+    remote_endpoint: str
+    """Where the guards of other hosts look for a supervisor; empty if there are none."""
     kv_blocks: int
     prepared: Mapping[str, Any]
     """The model as it was prepared then."""
@@ -90,12 +94,18 @@ def _read(run_dir: RunDir) -> Found | None:
             return None
         front = ProcessId(**record["front"]) if record["front"] else None
         worlds = [
-            FoundWorld(int(entry["epoch"]), ProcessId(**entry["mpirun"]), SpareKind(entry["spare"]))
+            FoundWorld(
+                int(entry["epoch"]),
+                ProcessId(**entry["mpirun"]),
+                SpareKind(entry["spare"]),
+                tuple(Host(**host) for host in entry["hosts"]),
+            )
             for entry in record["worlds"]
             if entry["whole"]
         ]
         found = Found(
             keys=LinkKeys(**record["keys"]),
+            remote_endpoint=str(record["remote_endpoint"]),
             kv_blocks=int(record["kv_blocks"]),
             prepared=dict(record["prepared"]),
             front=front if front is not None and is_alive(front) else None,
@@ -132,7 +142,7 @@ def adopt_worlds(found: Found, plan: WorldPlan, run_dir: RunDir, link: GuardLink
     """The found worlds that are still there, whose guards now report to this link."""
     worlds = []
     for entry in sorted(found.worlds, key=lambda world: world.epoch):
-        world = World(entry.epoch, plan, run_dir, link, entry.spare)
+        world = World(entry.epoch, plan, run_dir, link, entry.spare, entry.hosts)
         try:
             world.adopt(entry.mpirun)
         except ProcessLookupError:  # it ended just now; so do its guards
@@ -162,7 +172,7 @@ class RecordKeeper:
     def keep(
         self,
         supervisor: ProcessId,
-        keys: LinkKeys,
+        link: GuardLink,
         front: ProcessId | None,
         current: World | None,
         worlds: Iterable[World],
@@ -189,7 +199,8 @@ class RecordKeeper:
                 "host_id": host_id(),
                 "settings": self._settings,
                 "prepared": self._prepared,
-                "keys": asdict(keys),
+                "keys": asdict(link.keys),
+                "remote_endpoint": link.remote_endpoint,
                 "kv_blocks": kv_blocks,
                 "front": asdict(front) if front is not None else None,
                 "worlds": [
@@ -198,6 +209,7 @@ class RecordKeeper:
                         "mpirun": asdict(world.mpirun),
                         "spare": (world.spare if world.is_spare else SpareKind.NONE).value,
                         "whole": world.is_whole,
+                        "hosts": [asdict(host) for host in world.hosts],
                     }
                     for world in worlds
                     if world.mpirun is not None

@@ -184,7 +184,8 @@ class Guard:
         link.sndhwm = 256
         link.set(zmq.RECONNECT_IVL, 20)
         link.set(zmq.IMMEDIATE, 1)  # without a supervisor nothing queues up for the next one
-        link.connect(self._environment.endpoint)
+        here = self._environment.supervisor_host_id == host_id()
+        link.connect(self._environment.endpoint if here else self._environment.remote_endpoint)
         return link
 
     def _watch(self, link: zmq.Socket[bytes]) -> int:

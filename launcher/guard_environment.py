@@ -32,6 +32,8 @@ class GuardEnvironment:
     """For the ranks' output."""
     shm_dir: Path
     """The world's shared-memory folder."""
+    remote_endpoint: str = ""
+    """The same for guards on other hosts; empty if there are none."""
     adoption_wait_s: float = ADOPTION_WAIT_S
     """How long the guard waits for the next supervisor when this one has ended."""
 
@@ -39,6 +41,7 @@ class GuardEnvironment:
         """The variables; from_environment is the inverse."""
         return {
             f"{PREFIX}ENDPOINT": self.endpoint,
+            f"{PREFIX}REMOTE_ENDPOINT": self.remote_endpoint,
             f"{PREFIX}SERVER_KEY": self.server_key,
             f"{PREFIX}PUBLIC_KEY": self.public_key,
             f"{PREFIX}SECRET_KEY": self.secret_key,
@@ -61,6 +64,7 @@ class GuardEnvironment:
             supervisor_host_id=supervisor_host_id,
             world_dir=Path(environment[f"{PREFIX}WORLD_DIR"]),
             shm_dir=Path(environment[f"{PREFIX}SHM_DIR"]),
+            remote_endpoint=environment.get(f"{PREFIX}REMOTE_ENDPOINT", ""),
             adoption_wait_s=float(environment[f"{PREFIX}ADOPTION_WAIT_S"]),
         )
 

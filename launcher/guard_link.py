@@ -41,8 +41,10 @@ class GuardLink:
         supervisor: ProcessId,
         endpoint: str = "tcp://127.0.0.1:*",
         keys: LinkKeys | None = None,
+        remote_endpoint: str = "",
     ) -> None:
-        """`keys`: those of the run that is taken over. Raises zmq.ZMQError if the endpoint is not to be had."""
+        """`keys`: those of the run that is taken over. `remote_endpoint`: for the guards of other hosts, if there
+        are any. Raises zmq.ZMQError if an endpoint is not to be had."""
         self._supervisor = supervisor
         self.keys = keys = keys or LinkKeys.make()
         self._client_key = z85.decode(keys.client_public.encode())
@@ -60,11 +62,16 @@ class GuardLink:
         self.router.router_mandatory = True
         self.router.bind(endpoint)
         self.endpoint = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.remote_endpoint = remote_endpoint
+        if remote_endpoint:
+            self.router.bind(remote_endpoint)
+            self.remote_endpoint = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def guard_environment(self, world_dir: Path, shm_dir: Path, adoption_wait_s: float) -> GuardEnvironment:
         """What the guards of a world have to know to report here."""
         return GuardEnvironment(
             endpoint=self.endpoint,
+            remote_endpoint=self.remote_endpoint,
             server_key=self.keys.server_public,
             public_key=self.keys.client_public,
             secret_key=self.keys.client_secret,

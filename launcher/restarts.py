@@ -10,6 +10,8 @@ FAILED_STARTS_LATER = 8
 BACK_OFF_S = 0.5
 """Wait before the start after a failed one; doubled each time."""
 MAX_BACK_OFF_S = 30.0
+MAX_HOST_BACK_OFF_S = 5.0
+"""The same where a host may be back at any moment."""
 SHORT_LIFE_S = 3.0
 """A world that served for less has died at once."""
 FREE_SHORT_LIVES = 10
@@ -24,7 +26,10 @@ LOOP_BACK_OFF_S = 1.0
 class Restarts:
     """Times on the monotonic clock, in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, waits_for_hosts: bool = False) -> None:
+        """`waits_for_hosts`: the worlds need other hosts, which may be cut off and come back: once one has
+        served, starts are tried for ever."""
+        self._waits_for_hosts = waits_for_hosts
         self.not_before = 0.0
         """No world is started, and no spare promoted, before this."""
         self.failed_starts = 0
@@ -42,6 +47,10 @@ class Restarts:
         """A world has died that never served. Returns the wait before the next start in seconds; None if there
         should be no other."""
         self.failed_starts += 1
+        if self._waits_for_hosts and self._has_served:
+            back_off_s = min(BACK_OFF_S * 2 ** (self.failed_starts - 1), MAX_HOST_BACK_OFF_S)
+            self.not_before = now + back_off_s
+            return back_off_s
         if self.failed_starts >= (FAILED_STARTS_LATER if self._has_served else FAILED_STARTS):
             return None
         back_off_s = min(BACK_OFF_S * 2 ** (self.failed_starts - 1), MAX_BACK_OFF_S)

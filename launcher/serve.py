@@ -18,7 +18,8 @@ from launcher.adoption import Found, RecordKeeper, find, receive_listener
 from launcher.children import child_environment, python_module
 from launcher.display import Display, choose_display
 from launcher.errors import LauncherError
-from launcher.launchers.mpirun import find_mpirun
+from launcher.hosts import address_towards, parse_hosts
+from launcher.launchers.mpirun import Flavor, find_mpirun
 from launcher.logs import EventLog
 from launcher.planned_changes import PlannedChanges, rank_command
 from launcher.preparation import PreparationProgress, PreparedModel, Stopped, prepare
@@ -53,6 +54,9 @@ def serve(settings: Settings) -> int:
 def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Display) -> None:
     adopt_orphans()
     mpirun = find_mpirun(settings.mpirun)
+    hosts = parse_hosts(settings.hosts)
+    if hosts and mpirun.flavor is not Flavor.OPEN_MPI:
+        raise LauncherError(f"--hosts needs Open MPI so far, and {mpirun.path} is of {mpirun.flavor.value}")
     run_dir, listener, found = _claim(settings, log)
     try:
         log.to_file(run_dir.path / "supervisor.log")
@@ -82,6 +86,8 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
             rank_command=rank_command(settings, prepared, name),
             guard_command=python_module("launcher.guard"),
             served_model_name=name,
+            hosts=hosts,
+            remote_endpoint=f"tcp://{address_towards(hosts)}:*" if len(hosts) > 1 else "",
         )
         _listen(listener, settings)
         progress = _StartProgress(display)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import SettingsError
+from launcher.hosts import check_slots, parse_hosts
 
 DTYPES = ("auto", "float32", "bfloat16")
 SPARES = ("none", "warm", "hot")
@@ -134,6 +135,12 @@ class Settings:
     drain_timeout: float = _flag(
         30.0, "how long Ctrl-C or SIGTERM lets running requests finish; a second one ends at once", "SECONDS"
     )
+    hosts: str = _flag(
+        "",
+        "hosts of the ranks, this machine first: host:slots,host:slots or a file of `host slots=N` lines; "
+        "default: this machine alone. Open MPI starts them over ssh",
+        "HOSTS",
+    )
     run_dir: Path | None = field(
         default=None,
         metadata={
@@ -162,6 +169,7 @@ class Settings:
             value = getattr(self, name)
             if value < least:
                 raise SettingsError(f"{_as_flag(name)} {value}: must be {least} or more")
+        check_slots(parse_hosts(self.hosts), self.tp * self.pp)
         if self.dtype not in DTYPES:
             raise SettingsError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
         if self.backend not in BACKENDS:

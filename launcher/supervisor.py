@@ -19,6 +19,7 @@ from launcher.errors import LauncherError
 from launcher.fault_log import FaultLog
 from launcher.front_process import FrontProcess
 from launcher.guard_link import GuardLink
+from launcher.hosts import HostPool, host_of
 from launcher.logs import EventLog
 from launcher.processes import AdoptedProcess, ProcessId
 from launcher.reload import ChangeMaker, Reloads
@@ -26,7 +27,7 @@ from launcher.restarts import Restarts
 from launcher.run_dir import RUN_ID_VARIABLE, RunDir
 from launcher.spares import Spares
 from launcher.stop_signals import StopSignals
-from launcher.watch import SpareKind
+from launcher.watch import Kill, SpareKind
 from launcher.world_records import WorldFault, WorldPlan, WorldState
 from launcher.worlds import DEATH_TIMEOUT_S, World, final_fault
 
@@ -82,8 +83,14 @@ class Supervisor:
         assert own_id is not None
         self._own_id = own_id
         self._keeper = keeper or RecordKeeper(run_dir, {})
-        keys = found.keys if found is not None else None
-        self._link = GuardLink(self._context, own_id, f"ipc://{run_dir.guards_socket}", keys)
+        self._hosts = HostPool(plan.hosts)
+        self._link = GuardLink(
+            self._context,
+            own_id,
+            f"ipc://{run_dir.guards_socket}",
+            found.keys if found is not None else None,
+            found.remote_endpoint if found is not None else plan.remote_endpoint,
+        )
         self._front = FrontProcess(
             self._context,
             front_command,
@@ -108,7 +115,7 @@ class Supervisor:
         """Whether it was handed out ahead: when a world was aborted, to the one that comes next."""
         self._kv_blocks = 0
         """Of the first world that served; all later ones get the same."""
-        self._restarts = Restarts()
+        self._restarts = Restarts(waits_for_hosts=bool(plan.hosts))
         self._machine = Machine.now()
         self._was_ready = False
         self._drain_timeout_s = drain_timeout_s
@@ -175,10 +182,13 @@ class Supervisor:
 
     def _hear_guards(self, now: float) -> None:
         for identity, message in self._link.receive():
-            # Whatever carries another epoch comes from a world that is dead already.
-            for world in self._worlds:
-                if message.epoch == world.epoch:
-                    world.on_message(identity, message, now)
+            # Whatever carries another epoch comes from a world that is dead already, or should be: a host that was
+            # cut off is back.
+            world = next((world for world in self._worlds if world.epoch == message.epoch), None)
+            if world is not None:
+                world.on_message(identity, message, now)
+            else:
+                self._link.send(identity, Kill(epoch=message.epoch))
 
     def _hear_front(self, now: float) -> None:
         for state in self._front.receive():
@@ -262,7 +272,9 @@ class Supervisor:
             self._raise_epoch()
         self._epoch_is_free = False
         epoch = self._epoch
-        world = World(epoch, plan or self._plan, self._run_dir, self._link, spare)
+        planned = plan or self._plan
+        hosts = self._hosts.choose(planned.tp * planned.pp, time.monotonic())
+        world = World(epoch, planned, self._run_dir, self._link, spare, hosts)
         try:
             world.start(self._environment, self._kv_blocks if plan is None else 0)
         except OSError as error:
@@ -294,7 +306,7 @@ class Supervisor:
         next_world = self._reloads.world
         living = [w for w in self._worlds if w.state is not WorldState.DYING and w is not next_world]
         self._keeper.keep(
-            self._own_id, self._link.keys, self._front.process, self._current, living, self._kv_blocks
+            self._own_id, self._link, self._front.process, self._current, living, self._kv_blocks
         )
 
     def _judge_world(self, world: World, now: float) -> None:
@@ -318,7 +330,7 @@ class Supervisor:
             assert world.times.aborted is not None
             if world.check_death(now):
                 self._on_world_dead(world, now)
-            elif now - world.times.aborted > DEATH_TIMEOUT_S:
+            elif now - world.times.aborted > DEATH_TIMEOUT_S and world.processes_left():
                 pids = ", ".join(str(process.pid) for process in world.processes_left())
                 raise GaveUp(
                     f"processes of world {world.epoch} do not die ({pids}); "
@@ -337,6 +349,8 @@ class Supervisor:
 
     def _abort(self, world: World, fault: WorldFault, now: float) -> None:
         world.abort(now)  # first of all: until it is dead it may still send tokens
+        if fault.kind == "lost" and fault.rank is not None:
+            self._hosts.on_lost(host_of(world.hosts, fault.rank), now)
         if self._stopping:
             return
         if world is self._current:

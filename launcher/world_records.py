@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from launcher.hosts import Host
 from launcher.launchers import mpirun
-from launcher.processes import ProcessId
+from launcher.leases import FENCE_MARGIN_S, LEASE_S
+from launcher.processes import ProcessId, host_id
 from launcher.watch import Beat, GuardHello, Phase
 
 
@@ -65,6 +67,17 @@ class RankWatch:
         return Doing(self.phase.name.lower(), beat.step, beat.collective, beat.age_s)
 
     @property
+    def is_remote(self) -> bool:
+        """Whether the guard is on another host: it can be reached by messages only."""
+        return self.hello.host_id != host_id()
+
+    def is_fenced(self, now: float) -> bool:
+        """Whether the rank of a dying world on another host is dead for certain: its guard said so, or its lease,
+        which ran from its last beat, is over."""
+        fenced_at = self.last_beat_at + LEASE_S + FENCE_MARGIN_S
+        return not self.is_remote or self.acknowledged or now >= fenced_at
+
+    @property
     def guard(self) -> ProcessId:
         return ProcessId(self.hello.guard_pid, self.hello.guard_start)
 
@@ -118,3 +131,7 @@ class WorldPlan:
     served_model_name: str
     version: str = "1"
     """Grows with each planned change of the world."""
+    hosts: Sequence[Host] = ()
+    """This machine first, then the others; empty: all ranks run here."""
+    remote_endpoint: str = ""
+    """Where the supervisor listens for guards of other hosts, like tcp://10.0.0.1:*."""

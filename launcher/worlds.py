@@ -4,12 +4,14 @@ method returns at once, and a world that is dying never comes back."""
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from gateway.protocol import RankEntry, WorldEntry
 from launcher.guard_link import GuardLink
+from launcher.hosts import Host
 from launcher.launchers import mpirun
-from launcher.leases import adoption_wait_s
+from launcher.leases import FENCE_MARGIN_S, adoption_wait_s
+from launcher.placement import find_misplaced
 from launcher.post_mortem import last_lines
 from launcher.processes import (
     AdoptedProcess,
@@ -30,6 +32,7 @@ from launcher.watch import (
     GuardHello,
     Kill,
     Killed,
+    Lease,
     Message,
     Phase,
     SpareKind,
@@ -63,8 +66,11 @@ class World:
         run_dir: RunDir,
         link: GuardLink,
         spare: SpareKind = SpareKind.NONE,
+        hosts: Sequence[Host] = (),
     ) -> None:
-        """`spare`: what kind of spare it is until `promote`; NONE for a world that is to serve at once."""
+        """`spare`: what kind of spare it is until `promote`; NONE for a world that is to serve at once. `hosts`:
+        where its ranks run, with the slots that they fill; empty: here."""
+        self.hosts = hosts
         self.epoch = epoch
         self.plan = plan
         self.spare = spare
@@ -83,6 +89,7 @@ class World:
         self.is_adopted = False
         """Whether an earlier supervisor started it."""
         self._last_sweep = 0.0
+        self._adoption_wait_s = 0.0
 
     @property
     def size(self) -> int:
@@ -126,15 +133,22 @@ class World:
         self._run_dir.make_world_dirs(self.epoch)
         world_dir, shm_dir = self._run_dir.world_dir(self.epoch), self._run_dir.shm_dir(self.epoch)
         guard = self._link.guard_environment(world_dir, shm_dir, adoption_wait_s(base))
-        environment = mpirun.environment(plan.mpirun, self.size, plan.cores, shm_dir, world_dir / "tmp", base)
+        per_host = max((host.slots for host in self.hosts), default=self.size)
+        environment = mpirun.environment(
+            plan.mpirun, per_host, plan.cores, shm_dir, world_dir / "tmp", base, len(self.hosts) > 1
+        )
+        environment |= {**guard.to_environment(), EPOCH_VARIABLE: str(self.epoch)}
+        host_file = world_dir / "hosts" if self.hosts else None
+        if host_file is not None:
+            host_file.write_text("".join(f"{host.name} slots={host.slots}\n" for host in self.hosts))
         command = [*plan.guard_command, "--epoch", str(self.epoch), "--spare", self.spare.value, "--"]
         command += [*plan.rank_command, "--epoch", str(self.epoch)]
         if kv_blocks:
             command += ["--kv-cache-blocks", str(kv_blocks)]
         with self._mpirun_log.open("ab") as log:
             self._process = subprocess.Popen(
-                mpirun.argv(plan.mpirun, self.size, command),
-                env={**environment, **guard.to_environment(), EPOCH_VARIABLE: str(self.epoch)},
+                mpirun.argv(plan.mpirun, self.size, command, host_file, environment),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -148,6 +162,7 @@ class World:
         self._process = AdoptedProcess(mpirun)
         self.mpirun = mpirun
         self.is_adopted = True
+        self._adoption_wait_s = adoption_wait_s()
 
     def promote(self, now: float) -> None:
         """The spare's turn has come: every rank, parked or still on its way there, goes on and serves."""
@@ -178,8 +193,12 @@ class World:
             return
         watch.identity = identity  # another one after each new connection
         watch.last_beat_at = now
+        if watch.is_remote and self.state is WorldState.DYING:  # the order was lost on its way
+            self._link.send(identity, Kill(epoch=self.epoch))
         if isinstance(message, Beat):
             watch.beat = message
+            if watch.is_remote and self.state is not WorldState.DYING:
+                self._link.send(identity, Lease(epoch=self.epoch, sent_s=message.sent_s))
         elif isinstance(message, FaultReport):
             self.faults.append(
                 WorldFault(
@@ -217,6 +236,9 @@ class World:
         if fault := self._find_fault(now):
             if fault not in self.faults:
                 self.faults.append(fault)
+            return fault
+        if len(self.ranks) == self.size and (fault := find_misplaced(self.hosts, self.ranks)) is not None:
+            self.faults.append(fault)
             return fault
         phases = [watch.phase for watch in self.ranks.values()]
         ready = len(phases) == self.size and all(phase in (Phase.IDLE, Phase.STEPPING) for phase in phases)
@@ -306,6 +328,12 @@ class World:
         if left:
             for process in left:
                 kill(process)
+            return False
+        if not all(watch.is_fenced(now) for watch in self.ranks.values()):
+            return False
+        # A guard that nobody has heard of since its supervisor ended waits for the next one, and no longer.
+        unheard = self.hosts and self.is_adopted and len(self.ranks) < self.size
+        if unheard and now < self.times.started + self._adoption_wait_s + FENCE_MARGIN_S:
             return False
         self._run_dir.remove_world_files(self.epoch)
         self.state = WorldState.DEAD

@@ -80,9 +80,37 @@ def _flavor(answer: str) -> Flavor:
 _ROOT_CONSENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
-def argv(mpirun: Mpirun, ranks: int, command: Sequence[str]) -> list[str]:
-    """The command line that starts `command` once for each rank of this host."""
+_TO_OTHER_HOSTS = (
+    "PHALANX_",
+    "PYTHON",
+    "OMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "NUMEXPR_",
+    "GOMP_",
+    "HF_",
+    "CUDA_",
+    "NCCL_",
+)
+"""Beginnings of the variables that ranks on other hosts are given; Open MPI adds its own ones."""
+
+
+def argv(
+    mpirun: Mpirun,
+    ranks: int,
+    command: Sequence[str],
+    host_file: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> list[str]:
+    """The command line that starts `command` once for each rank: on this host, or on those of `host_file`, in its
+    order. Of the `variables` for other hosts only the names stand here: their values travel on the connections of
+    MPI's own daemons."""
     count = [str(mpirun.path), "-n", str(ranks)]
+    if host_file is not None:
+        # Named here, since Open MPI 5 ignores the variable that some launchers set, and then starts all ranks here.
+        placing = ["--hostfile", str(host_file), "--map-by", "slot", "--bind-to", "none"]
+        names = sorted(name for name in variables or {} if name.startswith(_TO_OTHER_HOSTS))
+        return [*count, *placing, *(part for name in names for part in ("-x", name)), *command]
     if mpirun.flavor is Flavor.OPEN_MPI:
         # Binding is left to the kernel: worlds share their host with the front and with each other.
         return [*count, "--bind-to", "none", "--oversubscribe", *command]
@@ -96,11 +124,13 @@ def environment(
     shm_dir: Path,
     session_dir: Path,
     base: Mapping[str, str],
+    several_hosts: bool = False,
 ) -> dict[str, str]:
     """What `mpirun` and all it starts find in their environment, on top of `base`.
 
     What the user has set stays, except for the two folders: `shm_dir` for the segments of shared memory and
-    `session_dir` for temporary files are the world's own, so that they can be removed whole.
+    `session_dir` for temporary files are the world's own, so that they can be removed whole. `ranks` are those of
+    one host.
     """
     variables = dict(base)
     threads = str(max(1, cores // ranks))
@@ -116,7 +146,11 @@ def environment(
         variables.update(_ROOT_CONSENT)
         # One host: skipping the search for networks makes MPI_Init three times as fast.
         variables.setdefault("OMPI_MCA_pml", "ob1")
-        variables.setdefault("OMPI_MCA_btl", "self,sm")
+        variables.setdefault("OMPI_MCA_btl", "self,sm,tcp" if several_hosts else "self,sm")
+        if several_hosts:
+            # Else mpirun would take the end of a host for minutes of silence; the guards see it in one second.
+            for name, value in (("time", "1"), ("intvl", "1"), ("probes", "2")):
+                variables.setdefault(f"PRTE_MCA_oob_tcp_keepalive_{name}", value)
         variables["OMPI_MCA_btl_sm_backing_directory"] = str(shm_dir)
         if ranks >= cores:
             # Without it a waiting rank spins on the core that the awaited one, or the front, needs.

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,35 @@ class Deployment:
     """One supervisor with its worlds, seen through the table that the front is sent."""
 
     def __init__(
-        self, run_dir: Path, behaviour: str = "", spare: str = "none", tp: int = TP, wait_s: float = 60.0
+        self,
+        run_dir: Path,
+        behaviour: str = "",
+        spare: str = "none",
+        tp: int = TP,
+        wait_s: float = 60.0,
+        hosts: str = "",
+        prefix: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
-        """`wait_s`: how long guards and front wait for another supervisor after the end of this one."""
+        """`wait_s`: how long guards and front wait for another supervisor after the end of this one. `prefix`: of
+        the command, which it must become (exec)."""
         self.run_dir = run_dir
         self.errors = run_dir.parent / f"{run_dir.name}.stderr"
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.recovery.small_world.deployment", str(run_dir), str(tp), spare],
+                [
+                    *(*prefix, sys.executable, "-m", "tests.recovery.small_world.deployment"),
+                    *(str(run_dir), str(tp), spare, hosts),
+                ],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "SMALL_WORLD": behaviour, ADOPTION_WAIT_VARIABLE: str(wait_s)},
+                env={
+                    **os.environ,
+                    "SMALL_WORLD": behaviour,
+                    ADOPTION_WAIT_VARIABLE: str(wait_s),
+                    **(variables or {}),
+                },
             )
         assert self.process.stdout is not None
         self.has_started = self.process.stdout.readline() == "started\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 from launcher.adoption import RecordKeeper, find, receive_listener
 from launcher.children import child_environment, python_module
 from launcher.errors import LauncherError
+from launcher.hosts import Host, address_towards, parse_hosts
 from launcher.launchers.mpirun import find_mpirun
 from launcher.logs import EventLog
 from launcher.run_dir import RunDir
@@ -18,7 +19,7 @@ from launcher.watch import SpareKind, adopt_orphans
 from launcher.world_records import WorldPlan
 
 
-def main(path: Path, tp: int, spare: SpareKind) -> int:
+def main(path: Path, tp: int, spare: SpareKind, hosts: tuple[Host, ...]) -> int:
     adopt_orphans()
     log = EventLog()
     log.to_stderr()
@@ -41,6 +42,8 @@ def main(path: Path, tp: int, spare: SpareKind) -> int:
         rank_command=python_module("tests.recovery.small_world.rank"),
         guard_command=python_module("launcher.guard"),
         served_model_name="small",
+        hosts=hosts,
+        remote_endpoint=f"tcp://{address_towards(hosts)}:*" if hosts else "",
     )
     front = [*python_module("tests.recovery.small_world.front"), f"ipc://{run_dir.control_socket}", str(path)]
     front.append(str(listener.fileno()))
@@ -70,4 +73,5 @@ def main(path: Path, tp: int, spare: SpareKind) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), SpareKind((*sys.argv, "none")[3])))
+    path, tp, spare, hosts = [*sys.argv[1:], *("2", "none", "")[len(sys.argv) - 2 :]]
+    sys.exit(main(Path(path), int(tp), SpareKind(spare), parse_hosts(hosts)))

@@ -1,0 +1,48 @@
+"""Process 1 of a "host" of the tests (see namespaces): starts what the launch agent asks for over the network, as an
+sshd would. `host_agent NAME`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+PORT = 2222
+
+
+def run(link: socket.socket) -> None:
+    """One command: its output back to the asker, then its exit code after a zero byte."""
+    with link, link.makefile("r") as lines:
+        command = json.loads(lines.readline())
+        process = subprocess.Popen(
+            ["sh", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")},
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            link.sendall(line)
+        link.sendall(b"\0%d\n" % process.wait())
+
+
+def main(name: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    socket.sethostname(name)
+    server = socket.create_server(("0.0.0.0", PORT))
+    print("up", flush=True)
+    while True:
+        link, _ = server.accept()
+        threading.Thread(target=run, args=(link,), daemon=True).start()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

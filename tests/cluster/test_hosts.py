@@ -1,0 +1,188 @@
+"""Worlds over several hosts that die, are cut off and come back: real mpirun, guards and supervisor around small
+ranks (see small_world), on the hosts of namespaces."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launcher.leases import LEASE_S
+from launcher.processes import environment_of
+from launcher.run_dir import EPOCH_VARIABLE, RUN_ID_VARIABLE
+from tests.cluster.namespaces import Cluster, cluster, why_not
+from tests.recovery.run_processes import of_run
+from tests.recovery.small_world.deployed import Deployment, wait_gone
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+FENCED_AFTER_S = 1.5
+"""A silent cut is found out and the rank behind it dead after so long, on a machine at rest; tests allow for more."""
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Cluster]:
+    with cluster(3, tmp_path) as three:
+        yield three
+
+
+Begin = Callable[..., Deployment]
+
+
+@pytest.fixture
+def begin(tmp_path: Path, hosts: Cluster) -> Iterator[Begin]:
+    started: list[Deployment] = []
+
+    def start(slots: str, **more: Any) -> Deployment:
+        names = ",".join(f"{name}:{count}" for name, count in zip(hosts.names, slots, strict=False))
+        deployment = Deployment(
+            tmp_path / "run", hosts=names, prefix=hosts.prefix, variables=hosts.variables, **more
+        )
+        started.append(deployment)
+        assert deployment.has_started, deployment.errors.read_text()
+        return deployment
+
+    yield start
+    for deployment in started:
+        if deployment.process.poll() is None:
+            deployment.stop()
+
+
+def names(world: dict[str, Any]) -> list[str]:
+    return [rank["host"] for rank in world["ranks"]][1:]
+
+
+def remote(hosts: Cluster, host: int, deployment: Deployment, what: str) -> list[psutil.Process]:
+    """Processes of this deployment on another host whose command line has this in it."""
+    return [process for process in hosts.processes(host) if any(what in part for part in process.cmdline())]
+
+
+RANK, GUARD, DAEMON = "small_world.rank", "launcher.guard", "prted"
+
+
+def epochs_alive(deployment: Deployment) -> set[str]:
+    """Of the ranks that live, on any host."""
+    return {
+        environment_of(process.pid).get(EPOCH_VARIABLE, "")
+        for process in psutil.process_iter()
+        if environment_of(process.pid).get(RUN_ID_VARIABLE) == deployment.run_id
+        and any(RANK in part for part in process.cmdline())
+        and not any(GUARD in part for part in process.cmdline())
+    }
+
+
+def check_end(hosts: Cluster, deployment: Deployment) -> None:
+    assert deployment.stop() == 0
+    assert wait_gone(of_run(deployment.run_id), 10.0) == []
+    assert deployment.shm_folders() == []
+    for host in range(2, len(hosts.names) + 1):
+        assert remote(hosts, host, deployment, GUARD) == []
+
+
+def test_remote_rank_that_is_killed(hosts: Cluster, begin: Begin) -> None:
+    deployment = begin("11")
+    deployment.wait_ready()
+    world = deployment.wait_active()
+    assert names(world) == ["host2"]
+    for process in remote(hosts, 2, deployment, GUARD) + of_run(deployment.run_id):
+        line = " ".join(process.cmdline())
+        secrets = [
+            v for n, v in environment_of(process.pid).items() if n.endswith(("SECRET_KEY", "PUBLIC_KEY"))
+        ]
+        assert not [secret for secret in secrets if secret in line]
+    for process in remote(hosts, 2, deployment, RANK):
+        if GUARD not in " ".join(process.cmdline()):
+            process.kill()
+    after = deployment.wait_active(above=world["epoch"])
+    fault = deployment.table()["faults"][0]
+    assert (fault["kind"], fault["rank"], fault["host"]) == ("killed", 1, "host2"), fault
+    assert names(after) == ["host2"] and epochs_alive(deployment) == {str(after["epoch"])}
+    check_end(hosts, deployment)
+
+
+def test_silent_cut_and_the_host_that_is_left(hosts: Cluster, begin: Begin) -> None:
+    """The rank behind the cut is dead before the next world starts, and the third host takes its place."""
+    deployment = begin("111")
+    deployment.wait_ready()
+    world = deployment.wait_active()
+    behind = remote(hosts, 2, deployment, RANK)
+    began = time.monotonic()
+    hosts.cut(2)
+    assert wait_gone(behind, 10.0) == []
+    fenced_s = time.monotonic() - began
+    after = deployment.wait_active(above=world["epoch"])
+    served_s = time.monotonic() - began
+    print(f"fenced after {fenced_s:.2f} s, served again after {served_s:.2f} s")
+    assert names(after) == ["host3"]
+    fault = deployment.table()["faults"][-1]
+    assert (fault["kind"], fault["rank"], fault["host"]) == ("lost", 1, "host2"), fault
+    assert 0.9 < fault["detect_s"] < 3 * FENCED_AFTER_S and LEASE_S / 2 < fenced_s < 4 * FENCED_AFTER_S
+    assert epochs_alive(deployment) == {str(after["epoch"])}
+    hosts.heal(2)
+    time.sleep(2.0)
+    assert deployment.wait_active()["epoch"] == after["epoch"]
+    assert epochs_alive(deployment) == {str(after["epoch"])}
+    check_end(hosts, deployment)
+
+
+@pytest.mark.parametrize(
+    "cut", [{"towards": True, "back": False}, {"towards": False, "back": True}], ids=["towards", "back"]
+)
+def test_one_way_cut_and_heal(hosts: Cluster, begin: Begin, cut: dict[str, bool]) -> None:
+    """With no other host the next world comes when the network is back, and nothing of the old one does."""
+    deployment = begin("11")
+    deployment.wait_ready()
+    world = deployment.wait_active()
+    behind = remote(hosts, 2, deployment, RANK)
+    hosts.cut(2, **cut)
+    assert wait_gone(behind, 10.0) == []
+    time.sleep(8.0)  # for some starts that fail
+    assert deployment.process.poll() is None, deployment.errors.read_text()
+    hosts.heal(2)
+    after = deployment.wait_active(above=world["epoch"], timeout_s=60.0)
+    assert names(after) == ["host2"] and epochs_alive(deployment) == {str(after["epoch"])}
+    faults = deployment.table()["faults"]
+    assert faults[-1]["kind"] == "lost", faults[-1]
+    check_end(hosts, deployment)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_daemon_of_mpi(hosts: Cluster, begin: Begin, number: int) -> None:
+    """A killed daemon takes its ranks with it; a stopped one harms nothing until the world has to end."""
+    deployment = begin("11")
+    deployment.wait_ready()
+    world = deployment.wait_active()
+    for daemon in remote(hosts, 2, deployment, DAEMON):
+        os.kill(daemon.pid, number)
+    if number == signal.SIGSTOP:
+        time.sleep(3.0)
+        assert deployment.wait_active()["epoch"] == world["epoch"] and not deployment.table()["faults"]
+        os.kill(deployment.table()["worlds"][0]["ranks"][0]["pid"], signal.SIGKILL)
+    after = deployment.wait_active(above=world["epoch"], timeout_s=60.0)
+    assert names(after) == ["host2"] and epochs_alive(deployment) == {str(after["epoch"])}
+    check_end(hosts, deployment)
+
+
+def test_supervisor_that_is_killed(hosts: Cluster, begin: Begin) -> None:
+    """Its closed connections tell the guards of other hosts to wait; the next one takes them over."""
+    first = begin("11")
+    first.wait_ready()
+    world = first.wait_active()
+    first.kill_supervisor()
+    time.sleep(3 * LEASE_S)
+    assert epochs_alive(first) == {str(world["epoch"])}
+    second = begin("11")
+    assert second.wait_ready() == world["epoch"]
+    behind = remote(hosts, 2, second, RANK)
+    hosts.cut(2)
+    assert wait_gone(behind, 10.0) == []
+    hosts.heal(2)
+    after = second.wait_active(above=world["epoch"], timeout_s=60.0)
+    assert names(after) == ["host2"]
+    check_end(hosts, second)

@@ -1,0 +1,93 @@
+"""`--hosts`, which hosts a world gets, and whether it runs where it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import SettingsError
+from launcher.hosts import LOST_FOR_S, Host, HostPool, check_slots, host_of, parse_hosts
+from launcher.launchers.mpirun import Flavor, Mpirun, argv, environment
+from launcher.placement import find_misplaced
+from launcher.processes import host_id
+from launcher.watch import EXIT_CONFIG, GuardHello
+from launcher.world_records import RankWatch
+
+A, B, C = Host("a", 2), Host("b", 1), Host("c", 4)
+
+
+@pytest.mark.parametrize(
+    "text", ["a:2,b,c:4", "a slots=2\nb\n\n# spare\nc   slots = 4 # big\n", "a:2\nb:1\nc:3\nc:1\n"]
+)
+def test_every_way_to_name_hosts(text: str, tmp_path: Path) -> None:
+    if "\n" in text:
+        (tmp_path / "hosts").write_text(text)
+        text = str(tmp_path / "hosts")
+    assert parse_hosts(text) == (A, B, C)
+
+
+def test_no_hosts_is_this_machine_alone() -> None:
+    assert parse_hosts("") == ()
+    check_slots((), 99)
+
+
+@pytest.mark.parametrize("text", ["a:two", "a:1:2", ",", "a slots"])
+def test_what_cannot_be_read(text: str) -> None:
+    with pytest.raises(SettingsError, match="--hosts"):
+        parse_hosts(text)
+
+
+def test_too_few_slots() -> None:
+    check_slots((A, B), 3)
+    with pytest.raises(SettingsError, match="3 slots, but tp \\* pp are 4"):
+        check_slots((A, B), 4)
+
+
+def test_lost_hosts_come_last_for_a_while() -> None:
+    pool = HostPool((A, B, C))
+    assert pool.choose(3, 0.0) == (A, B)
+    assert pool.choose(1, 0.0) == (Host("a", 1),)
+    pool.on_lost("b", 10.0)
+    assert pool.choose(3, 10.0) == (A, Host("c", 1))
+    assert pool.choose(7, 10.0) == (A, C, B), "it is needed"
+    assert pool.choose(3, 10.0 + LOST_FOR_S) == (A, B)
+    pool.on_lost("a", 10.0)
+    assert pool.choose(3, 11.0)[0] == A, "rank 0 stays beside the supervisor"
+
+
+def test_slots_are_filled_in_order() -> None:
+    assert [host_of((A, B, C), rank) for rank in range(5)] == ["a", "a", "b", "c", "c"]
+
+
+def ranks(*machines: str) -> dict[int, RankWatch]:
+    return {
+        rank: RankWatch(GuardHello(1, rank, f"name-{machine}", machine, 1, 1, 1, 1), b"", 0.0)
+        for rank, machine in enumerate(machines)
+    }
+
+
+def test_where_ranks_should_be() -> None:
+    here = host_id()
+    assert find_misplaced((), ranks("x", "y")) is None
+    assert find_misplaced((A, B), ranks(here, here, "y")) is None
+
+
+@pytest.mark.parametrize(
+    "machines", [(True, True, True), (True, "y", "y"), (True, "y", "z"), ("y", "y", "z")]
+)
+def test_ranks_in_the_wrong_place_are_one_clear_message(machines: tuple[object, ...]) -> None:
+    fault = find_misplaced((A, B), ranks(*(host_id() if m is True else str(m) for m in machines)))
+    assert fault is not None and fault.exit_code == EXIT_CONFIG
+    assert "--hosts" in fault.detail
+
+
+def test_mpirun_over_hosts_shows_no_value() -> None:
+    mpirun = Mpirun(Path("/bin/mpirun"), Flavor.OPEN_MPI, "")
+    variables = {"PHALANX_GUARD_SECRET_KEY": "hidden", "PATH": "/bin", "OMP_NUM_THREADS": "2"}
+    command = argv(mpirun, 3, ["guard"], Path("/run/hosts"), variables)
+    assert command[3:5] == ["--hostfile", "/run/hosts"] and command[-1] == "guard"
+    assert command[-5:-1] == ["-x", "OMP_NUM_THREADS", "-x", "PHALANX_GUARD_SECRET_KEY"]
+    assert "hidden" not in " ".join(command)
+    made = environment(mpirun, 1, 4, Path("/dev/shm/w"), Path("/tmp/w"), {}, several_hosts=True)
+    assert made["OMPI_MCA_btl"] == "self,sm,tcp" and made["PRTE_MCA_oob_tcp_keepalive_probes"] == "2"
