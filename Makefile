@@ -50,6 +50,7 @@ test-all: test
 	$(BIN)/python -m tests.world.run --gemma3
 	$(BIN)/python -m pytest -m 'not slow' tests/api tests/recovery $(addprefix --ignore=,$(QUICK_API) $(QUICK_RECOVERY))
 	$(BIN)/python -m pytest -m slow tests/unit tests/api tests/recovery
+	$(BIN)/python -m pytest tests/cluster
 
 lint: $(READY_TEST)
 	$(BIN)/ruff check .

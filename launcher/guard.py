@@ -22,6 +22,7 @@ from pathlib import Path
 
 import zmq
 
+from launcher.freezer import CgroupFreezer
 from launcher.guard_environment import PREFIX, GuardEnvironment, rank_of_environment
 from launcher.hangs import HangWatch
 from launcher.life_lock import LifeLock
@@ -65,6 +66,8 @@ PARKED_INTERVAL_S = 0.25
 """Nobody waits for the rank of a spare; its end wakes the guard at once all the same."""
 MEMORY_INTERVAL_S = 30.0
 """How often the memory of a parked rank is measured, which takes milliseconds."""
+FREEZER_INTERVAL_S = 0.25
+"""How often the freezer of the rank's cgroup is looked at."""
 FROZEN_AFTER_S = 0.45
 """A rank stopped for less goes on as if nothing had been (a debugger, a checkpoint, a busy cgroup)."""
 ORDER_WAIT_S = 5.0
@@ -95,6 +98,8 @@ class Guard:
         self._stack_path = environment.world_dir / f"rank-{rank}.stacks"
         self._mpirun = os.getppid()
         self._stopped_since: float | None = None
+        self._cgroup_frozen = False
+        self._cgroup_at = 0.0
         self._report: FaultReport | None = None
         """What was reported of the rank's fault, once it was."""
         self._life: LifeLock | None = None
@@ -128,6 +133,7 @@ class Guard:
         assert rank_id is not None  # it is not reaped yet
         self._rank_id = rank_id
         self._state = StateReader(self._process.pid)
+        self._freezer = CgroupFreezer(self._process.pid)
         try:
             with zmq.Context() as context, self._connect(context) as link:
                 self._link = link
@@ -279,7 +285,10 @@ class Guard:
         """Beats, and reports a rank that has been stopped or silent for too long."""
         self._watch_life()
         state = self._state.read()
-        if state not in "Tt":
+        if now - self._cgroup_at >= FREEZER_INTERVAL_S:
+            self._cgroup_at = now
+            self._cgroup_frozen = self._freezer.is_frozen()
+        if state not in "Tt" and not self._cgroup_frozen:
             self._stopped_since = None
         elif self._stopped_since is None:
             self._stopped_since = now
@@ -288,7 +297,8 @@ class Guard:
             stopped_s = now - self._stopped_since
             if stopped_s > FROZEN_AFTER_S and self._report is None:
                 doing = describe_progress(self._page.read())
-                detail = f"rank {self.rank} has been stopped for {stopped_s:.2f} s while {doing}"
+                how = "frozen by its cgroup" if self._cgroup_frozen else "stopped"
+                detail = f"rank {self.rank} has been {how} for {stopped_s:.2f} s while {doing}"
                 self._tell_fault("frozen", detail, None, stopped_s)
         progress = self._page.read()
         hung_s = self._hangs.check(progress, now, late_s)

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 
 from gateway.protocol import RankEntry, WorldEntry
+from launcher.freezer import CgroupFreezer
 from launcher.guard_link import GuardLink
 from launcher.hosts import Host
 from launcher.launchers import mpirun
@@ -328,6 +329,9 @@ class World:
         if left:
             for process in left:
                 kill(process)
+            pids = {process.pid for process in left}
+            for pid in pids:
+                CgroupFreezer(pid).thaw(pids)  # else it would not die
             return False
         if not all(watch.is_fenced(now) for watch in self.ranks.values()):
             return False
@@ -407,11 +411,13 @@ def final_fault(faults: Iterable[WorldFault]) -> WorldFault | None:
 
 
 def _runs_here(watch: RankWatch) -> bool:
-    """Whether the guard is a process of this host that is neither dead nor stopped."""
+    """Whether the guard is a process of this host that is neither dead nor stopped nor frozen."""
     if watch.hello.host_id != host_id():
         return False
     stat = read_stat(watch.guard.pid)
-    return stat is not None and stat.start == watch.guard.start and stat.state in "RSD"
+    if stat is None or stat.start != watch.guard.start or stat.state not in "RSD":
+        return False
+    return not CgroupFreezer(stat.pid).is_frozen()
 
 
 def _describe_exit(code: int) -> str:

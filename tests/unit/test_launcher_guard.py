@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,8 +16,10 @@ import pytest
 import zmq
 
 from launcher.guard_link import GuardLink
+from launcher.leases import LEASE_S
 from launcher.processes import ProcessId, is_alive
-from launcher.watch import Beat, FaultReport, Go, GuardHello, Kill, Killed, Message, Phase
+from launcher.watch import Beat, FaultReport, Go, GuardHello, Kill, Killed, Lease, Message, Phase
+from tests.cgroups import frozen_cgroup
 
 EPOCH = 7
 ADOPTION_WAIT_S = 1.5
@@ -37,8 +40,14 @@ class Watched:
     """A guard, and the supervisor's side of its link."""
 
     def __init__(
-        self, tmp_path: Path, code: str, wrapper: list[str] | None = None, spare: str = "none"
+        self,
+        tmp_path: Path,
+        code: str,
+        wrapper: list[str] | None = None,
+        spare: str = "none",
+        remote: bool = False,
     ) -> None:
+        """`remote`: the guard takes the supervisor for one of another host."""
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.supervisor = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
         supervisor_id = ProcessId.of(self.supervisor.pid)
@@ -47,6 +56,10 @@ class Watched:
         self.shm_dir = tmp_path / "shm"
         self.shm_dir.mkdir()
         self.environment = self.link.guard_environment(tmp_path / "world", self.shm_dir, ADOPTION_WAIT_S)
+        if remote:
+            self.environment = replace(
+                self.environment, supervisor_host_id="elsewhere", remote_endpoint=self.link.endpoint
+            )
         command = [*(wrapper or []), sys.executable, "-m", "launcher.guard", "--epoch", str(EPOCH)]
         command += ["--spare", spare, "--"]
         self.guard = subprocess.Popen(
@@ -99,8 +112,10 @@ Start = Callable[..., Watched]
 def start(tmp_path: Path) -> Iterator[Start]:
     started: list[Watched] = []
 
-    def begin(code: str, wrapper: list[str] | None = None, spare: str = "none") -> Watched:
-        started.append(Watched(tmp_path, code, wrapper, spare))
+    def begin(
+        code: str, wrapper: list[str] | None = None, spare: str = "none", remote: bool = False
+    ) -> Watched:
+        started.append(Watched(tmp_path, code, wrapper, spare, remote))
         return started[-1]
 
     yield begin
@@ -211,6 +226,19 @@ def test_stopped_rank_is_frozen_and_can_be_killed(start: Start) -> None:
     assert not is_alive(watched.rank)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_rank_in_a_frozen_cgroup(start: Start, version: int) -> None:
+    with frozen_cgroup(version) as cgroup:
+        watched = start("time.sleep(100)")
+        cgroup.add(watched.rank.pid)
+        began = time.monotonic()
+        cgroup.set(True)
+        fault = watched.expect(FaultReport)
+        assert fault.kind == "frozen" and "by its cgroup" in fault.detail, fault
+        assert time.monotonic() - began < 3.0  # 0.8 s on a machine at rest
+        cgroup.set(False)
+
+
 def test_rank_stopped_for_200_ms_is_left_alone(start: Start) -> None:
     watched = start("time.sleep(100)")
     for _ in range(3):
@@ -280,6 +308,35 @@ def test_guard_is_taken_over(start: Start) -> None:
     assert not watched.gone(1.5 * ADOPTION_WAIT_S), "the wait went on after the take-over"
     kill_supervisor(watched)
     assert not watched.gone(0.5 * ADOPTION_WAIT_S) and watched.gone(), "the new supervisor was not watched"
+
+
+def answer_beats(watched: Watched, seconds: float) -> Beat:
+    """Renews the lease for some time; returns the last beat that was answered."""
+    deadline = time.monotonic() + seconds
+    while True:
+        beat = watched.expect(Beat)
+        watched.link.send(watched.identity, Lease(EPOCH, beat.sent_s))
+        if time.monotonic() > deadline:
+            return beat
+
+
+def test_guard_on_another_host_lives_by_its_lease(start: Start) -> None:
+    watched = start("time.sleep(100)", remote=True)
+    kill_supervisor(watched)  # whose process it cannot see from there
+    last = answer_beats(watched, 3 * LEASE_S)
+    assert is_alive(watched.rank)
+    assert watched.gone()
+    assert LEASE_S <= time.monotonic() - last.sent_s < LEASE_S + 2.0  # on one machine, one clock
+    assert watched.guard.wait(5) != 0 and not watched.shm_dir.exists()
+
+
+def test_closed_connection_begins_the_wait_on_another_host(start: Start) -> None:
+    watched = start("time.sleep(100)", remote=True)
+    answer_beats(watched, 0.3)
+    began = time.monotonic()
+    watched.link.close()
+    assert not watched.gone(0.8 * ADOPTION_WAIT_S), "the lease ended the rank, though the network lives"
+    assert watched.gone() and time.monotonic() - began > ADOPTION_WAIT_S
 
 
 def test_fault_without_a_supervisor_is_told_to_the_next_one(start: Start) -> None:
