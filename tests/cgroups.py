@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +20,7 @@ class Frozen:
 
     def __init__(self, version: int) -> None:
         self.version = version
-        self.folder = _mounts()[version] / f"phalanx-test-{os.getpid()}"
+        self.folder = _mounts()[version] / f"phalanx-test-{uuid.uuid4().hex[:8]}"
         self.folder.mkdir()
         self.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         self.add(self.process.pid)
@@ -46,6 +46,9 @@ class Frozen:
             self.set(False)
         self.process.kill()
         self.process.wait()
+        for pid in (self.folder / "cgroup.procs").read_text().split():
+            with contextlib.suppress(OSError):  # it ends by itself, in the cgroup that all others are in
+                (self.folder.parent / "cgroup.procs").write_text(pid)
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):

@@ -10,8 +10,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 PORT = 2222
+ended: dict[int, int] = {}
+"""How children have ended, by pid."""
 
 
 def run(link: socket.socket) -> None:
@@ -29,7 +32,19 @@ def run(link: socket.socket) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             link.sendall(line)
-        link.sendall(b"\0%d\n" % process.wait())
+        while process.pid not in ended:
+            time.sleep(0.01)
+        link.sendall(b"\0%d\n" % os.waitstatus_to_exitcode(ended.pop(process.pid)))
+
+
+def reap() -> None:
+    """Process 1 takes every orphan of its host off the process table."""
+    while True:
+        try:
+            pid, status = os.wait()
+            ended[pid] = status
+        except ChildProcessError:
+            time.sleep(0.01)
 
 
 def main(name: str) -> None:
@@ -37,6 +52,7 @@ def main(name: str) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     socket.sethostname(name)
+    threading.Thread(target=reap, daemon=True).start()
     server = socket.create_server(("0.0.0.0", PORT))
     print("up", flush=True)
     while True:
