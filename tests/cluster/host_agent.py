@@ -20,7 +20,10 @@ ended: dict[int, int] = {}
 def run(link: socket.socket) -> None:
     """One command: its output back to the asker, then its exit code after a zero byte."""
     with link, link.makefile("r") as lines:
-        command = json.loads(lines.readline())
+        asked = lines.readline()
+        if not asked:  # somebody only looked whether this host is there
+            return
+        command = json.loads(asked)
         process = subprocess.Popen(
             ["sh", "-c", command],
             stdin=subprocess.DEVNULL,

@@ -68,6 +68,19 @@ class Cluster:
         self.names = [f"10.77.{index}.2" for index in range(1, count + 1)]
         self.prefix = ["nsenter", "--net", "--target", str(self._hosts[0]), "--"]
         """Of a command that is to run on the first host."""
+        for name in self.names[1:]:
+            self._wait_reachable(name)
+
+    def _wait_reachable(self, name: str) -> None:
+        """A link takes a moment to come up."""
+        trial = f"import socket; socket.create_connection(({name!r}, 2222), 0.5).close()"
+        for _ in range(20):
+            if (
+                subprocess.run([*self.prefix, sys.executable, "-c", trial], capture_output=True).returncode
+                == 0
+            ):
+                return
+        raise AssertionError(f"{name} cannot be reached")
 
     def close(self) -> None:
         """With their last process the namespaces go, and the links with them."""

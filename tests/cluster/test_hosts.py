@@ -125,7 +125,7 @@ def test_silent_cut_and_the_host_that_is_left(hosts: Cluster, begin: Begin) -> N
     served_s = time.monotonic() - began
     print(f"fenced after {fenced_s:.2f} s, served again after {served_s:.2f} s")
     assert names(after) == ["host3"]
-    fault = deployment.table()["faults"][-1]
+    fault = next(fault for fault in deployment.table()["faults"] if fault["kind"] == "lost")
     assert (fault["kind"], fault["rank"], fault["host"]) == ("lost", 1, "host2"), fault
     assert 0.9 < fault["detect_s"] < 3 * FENCED_AFTER_S and LEASE_S / 2 < fenced_s < 4 * FENCED_AFTER_S
     assert epochs_alive(deployment) == {str(after["epoch"])}
@@ -153,7 +153,7 @@ def test_one_way_cut_and_heal(hosts: Cluster, begin: Begin, cut: dict[str, bool]
     after = deployment.wait_active(above=world["epoch"], timeout_s=60.0)
     assert names(after) == ["host2"] and epochs_alive(deployment) == {str(after["epoch"])}
     faults = deployment.table()["faults"]
-    assert faults[-1]["kind"] == "lost", faults[-1]
+    assert [fault["host"] for fault in faults if fault["kind"] == "lost"] == ["host2"], faults
     check_end(hosts, deployment)
 
 
@@ -163,11 +163,13 @@ def test_daemon_of_mpi(hosts: Cluster, begin: Begin, number: int) -> None:
     deployment = begin("11")
     deployment.wait_ready()
     world = deployment.wait_active()
+    faults = deployment.table()["faults"]  # a start may have failed on a machine that has much to do
     for daemon in remote(hosts, 2, deployment, DAEMON):
         os.kill(daemon.pid, number)
     if number == signal.SIGSTOP:
         time.sleep(3.0)
-        assert deployment.wait_active()["epoch"] == world["epoch"] and not deployment.table()["faults"]
+        assert deployment.wait_active()["epoch"] == world["epoch"]
+        assert deployment.table()["faults"] == faults
         os.kill(deployment.table()["worlds"][0]["ranks"][0]["pid"], signal.SIGKILL)
     after = deployment.wait_active(above=world["epoch"], timeout_s=60.0)
     assert names(after) == ["host2"] and epochs_alive(deployment) == {str(after["epoch"])}
