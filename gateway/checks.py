@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from gateway.grammars import problem_of
+from gateway.grammars import MAX_GRAMMAR_CHARACTERS, problem_of
 from gateway.protocol import MAX_MESSAGE_BYTES, Limits, SamplingParams, Submit
 
 MAX_LOGIT_BIAS = 1024
@@ -41,6 +41,9 @@ def check_submit(submit: Submit, limits: Limits) -> str | None:
             f"{len(submit.output_token_ids)} output tokens are given, "
             f"max_tokens {submit.params.max_tokens} leaves none to generate"
         )
+    grammar = submit.params.grammar
+    if grammar is not None and len(grammar) > MAX_GRAMMAR_CHARACTERS + 1000:
+        return f"a grammar of {len(grammar)} characters; allowed: up to {MAX_GRAMMAR_CHARACTERS}"
     largest = max(submit.output_token_ids, default=0)
     if largest >= limits.vocab_size:
         return f"token id {largest} is not in the vocabulary of {limits.vocab_size} tokens"

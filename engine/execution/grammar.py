@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llguidance
@@ -20,6 +21,11 @@ from engine.plan import StepPlan
 
 MAX_PREPARED = 32
 """Grammars that are kept beyond the sequences that have them."""
+
+
+SHORT_GRAMMAR = 4096
+COMPILE_STACK_BYTES = 256 * 1024 * 1024
+"""Memory is taken as it is used: a grammar of 5,000 rules, one in the other, takes less than 64 MiB."""
 
 
 class GrammarError(Exception):
@@ -95,11 +101,24 @@ class Grammars:
         """The grammar at its beginning, not to be changed."""
         matcher = self._prepared.get(grammar)
         if matcher is None:
-            matcher = self._prepared[grammar] = llguidance.LLMatcher(self._wait(), grammar, log_level=0)
+            matcher = self._prepared[grammar] = self._compile(grammar)
             if len(self._prepared) > MAX_PREPARED:
                 self._prepared.popitem(last=False)
         self._prepared.move_to_end(grammar)
         return matcher
+
+    def _compile(self, grammar: str) -> llguidance.LLMatcher:
+        """llguidance follows rules recursively, and an overflow of the stack would end the world: what is long
+        enough for that is compiled on a stack that suffices for every grammar that rank 0 takes."""
+        tokenizer = self._wait()
+        if len(grammar) <= SHORT_GRAMMAR:
+            return llguidance.LLMatcher(tokenizer, grammar, log_level=0)
+        before = threading.stack_size(COMPILE_STACK_BYTES)
+        try:
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(llguidance.LLMatcher, tokenizer, grammar, log_level=0).result()
+        finally:
+            threading.stack_size(before)
 
     def _build(self) -> None:
         self._tokenizer = llguidance.LLTokenizer(

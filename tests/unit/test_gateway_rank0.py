@@ -162,6 +162,7 @@ def test_the_tokens_of_a_step_travel_in_one_message(gateway: Rank0Gateway, peer:
         (Submit("a", prompt="text"), "front"),
         (submit(stop=["x"]), "front"),
         (submit(deadline_s=1.0), "front"),
+        (submit(params=SamplingParams(grammar="x" * 70_000)), "up to 65536"),
         (submit(params=SamplingParams(max_tokens=4, min_tokens=5)), "min_tokens is 5; allowed: up to 4"),
         (submit(params=SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))), "up to 1024"),
         (Submit("a", prompt_token_ids=[50]), "vocabulary"),

@@ -90,3 +90,13 @@ def test_few_grammars_are_kept(subject: Grammars) -> None:
     for number in range(2 * MAX_PREPARED):
         admit(subject, number % 4, from_regex(f"a{{{number + 1}}}"))
     assert len(subject._prepared) == MAX_PREPARED
+
+
+def test_thousands_of_rules_in_each_other_do_not_end_the_process(subject: Grammars) -> None:
+    """As a client without a front may send them: rank 0 bounds their length, and their nesting by that."""
+    rules = 5000
+    lines = ["start: r0", *(f'r{number}: "a" r{number + 1}' for number in range(rules)), f'r{rules}: "b"']
+    admit(subject, 0, "\n".join(lines))
+    logits = torch.zeros(VOCAB_SIZE)
+    subject.constrain(logits, 0)
+    assert torch.isfinite(logits).sum() == 1
