@@ -141,6 +141,8 @@ def environment(
     # shared with anything else, the spinning ones hold up those that they wait for, and decoding becomes
     # eighty times slower.
     variables.setdefault("GOMP_SPINCOUNT", "1000")
+    # Memory in pages of 2 MiB: a rank that is killed is gone in half the time, for which the next world waits.
+    variables.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     variables["TMPDIR"] = str(session_dir)
     if mpirun.flavor is Flavor.OPEN_MPI:
         variables.update(_ROOT_CONSENT)

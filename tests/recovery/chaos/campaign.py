@@ -35,10 +35,10 @@ from tests.recovery.chaos.deployment import (
     leftovers_of_world,
     spare_of,
 )
-from tests.recovery.chaos.history import Expects, History, Oracle
+from tests.recovery.chaos.history import Detection, Expects, History, Oracle
 from tests.recovery.chaos.injection import Injector, Struck
 from tests.recovery.chaos.load import Load
-from tests.recovery.chaos.schedule import OF_SPARE, Fault, draw
+from tests.recovery.chaos.schedule import OF_SPARE, Fault, Target, draw
 from tests.recovery.chaos.schedule import Deployment as Shape
 from tests.references import MODEL
 
@@ -121,6 +121,11 @@ def _legs_to_do(plan: Plan, done: Sequence[Leg]) -> Iterator[tuple[Shape, list[i
         numbers = [number for number in range(first, last + 1) if number not in finished]
         if numbers:
             yield plan.shapes[index % len(plan.shapes)], numbers
+
+
+def _is_aside(detection: Detection) -> bool:
+    """Whether it was no world that served."""
+    return detection.spare or detection.epoch is None
 
 
 def _cores() -> int:
@@ -230,13 +235,13 @@ class _Runner:
             ) is not None:
                 history.injections += second.injections
                 doomed.append(second)
+                if fault.second.target is Target.SUPERVISOR:
+                    await self._start_again(fault)
         expects = struck.injections[0].expects
         if expects is Expects.NOTHING:
             await asyncio.sleep(CALM_S)
         elif expects is Expects.NEW_SUPERVISOR:
-            await asyncio.sleep(fault.delay_s)  # meanwhile nobody watches
-            await self._deployment.start_again()
-            self._injector.served = self._deployment.served
+            await self._start_again(fault)
         elif expects is Expects.NEW_FRONT:
             await self._wait_front(struck.injections[0].at)
         else:
@@ -275,9 +280,8 @@ class _Runner:
         await self._wait_known(epochs)
         give_up_at = time.monotonic() + BOUNDS.recover_s
         while time.monotonic() < give_up_at and not self._deployment.has_ended:
-            log = self._deployment.log()
-            lost = max((event.at for event in log if event.name == "world fault"), default=0.0)
-            recovered = max((event.at for event in log if event.name == "world recovered"), default=0.0)
+            lost = max((d.at for d in self._deployment.detections() if not _is_aside(d)), default=0.0)
+            recovered = max((recovery.at for recovery in self._deployment.recoveries()), default=0.0)
             if recovered >= lost and active(await self._deployment.worlds()) is not None:
                 return
             await asyncio.sleep(POLL_S)
@@ -294,6 +298,11 @@ class _Runner:
             if epochs <= known:
                 return
             await asyncio.sleep(POLL_S)
+
+    async def _start_again(self, fault: Fault) -> None:
+        await asyncio.sleep(fault.delay_s)  # meanwhile nobody watches
+        await self._deployment.start_again()
+        self._injector.served = self._deployment.served
 
     async def _wait_front(self, since: float) -> None:
         """Until another front is there and linked to the world."""

@@ -96,7 +96,9 @@ class Deployment:
         return found
 
     def recoveries(self) -> list[Recovery]:
-        return [Recovery(e.at, e.epoch or 0) for e in self.log() if e.name == "world recovered"]
+        """A supervisor that takes over says so when a world serves, whatever it found."""
+        found = [Recovery(e.at, e.epoch or 0) for e in self.log() if e.name == "world recovered"]
+        return found + [Recovery(adoption.at, 0) for adoption in self._adoptions]
 
     async def close(self) -> None:
         await self._client.aclose()

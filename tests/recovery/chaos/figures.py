@@ -86,12 +86,14 @@ def outages(history: History, spare: str) -> list[Outage]:
         if not served:
             continue
         recovered = min(served)
-        others = [
-            other for other in faults if other is not injection and injection.at - 30 < other.at < recovered
-        ]
-        close = [other for other in others if other.at > injection.at or other.number == injection.number]
         streams = [request for request in history.requests if _under_way(request, injection.at)]
         resumed = [at for request in streams if (at := _next_sign(request, recovered)) is not None]
+        close = [
+            other
+            for other in faults
+            if other is not injection
+            and (other.number == injection.number or injection.at < other.at < max([recovered, *resumed]))
+        ]
         seconds = {"detected": max(0.0, min(detected) - injection.at), "serving": recovered - injection.at}
         if resumed:
             seconds["first token"] = min(resumed) - injection.at

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,9 @@ class Injector:
     def strike_second(self, fault: Fault, world: Table) -> Struck | None:
         """The second fault where it comes at a moment; None if the rank is not there (yet, or any more)."""
         assert fault.second is not None
+        if fault.second.target is not Target.RANK:
+            alone = replace(fault, kind=Kind.KILL, target=fault.second.target, second=None)
+            return self.strike(alone, world, None)
         for rank in world["ranks"]:
             if rank["rank"] == fault.second.rank:
                 doomed = processes_of(world)

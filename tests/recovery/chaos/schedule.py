@@ -69,11 +69,12 @@ PHASES = ("joining", "loading", "loaded")
 
 @dataclass(frozen=True)
 class Second:
-    """A fault during the recovery from another: the next world's rank dies, too."""
+    """A fault during the recovery from another: a rank of the next world dies, too, or front or supervisor."""
 
+    target: Target
     rank: int
     phase: str | None
-    """As it enters this phase; None: after `delay_s`, wherever it is."""
+    """As the rank enters this phase; None: after `delay_s`, wherever it is."""
     delay_s: float
 
 
@@ -101,7 +102,9 @@ class Fault:
         text += ", in prefill" if self.prefill else ""
         if self.second is not None:
             where = f"in {self.second.phase}" if self.second.phase else f"after {self.second.delay_s:.1f} s"
-            text += f", then rank {self.second.rank} of the next world {where}"
+            is_rank = self.second.target is Target.RANK
+            whom = f"rank {self.second.rank} of the next world" if is_rank else self.second.target.value
+            text += f", then {whom} {where}"
         return text
 
 
@@ -159,7 +162,7 @@ _OF_SPARE: list[tuple[Kind, Target, int]] = [
     (Kind.KILL, Target.BOTH_WORLDS, 3),
     (Kind.SHORT_STOP, Target.SPARE_RANK, 1),
 ]
-_HAVE_SECOND = 0.12
+_HAVE_SECOND = 0.16
 """Share of the faults of a world that are followed by another during the recovery."""
 
 
@@ -180,7 +183,8 @@ def draw(seed: int, number: int, deployment: Deployment) -> Fault:
     second_rank, phase = dice.randrange(deployment.size), dice.choice((None, None, *PHASES))
     second_delay_s = dice.uniform(0.0, 1.5)
     if dice.random() < _HAVE_SECOND and ends_world:
-        second = Second(second_rank, phase, second_delay_s)
+        whom = dice.choice((Target.RANK, Target.RANK, Target.RANK, *OUTSIDE_WORLDS))
+        second = Second(whom, second_rank, phase if whom is Target.RANK else None, second_delay_s)
     return Fault(
         number=number,
         kind=kind,
