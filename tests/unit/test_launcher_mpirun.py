@@ -25,6 +25,12 @@ def test_argv() -> None:
     assert argv(MPICH, 3, ["python"]) == ["/bin/mpirun", "-n", "3", "python"]
 
 
+def test_huge_pages_unless_the_user_tunes() -> None:
+    assert make(OPEN_MPI, 2, 8)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    own = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}
+    assert make(OPEN_MPI, 2, 8, own)["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=1"
+
+
 @pytest.mark.parametrize(("ranks", "cores", "threads"), [(1, 8, "8"), (2, 8, "4"), (3, 8, "2"), (4, 2, "1")])
 def test_threads_share_the_cores(ranks: int, cores: int, threads: str) -> None:
     assert make(OPEN_MPI, ranks, cores)["OMP_NUM_THREADS"] == threads
