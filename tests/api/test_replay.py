@@ -78,3 +78,37 @@ def test_a_killed_rank_does_not_show(tmp_path: Path, rank: int) -> None:
         scored = {"prompt": text[:80], "max_tokens": 1, "echo": True, "logprobs": 0, "temperature": 0}
         answer = api.completions.create(model=MODEL, **scored)  # type: ignore[call-overload]
         assert len(answer.choices[0].logprobs.tokens) == answer.usage.total_tokens
+
+
+def three_poems(api: openai.OpenAI, kill: int | None = None) -> tuple[list[str], list[str | None]]:
+    """The texts of three seeded choices and how each ended; the process `kill` is killed while all three run."""
+    stream = api.completions.create(
+        model=MODEL,
+        prompt="The sea is",
+        n=3,
+        seed=11,
+        temperature=0.8,
+        max_tokens=120,
+        stop=["\n\n", ". The "],
+        stream=True,
+        extra_body={"min_tokens": 40},
+    )
+    texts, ends = [""] * 3, [None] * 3
+    for number, chunk in enumerate(stream):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            ends[choice.index] = choice.finish_reason or ends[choice.index]
+        if number == 45 and kill is not None:
+            os.kill(kill, signal.SIGKILL)
+    return texts, ends
+
+
+def test_choices_and_their_stop_strings_go_on(tmp_path: Path) -> None:
+    flags = ("--tp", "2", "--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory", "128MiB")
+    with Served(MODEL, tmp_path, *flags) as served:
+        api = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120)
+        undisturbed = three_poems(api)
+        assert len(set(undisturbed[0])) == 3 and None not in undisturbed[1]
+        world = served.active_world()
+        assert three_poems(api, kill=world["ranks"][1]["pid"]) == undisturbed
+        assert served.active_world(above=world["epoch"])["epoch"] > world["epoch"]
