@@ -7,6 +7,7 @@ and has so many steps and characters. Called by text.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -46,17 +47,25 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise ModelFilesError(f"the chat template does not compile: {error}") from None
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
-        """The prompt of a conversation. Raises ChatTemplateError."""
+    def render(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt of a conversation. `variables`: what else the template may read, plain JSON types only; they
+        replace nothing that is the template's anyway. Raises ChatTemplateError."""
+        names = {
+            **(variables or {}),
+            **self._special_tokens,
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
             with limited():
-                parts = self._template.generate(
-                    messages=messages,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    **self._special_tokens,
-                )
+                parts = self._template.generate(names)
                 return bounded_join(parts)
         except (
             jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,22 @@ class TextModel:
         """The text of a whole sequence, without special tokens."""
         return str(self._tokenizer.decode(list(token_ids)))
 
-    def encode_chat(self, messages: list[Message], *, at_most: int | None = None) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer. Raises ChatTemplateError, and what
-        `encode` raises.
+    def encode_chat(
+        self,
+        messages: list[Message],
+        *,
+        at_most: int | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer unless told otherwise; `variables` are for
+        the template. Raises ChatTemplateError, and what `encode` raises.
 
         The template writes its special tokens itself, so that none are added."""
         if self.chat_template is None:
             raise ModelFilesError("this model has no chat template; use /v1/completions")
-        return self.encode(self.chat_template.render(messages), add_special_tokens=False, at_most=at_most)
+        text = self.chat_template.render(messages, add_generation_prompt, variables)
+        return self.encode(text, add_special_tokens=False, at_most=at_most)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for by itself; of a special token its name. Empty for an id that the tokenizer

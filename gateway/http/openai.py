@@ -94,7 +94,14 @@ class OpenAI:
         limits = await self.limits(deadline)
         size = sum(len(message["content"]) for message in messages)
         prompt = await self._encode(
-            size, "messages", lambda: self.text.encode_chat(messages, at_most=limits.max_model_len)
+            size,
+            "messages",
+            lambda: self.text.encode_chat(
+                messages,
+                at_most=limits.max_model_len,
+                add_generation_prompt=request.add_generation_prompt is not False,
+                variables=request.chat_template_kwargs,
+            ),
         )
         if limit is None:
             limit = max(1, min(limits.max_model_len, limits.kv_cache_tokens) - len(prompt))

@@ -53,6 +53,18 @@ class CommonRequest(StructuredFields, kw_only=True):
     priority: int | None = None
     timeout: float | None = None
     prompt_logprobs: int | None = None
+    allowed_token_ids: Any = None
+    custom_logit_processor: Any = None
+    include_stop_str_in_output: Any = None
+    logits_processors: Any = None
+    lora_path: Any = None
+    no_stop_trim: Any = None
+    return_token_ids: Any = None
+    return_tokens_as_token_ids: Any = None
+    skip_special_tokens: Any = None
+    truncate_prompt_tokens: Any = None
+    typical_p: Any = None
+    use_beam_search: Any = None
 
 
 class ContentPart(Struct):
@@ -73,6 +85,11 @@ class ChatRequest(CommonRequest, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: Any = None
+    continue_final_message: Any = None
+    documents: Any = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None
@@ -88,6 +105,7 @@ class CompletionRequest(CommonRequest, kw_only=True):
     echo: bool | None = None
     best_of: int | None = None
     suffix: Any = None
+    add_special_tokens: Any = None
 
 
 # What each unserved field may be without asking for anything, besides null.
@@ -100,6 +118,23 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "web_search_options": (),
     "suffix": ("",),
+    # Of vLLM and SGLang: what asks for other tokens or another text than the answer would have without it.
+    "add_special_tokens": (True,),
+    "allowed_token_ids": (),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "custom_logit_processor": (),
+    "documents": ([],),
+    "include_stop_str_in_output": (False,),
+    "logits_processors": ([],),
+    "lora_path": (),
+    "no_stop_trim": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "typical_p": (1.0,),
+    "use_beam_search": (False,),
 }
 
 _Request = TypeVar("_Request", bound=CommonRequest)

@@ -1,5 +1,5 @@
 """Structured output as clients ask for it: OpenAI's `response_format`, vLLM's `structured_outputs` and the older
-`guided_*` fields, turned into one grammar.
+`guided_*` fields, SGLang's `json_schema`, `regex` and `ebnf`, turned into one grammar.
 
 Used by the OpenAI endpoints before a request is taken on.
 """
@@ -51,6 +51,9 @@ class StructuredFields(Struct, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Constraint:
 
 def constraint(request: StructuredFields) -> Constraint | None:
     """The one constraint of a request; None if it has none. Raises ApiError."""
-    found = [*_response_format(request), *_structured_outputs(request), *_guided(request)]
+    found = [*_response_format(request), *_structured_outputs(request), *_guided(request), *_sglang(request)]
     if len(found) > 1:
         names = ", ".join(entry.param for entry in found)
         raise ApiError(400, f"{names} exclude each other; give one of them", param=found[1].param)
@@ -125,6 +128,15 @@ def _guided(request: StructuredFields) -> list[Constraint]:
         request.guided_grammar,
         request.guided_whitespace_pattern,
     )
+
+
+def _sglang(request: StructuredFields) -> list[Constraint]:
+    found = _of_kinds("", None, request.regex, None, None, None)
+    if request.json_schema is not None:
+        found.append(_json("json_schema", request.json_schema))
+    if (grammar := request.ebnf) is not None:
+        found.append(Constraint("ebnf", lambda: grammars.from_grammar(grammar)))
+    return found
 
 
 def _of_kinds(

@@ -108,6 +108,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EchoCluster]:
         {"guided_regex": "a+"},
         {"guided_choice": ["a", "b"]},
         {"guided_grammar": 'root ::= "a"'},
+        {"json_schema": json.dumps(POINT)},
+        {"regex": "a+"},
+        {"ebnf": 'root ::= "a"'},
     ],
 )
 def test_every_way_of_asking(cluster: EchoCluster, fields: dict[str, object]) -> None:
@@ -167,6 +170,7 @@ def schema(content: object) -> dict[str, object]:
             "guided_regex, guided_choice exclude each other",
         ),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex", "exclude"),
+        ({"guided_choice": ["a"], "regex": "a"}, "regex", "guided_choice, regex exclude each other"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(

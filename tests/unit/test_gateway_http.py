@@ -271,6 +271,12 @@ def test_bad_requests_are_told_what_is_allowed(
         {"n": None, "stop": None, "seed": None, "temperature": None, "top_p": None, "top_k": None},
         {"stream": None, "stream_options": None, "max_tokens": 5, "stop_token_ids": None},
         {"user": "me", "metadata": {"a": "b"}, "store": False, "reasoning_effort": "low"},
+        {
+            "skip_special_tokens": True,
+            "add_generation_prompt": True,
+            "use_beam_search": False,
+            "typical_p": 1,
+        },
         {"top_k": -1, "seed": -5, "something_new": {"deep": [1, 2]}},
     ],
 )

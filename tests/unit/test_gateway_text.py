@@ -100,6 +100,18 @@ def test_a_conversation_is_encoded_with_the_template_s_special_tokens(folder: Pa
     assert text.decode(token_ids) == "user\nhello\nassistant\n"
 
 
+def test_templates_read_the_variables_of_a_request_but_not_in_place_of_their_own(folder: Path) -> None:
+    source = "{{ enable_thinking }} {{ messages[0].content }} {{ bos_token }}"
+    source += "{% if add_generation_prompt %} go{% endif %}"
+    (folder / "chat_template.jinja").write_text(source)
+    text = TextModel.from_folder(folder)
+    messages = [{"role": "user", "content": "hi"}]
+    variables = {"enable_thinking": 7, "messages": [], "bos_token": "x", "add_generation_prompt": True}
+    ids = text.encode_chat(messages, add_generation_prompt=False, variables=variables)
+    assert ids == text.encode("7 hi <|im_start|>", add_special_tokens=False)
+    assert text.encode_chat(messages) == text.encode(" hi <|im_start|> go", add_special_tokens=False)
+
+
 def test_the_template_file_wins_over_the_config(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("from the file {{ bos_token }}")
     template = TextModel.from_folder(folder).chat_template
