@@ -33,6 +33,8 @@ def _engine(world: World, max_num_batched_tokens: int) -> Engine:
 
 @pytest.fixture(scope="module")
 def engine(world: World) -> Engine:
+    if (world.at.tp, world.at.pp) in ((1, 2), (1, 3)):
+        pytest.skip("what stages add, (2, 2) has too")
     return _engine(world, 512)
 
 
@@ -81,7 +83,9 @@ def test_in_a_batch(
         _check(world, undisturbed, run)
 
 
-def test_in_chunks(world: World, oracle: References, undisturbed: dict[int, driver.Run]) -> None:
+def test_in_chunks(
+    world: World, engine: Engine, oracle: References, undisturbed: dict[int, driver.Run]
+) -> None:
     for small in [_engine(world, budget) for budget in (16, 37)]:
         run = driver.serve(world, small, [_subject(name, oracle) for name in SUBJECTS], record_logits=True)
         _check(world, undisturbed, run)

@@ -116,7 +116,8 @@ void attend_tile(const Stage &stage, const Layer &layer, const Step &step, const
         for (int64_t r = 0; r < num_rows; r += MOST_ROWS)
             multiply_tile<F>(x + r * x_stride, x_stride, num_rows - r < MOST_ROWS ? num_rows - r : MOST_ROWS, keys,
                              num_blocks, num_steps,
-                             Output{scores + r * SPAN, SPAN, SPAN, nullptr, stage.attention_scale});
+                             Output{scores + r * SPAN, SPAN, SPAN, nullptr, stage.attention_scale,
+                                    reinterpret_cast<const char *>(values[0])});
         for (int64_t r = 0; r < num_rows; ++r) {
             float *row = scores + r * SPAN;
             const int64_t newest = positions[r] - begin;
@@ -206,7 +207,8 @@ void attend(Context *context, const Stage &stage, const Layer &layer, const Step
     const int64_t bytes = (tile_bytes<F>(stage.head_dim) + 63) / 64 * 64;
     char *memory = static_cast<char *>(scratch(context, SCRATCH_THREADS, num_threads(context) * bytes));
     parallel(context, num_tasks, [&](int64_t task, int64_t thread) {
-        attend_tile<F>(stage, layer, step, tasks[task], queries, query_stride, out, out_stride, memory + thread * bytes);
+        attend_tile<F>(stage, layer, step, tasks[task], queries, query_stride, out, out_stride,
+                       memory + thread * bytes);
     });
 }
 

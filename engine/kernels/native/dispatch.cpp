@@ -66,8 +66,8 @@ EXPORT const Functions *phalanx_functions(const char *name) {
 
 // Halves [begin, end) of a stage, one after the other; with more than one, what each brings goes to the next as it
 // is. `delta` and `partial` may be the same memory: a half has taken all of the one before it writes the other.
-EXPORT void phalanx_halves(const Functions *functions, Context *context, const Stage *stage, const Step *step, int64_t begin,
-                    int64_t end, float *hidden, const float *delta, float *partial) {
+EXPORT void phalanx_halves(const Functions *functions, Context *context, const Stage *stage, const Step *step,
+                           int64_t begin, int64_t end, float *hidden, const float *delta, float *partial) {
     for (int64_t half = begin; half < end; ++half) {
         functions->half(context, stage, step, half, hidden, delta, partial);
         delta = partial;

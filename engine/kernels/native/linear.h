@@ -32,6 +32,7 @@ struct Output {
     int64_t columns;    // that are there, from the tile's first on
     const float *bias;  // at the tile's first column, or null
     float scale;
+    const char *ahead;  // weights that will be wanted next: as many bytes as a panel has are fetched meanwhile
 };
 
 #if defined(__AVX512F__)
@@ -41,6 +42,8 @@ constexpr int MOST_ROWS = 4, WIDE_ROWS = 2, WIDE = 2, NARROW = 1;
 #endif
 constexpr int64_t GROUP = 4;       // panels of a task
 constexpr int64_t ROW_CHUNK = 240;  // rows of a task: their inputs stay in the second-level cache
+
+constexpr int64_t PANEL_STEP_BYTES = 64;  // of a panel's step, in either format: a line of the cache
 
 template <class F, int ROWS, int PANELS>
 __attribute__((noinline)) void tile(const typename F::X *x, int64_t x_stride,
@@ -54,6 +57,7 @@ __attribute__((noinline)) void tile(const typename F::X *x, int64_t x_stride,
     const typename F::Element *from[PANELS];
     for (int p = 0; p < PANELS; ++p) from[p] = panels[p];
     for (int64_t step = 0; step < num_steps; ++step) {
+        if constexpr (ROWS > WIDE_ROWS) __builtin_prefetch(output.ahead + step * PANEL_STEP_BYTES, 0, 2);
         typename F::Loaded loaded[PANELS];
 #pragma GCC unroll 16
         for (int p = 0; p < PANELS; ++p) loaded[p] = F::load_step(from[p] + step * PANEL * F::STEP);
@@ -111,6 +115,7 @@ INLINE void multiply_tile(const typename F::X *x, int64_t x_stride, int64_t num_
         output.to += done * PANEL;
         output.columns -= done * PANEL;
         if (output.bias != nullptr) output.bias += done * PANEL;
+        output.ahead += num_steps * PANEL_STEP_BYTES;
     }
 }
 
@@ -139,10 +144,18 @@ void multiply(Context *context, const Linear &linear, const typename F::X *x, in
         const int64_t end = row + ROW_CHUNK < num_rows ? row + ROW_CHUNK : num_rows;
         // Tiles of even size: a last one of a single row would cost nearly as much as a full one.
         int64_t num_tiles = (end - row + MOST_ROWS - 1) / MOST_ROWS;
+        // Several tiles leave the memory time to fetch the group after those that the other threads have by now: one
+        // tile its second half, another the first. A few rows wait for the memory anyway.
+        const int64_t later_panel = first_panel + num_threads(context) * GROUP;
+        const bool fetches = end - row > WIDE_ROWS && later_panel + GROUP <= num_panels;
+        const char *later = static_cast<const char *>(linear.weights) +
+                            (fetches ? later_panel : first_panel) * num_steps * PANEL_STEP_BYTES;
+        const char *ahead = later + (num_tiles > 1 ? GROUP / 2 * num_steps * PANEL_STEP_BYTES : 0);
         for (; num_tiles > 0; --num_tiles) {
             const int64_t rows = (end - row + num_tiles - 1) / num_tiles;
             const Output output = {out + row * out_stride + column, out_stride, linear.num_outputs - column,
-                                   linear.bias == nullptr ? nullptr : linear.bias + column, scale};
+                                   linear.bias == nullptr ? nullptr : linear.bias + column, scale, ahead};
+            ahead = later;
             multiply_tile<F>(x + row * x_stride, x_stride, rows, panels, count, num_steps, output);
             row += rows;
         }

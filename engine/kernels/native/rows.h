@@ -62,7 +62,9 @@ template <class F>
 INLINE void gate_row(const float *gate, const float *up, int64_t size, int64_t activation, typename F::X *to) {
     for (int64_t i = 0; i < padded(size); i += LANES) {
         const int64_t left = size - i;
-        F::store_x(to + i, left > 0 ? activate(load_some(gate + i, left), activation) * load_some(up + i, left) : zero());
+        const vec gated =
+            left > 0 ? activate(load_some(gate + i, left), activation) * load_some(up + i, left) : zero();
+        F::store_x(to + i, gated);
     }
 }
 
