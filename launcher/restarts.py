@@ -12,7 +12,7 @@ BACK_OFF_S = 0.5
 MAX_BACK_OFF_S = 30.0
 MAX_HOST_BACK_OFF_S = 5.0
 """The same where a host may be back at any moment."""
-SHORT_LIFE_S = 3.0
+SHORT_LIFE_S = 5.0
 """A world that served for less has died at once."""
 FREE_SHORT_LIVES = 10
 """So many of them in a row are replaced without a wait: faults may come together, a request that kills worlds is
