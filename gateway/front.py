@@ -34,6 +34,9 @@ from gateway.http.app import make_app
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
 from gateway.http.resumable import ResumableCalls
+from gateway.inference.diagnostic_models import Simple, SimpleIdentity
+from gateway.inference.language_model import LanguageModel
+from gateway.inference.repository import Repository
 from gateway.journal import RETENTION_S, Journal
 from gateway.journal_store import JournalLocked
 from gateway.log import Logger, configure_log
@@ -133,7 +136,9 @@ class Front:
         openai = OpenAI(config.model, self._requests, text, ResumableCalls(self._calls, text))
         metrics.journal = journal
         operations = Operations(self._worlds, self._requests, metrics, self._supervision)
-        app = make_app(openai, operations, metrics, log)
+        language_model = LanguageModel(openai, self._calls, operations.why_not_ready)
+        self._repository = Repository([language_model, Simple(), SimpleIdentity()], operations.why_not_ready)
+        app = make_app(openai, operations, self._repository, metrics, log)
         self._http = _Server(
             uvicorn.Config(
                 app,

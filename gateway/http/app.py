@@ -15,24 +15,30 @@ from gateway.http.embeddings import Embeddings
 from gateway.http.errors import ApiError
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
+from gateway.http.v2.routes import InferenceV2
+from gateway.inference.repository import Repository
 from gateway.log import Logger
 from gateway.metrics import FrontMetrics
 
 MAX_REQUEST_ID = 128
 
 
-def make_app(openai: OpenAI, operations: Operations, metrics: FrontMetrics, log: Logger) -> ASGIApp:
+def make_app(
+    openai: OpenAI, operations: Operations, repository: Repository, metrics: FrontMetrics, log: Logger
+) -> ASGIApp:
     """The application. Its own documentation pages are off: they would load from hosts of others."""
     app = FastAPI(title="Phalanx", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(openai.router())
     app.include_router(Embeddings(openai).router())
     app.include_router(openai.resumable.router())
     app.include_router(operations.router())
+    app.include_router(InferenceV2(repository).router())
 
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
+        is_v2 = request.url.path == "/v2" or request.url.path.startswith("/v2/")
         return Response(
-            error.encoded(),
+            error.encoded_v2() if is_v2 else error.encoded(),
             status_code=error.status,
             headers=error.headers(),
             media_type="application/json",

@@ -48,6 +48,10 @@ class ApiError(Exception):
     def encoded(self) -> bytes:
         return msgspec.json.encode(self.body())
 
+    def encoded_v2(self) -> bytes:
+        """The body under /v2, as the Open Inference Protocol has it."""
+        return msgspec.json.encode({"error": self.message})
+
     def headers(self) -> dict[str, str]:
         headers = {}
         if self.retry_after_s is not None:

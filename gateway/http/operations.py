@@ -46,15 +46,20 @@ class Operations:
 
     async def ready(self) -> Response:
         """Whether a world serves, and if not, why not."""
+        reason = self.why_not_ready()
+        if reason is None:
+            return _json({"ready": True, "epoch": self.worlds.serving_epoch})
+        return _json({"ready": False, "reason": reason}, status=503)
+
+    def why_not_ready(self) -> str | None:
+        """Why requests are not served now; None if they are."""
         journal = self.metrics.journal
         reason = self.worlds.why_not_ready()
         if self.requests.draining:
             reason = f"the server is shutting down; requests that still run: {self.requests.num_live}"
         if reason is None and journal is not None and journal.failing is not None:
             reason = f"the journal cannot be written, new requests are refused: {journal.failing}"
-        if reason is None:
-            return _json({"ready": True, "epoch": self.worlds.serving_epoch})
-        return _json({"ready": False, "reason": reason}, status=503)
+        return reason
 
     async def show_metrics(self) -> Response:
         return Response(self.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
