@@ -24,7 +24,7 @@ QUICK_RECOVERY := $(addprefix tests/recovery/test_,adoption.py refusals.py relau
 FAULTS ?= 1000
 SEED ?= 1
 
-.PHONY: serve test test-all lint unit worlds api recovery chaos bench clean
+.PHONY: serve test test-all test-long lint unit worlds api recovery chaos bench clean
 
 serve: $(READY)
 	@exec $(BIN)/phalanx serve $(MODEL) $(ARGS)
@@ -49,8 +49,12 @@ test-all: test
 	$(BIN)/python -m tests.world.run --rest
 	$(BIN)/python -m tests.world.run --gemma3
 	$(BIN)/python -m pytest -m 'not slow' tests/api tests/recovery $(addprefix --ignore=,$(QUICK_API) $(QUICK_RECOVERY))
-	$(BIN)/python -m pytest -m slow tests/unit tests/api tests/recovery
+	$(BIN)/python -m pytest -m 'slow and not long' tests/unit tests/api tests/recovery
 	$(BIN)/python -m pytest tests/cluster
+
+# What takes too long for every change: more shapes, more seeds, longer soaks.
+test-long: $(READY_TEST)
+	$(BIN)/python -m pytest -m long tests
 
 lint: $(READY_TEST)
 	$(BIN)/ruff check .

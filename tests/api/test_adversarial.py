@@ -125,7 +125,13 @@ def zmq_attacks(endpoint: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--tp", "2"), ("--pp", "2")], ids=["tp2", "pp2"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("--tp", "2"), id="tp2"),
+        pytest.param(("--pp", "2"), id="pp2", marks=pytest.mark.long),
+    ],
+)
 def test_nothing_kills_a_world_by_its_size(tmp_path: Path, flags: tuple[str, str]) -> None:
     folder = make_tiny_llama(tmp_path / "model", max_model_len=LENGTH)
     limits = ("--dtype", "float32", "--max-num-seqs", "32", "--spare", "none", "--kv-cache-memory", "8MiB")

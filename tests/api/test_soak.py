@@ -13,14 +13,15 @@ from tests import references
 from tests.references import References
 
 NUM_PROMPTS = 7
+LONG = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.mark.parametrize(
     ("options", "num_requests"),
     [
         pytest.param({"tp": 2}, 60, id="tp2"),
-        pytest.param({"tp": 2}, 600, id="tp2-long", marks=pytest.mark.slow),
-        pytest.param({"pp": 2}, 600, id="pp2-long", marks=pytest.mark.slow),
+        pytest.param({"tp": 2}, 600, id="tp2-long", marks=LONG),
+        pytest.param({"pp": 2}, 600, id="pp2-long", marks=LONG),
     ],
 )
 def test_every_request_gets_its_own_answer(options: dict[str, int], num_requests: int) -> None:

@@ -218,7 +218,7 @@ def test_killed_while_it_starts(start: Start) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 6))])
 def test_killed_at_any_moment(start: Start, seed: int) -> None:
     """Ten supervisors in a row, each killed at a random moment of a start, a recovery or the building of a spare.
     In the end one world serves, and nothing else is there."""

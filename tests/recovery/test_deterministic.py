@@ -24,7 +24,7 @@ Entry = tuple[int, float]
     [
         pytest.param(2, 1, id="tp2-pp1"),
         pytest.param(3, 1, id="tp3-pp1", marks=pytest.mark.slow),
-        pytest.param(2, 2, id="tp2-pp2", marks=pytest.mark.slow),
+        pytest.param(2, 2, id="tp2-pp2", marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 def test_a_disturbed_stream_is_the_undisturbed_one(tmp_path: Path, tp: int, pp: int) -> None:

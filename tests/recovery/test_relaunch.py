@@ -24,7 +24,7 @@ FAULTS = [signal.SIGKILL, signal.SIGSTOP]
 SHAPES = [
     pytest.param(2, 1, id="tp2-pp1"),
     pytest.param(1, 2, id="tp1-pp2", marks=pytest.mark.slow),
-    pytest.param(2, 2, id="tp2-pp2", marks=pytest.mark.slow),
+    pytest.param(2, 2, id="tp2-pp2", marks=[pytest.mark.slow, pytest.mark.long]),
 ]
 
 
