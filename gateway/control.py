@@ -10,15 +10,9 @@ from collections.abc import Callable
 
 import zmq
 
+from gateway.control_messages import FrontState, WorldTable, decode_control_message, encode_control_message
 from gateway.log import Logger
-from gateway.protocol import (
-    MAX_MESSAGE_BYTES,
-    FrontState,
-    ProtocolError,
-    WorldTable,
-    decode_control_message,
-    encode,
-)
+from gateway.protocol import MAX_MESSAGE_BYTES, ProtocolError
 from gateway.sockets import ReadPump, Socket, receive_frames
 
 STATE_INTERVAL_S = 1.0
@@ -59,7 +53,7 @@ class Control:
     def send_state(self) -> None:
         """Tells the supervisor the front's state now."""
         try:
-            self._socket.send(encode(self._state()), zmq.DONTWAIT)
+            self._socket.send(encode_control_message(self._state()), zmq.DONTWAIT)
         except zmq.Again:  # no supervisor for a long time; the next one gets what is true then
             return
         self._pump.check()

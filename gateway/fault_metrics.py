@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
+from gateway.control_messages import Fault
 from gateway.histogram import Histogram
-from gateway.protocol import Fault
 
 RECOVERY_BUCKETS_S = (
     0.025,

@@ -28,6 +28,7 @@ from gateway import grammars
 from gateway.admission import MAX_WAITING, MAX_WAITING_TOKENS
 from gateway.calls import GRACE_S, Calls
 from gateway.control import Control
+from gateway.control_messages import FrontState, WorldTable
 from gateway.disk_journal import MAX_BYTES, DiskJournal
 from gateway.errors import EndpointError, GatewayError
 from gateway.http.app import make_app
@@ -41,7 +42,6 @@ from gateway.journal import RETENTION_S, Journal
 from gateway.journal_store import JournalLocked
 from gateway.log import Logger, configure_log
 from gateway.metrics import FrontMetrics
-from gateway.protocol import FrontState, WorldTable
 from gateway.requests import Requests
 from gateway.sockets import Socket
 from gateway.supervision import Supervision, adoption_wait_s

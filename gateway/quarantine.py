@@ -19,12 +19,12 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
+from gateway.control_messages import Fault
 from gateway.errors import RequestFailed
 from gateway.journal import Journal
 from gateway.live_request import Request
 from gateway.log import Logger
 from gateway.metrics import FrontMetrics
-from gateway.protocol import Fault
 from gateway.replay import context_tokens
 
 SUSPECT_CRASHES = 2

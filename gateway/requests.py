@@ -15,6 +15,7 @@ import msgspec
 
 from gateway.admission import MAX_WAITING_TOKENS, WaitingRoom
 from gateway.checks import check_request
+from gateway.control_messages import Fault
 from gateway.errors import RequestFailed
 from gateway.journal import Journal, JournalCall, JournalEntry, PositionError
 from gateway.live_request import Request, Sink, World
@@ -24,7 +25,6 @@ from gateway.protocol import (
     Cancel,
     ErrorCode,
     Failed,
-    Fault,
     FinishReason,
     Output,
     ProtocolError,

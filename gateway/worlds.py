@@ -16,9 +16,10 @@ import msgspec
 import zmq
 
 from gateway.connection import Connection
+from gateway.control_messages import WorldEntry, WorldTable
 from gateway.errors import ConnectionLost, EndpointError
 from gateway.log import Logger
-from gateway.protocol import Cancel, ServerMessage, Submit, Welcome, WorldEntry, WorldTable
+from gateway.protocol import Cancel, ServerMessage, Submit, Welcome
 from gateway.requests import Requests
 from gateway.sockets import Socket
 

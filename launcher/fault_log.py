@@ -7,7 +7,7 @@ import time
 
 import msgspec
 
-from gateway.protocol import Fault
+from gateway.control_messages import Fault
 from launcher.logs import EventLog
 from launcher.post_mortem import signal_name
 from launcher.world_records import Doing, WorldFault

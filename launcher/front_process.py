@@ -14,7 +14,8 @@ from pathlib import Path
 
 import zmq
 
-from gateway.protocol import FrontState, ProtocolError, WorldTable, decode_control_message, encode
+from gateway.control_messages import FrontState, WorldTable, decode_control_message, encode_control_message
+from gateway.protocol import ProtocolError
 from launcher.errors import LauncherError
 from launcher.processes import AdoptedProcess, ProcessId
 from launcher.watch import EXIT_CONFIG
@@ -119,7 +120,7 @@ class FrontProcess:
         if self._identity is not None:
             # Gone, or too busy to read; the next table says it all again.
             with contextlib.suppress(zmq.ZMQError):
-                self.router.send_multipart([self._identity, encode(table)], zmq.NOBLOCK)
+                self.router.send_multipart([self._identity, encode_control_message(table)], zmq.NOBLOCK)
 
     def check(self, now: float) -> int | None:
         """Its exit code if it has just ended, after which the caller starts it again. Raises LauncherError if

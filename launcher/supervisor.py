@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import zmq
 
-from gateway.protocol import FrontState, WorldTable
+from gateway.control_messages import FrontState, WorldTable
 from launcher.adoption import Found, RecordKeeper, adopt_worlds
 from launcher.diagnosis import Machine, describe_failed_starts, diagnose
 from launcher.errors import LauncherError

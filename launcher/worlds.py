@@ -6,7 +6,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterable, Sequence
 
-from gateway.protocol import RankEntry, WorldEntry
+from gateway.control_messages import RankEntry, WorldEntry
 from launcher.freezer import CgroupFreezer
 from launcher.guard_link import GuardLink
 from launcher.hosts import Host

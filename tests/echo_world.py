@@ -29,22 +29,16 @@ from types import FrameType
 import msgspec
 import zmq
 
-from gateway.protocol import (
-    Cancel,
+from gateway.control_messages import (
     Fault,
-    FinishReason,
     FrontState,
-    Limits,
-    Output,
-    Pooling,
     RankEntry,
-    Submit,
-    TokenLogprobs,
     WorldEntry,
     WorldTable,
     decode_control_message,
-    encode,
+    encode_control_message,
 )
+from gateway.protocol import Cancel, FinishReason, Limits, Output, Pooling, Submit, TokenLogprobs
 from gateway.rank0 import Rank0Gateway
 
 ROOT = Path(__file__).parent.parent
@@ -395,7 +389,7 @@ class EchoCluster:
             if self._front_identity and (self._changed.is_set() or time.monotonic() >= next_table):
                 self._changed.clear()
                 next_table = time.monotonic() + 0.1
-                self._router.send_multipart([self._front_identity, encode(self._table())])
+                self._router.send_multipart([self._front_identity, encode_control_message(self._table())])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway import protocol
+from gateway.control_messages import decode_control_message
 from gateway.protocol import (
     Cancel,
     Failed,
@@ -25,7 +26,6 @@ from gateway.protocol import (
     Tokens,
     Welcome,
     decode_client_message,
-    decode_control_message,
     decode_server_message,
     encode,
 )

@@ -9,11 +9,12 @@ import pytest
 import structlog
 
 from gateway import quarantine
+from gateway.control_messages import Fault
 from gateway.errors import RequestFailed
 from gateway.journal import Journal
 from gateway.live_request import Request
 from gateway.metrics import FrontMetrics
-from gateway.protocol import Cancel, Failed, Fault, Limits, Output, SamplingParams, Submit, Tokens, Welcome
+from gateway.protocol import Cancel, Failed, Limits, Output, SamplingParams, Submit, Tokens, Welcome
 from gateway.replay import BATCH_TOKENS
 from gateway.requests import Requests
 from gateway.text import TextModel

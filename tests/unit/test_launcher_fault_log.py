@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from gateway.control_messages import Fault
 from gateway.fault_metrics import FaultMetrics
-from gateway.protocol import Fault
 from launcher import post_mortem
 from launcher.fault_log import KEPT_FAULTS, FaultLog
 from launcher.status import format_cluster

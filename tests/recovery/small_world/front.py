@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from gateway.protocol import FrontState, WorldTable, decode_control_message, encode
+from gateway.control_messages import FrontState, WorldTable, decode_control_message, encode_control_message
 from launcher.leases import adoption_wait_s
 from launcher.watch import EXIT_CONFIG
 
@@ -49,7 +49,7 @@ def main(control: str, folder: Path, listener: int) -> None:
     wait_s = adoption_wait_s()
     told_at = time.monotonic()
     while time.monotonic() - told_at < wait_s:
-        link.send(encode(FrontState(os.getpid(), "tcp://127.0.0.1:2", serving)))
+        link.send(encode_control_message(FrontState(os.getpid(), "tcp://127.0.0.1:2", serving)))
         if not link.poll(1000):
             continue
         told_at = time.monotonic()
