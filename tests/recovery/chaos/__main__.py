@@ -28,6 +28,9 @@ def main() -> int:
     parser.add_argument("--spares", help="only these: none,warm,hot, with --tp and --pp")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument(
+        "--deterministic", action="store_true", help="in bfloat16, bit for bit what it is undisturbed"
+    )
     parser.add_argument("--state", type=Path, help="folder of state and logs (default: build/chaos/SEED)")
     parser.add_argument("--name", default="chaos", help="of the report's files in benchmarks/results")
     parser.add_argument("--report-only", action="store_true", help="of what has been done so far; no faults")
@@ -45,6 +48,7 @@ def main() -> int:
         arguments.faults_a_leg,
         num_http=arguments.clients - num_zmq,
         num_zmq=num_zmq,
+        deterministic=arguments.deterministic,
         calm_s=arguments.calm,
     )
     if arguments.report_only:

@@ -22,6 +22,7 @@ import msgspec
 import psutil
 from msgspec import Struct, field
 
+from tests.recovery.chaos import baseline
 from tests.recovery.chaos.checker import Bounds, Violation, check
 from tests.recovery.chaos.deployment import (
     GONE_WITHIN_S,
@@ -89,6 +90,8 @@ class Plan:
     faults_a_leg: int = 20
     num_http: int = 5
     num_zmq: int = 3
+    deterministic: bool = False
+    """Whether answers in bfloat16 have to be, bit for bit, those that the deployment gives undisturbed."""
     calm_s: float = 0.0
     """With `faults` 0: how long each shape is under load without any fault, to see that none is found."""
 
@@ -141,6 +144,7 @@ class _Runner:
         self._leg = leg
         self._file = file
         self._oracle = oracle
+        self._bounds = msgspec.structs.replace(BOUNDS, exact=plan.deterministic)
         self._checked: set[str] = set()
 
     async def run(self, numbers: Sequence[int]) -> None:
@@ -148,7 +152,9 @@ class _Runner:
         scratch = Path(tempfile.mkdtemp(prefix="phalanx-chaos-"))
         run_dir = scratch / "run"
         try:
-            self._deployment = await Deployment.start(MODEL, self._shape, run_dir, scratch / "faults")
+            self._deployment = await Deployment.start(
+                MODEL, self._shape, run_dir, scratch / "faults", self._plan.deterministic
+            )
             served = self._deployment.served
             self._injector = Injector(served, scratch / "faults")
             prefix = f"{self._file.stem}-"
@@ -172,6 +178,8 @@ class _Runner:
             shutil.rmtree(scratch, ignore_errors=True)
 
     async def _live(self, numbers: Sequence[int]) -> None:
+        if self._plan.deterministic:
+            self._oracle = await baseline.take(self._load)
         began = time.time()
         self._load.start(self._plan.num_http, self._plan.num_zmq)
         await self._load.wait_flowing(began, FLOWS_S)
@@ -349,7 +357,7 @@ class _Runner:
             if self._leg.ended_at
             else msgspec.structs.replace(self._leg.history, requests=kept)
         )
-        self._leg.violations = check(history, self._oracle, BOUNDS)
+        self._leg.violations = check(history, self._oracle, self._bounds)
         temporary = self._file.with_suffix(".new")
         temporary.write_bytes(msgspec.json.encode(msgspec.structs.replace(self._leg, history=history)))
         temporary.rename(self._file)

@@ -24,16 +24,7 @@ from tests.recovery.served import Served
 
 Table = dict[str, Any]
 
-FLAGS = (
-    "--dtype",
-    "float32",
-    "--max-model-len",
-    "2048",
-    "--kv-cache-memory",
-    "192MiB",
-    "--max-wait-s",
-    "150",
-)
+FLAGS = ("--max-model-len", "2048", "--kv-cache-memory", "192MiB", "--max-wait-s", "150")
 FAULTS_VARIABLE = "PHALANX_FAULTS"
 RUN_ID_VARIABLE = "PHALANX_RUN_ID"
 POLL_S = 0.05
@@ -54,10 +45,13 @@ class Deployment:
         self._client = httpx.AsyncClient(base_url=served.url, timeout=10)
 
     @classmethod
-    async def start(cls, model: str, shape: schedule.Deployment, run_dir: Path, faults: Path) -> Deployment:
-        """Starts it and waits until it serves."""
+    async def start(
+        cls, model: str, shape: schedule.Deployment, run_dir: Path, faults: Path, deterministic: bool
+    ) -> Deployment:
+        """Starts it and waits until it serves. `deterministic`: in bfloat16, with that flag; else in float32."""
         os.environ[FAULTS_VARIABLE] = f"@{faults}"
-        flags = ("--tp", str(shape.tp), "--pp", str(shape.pp), "--spare", shape.spare, *FLAGS)
+        flags: tuple[str, ...] = ("--tp", str(shape.tp), "--pp", str(shape.pp), "--spare", shape.spare, *FLAGS)
+        flags += ("--dtype", "bfloat16", "--deterministic") if deterministic else ("--dtype", "float32")
         return cls(await asyncio.to_thread(Served, model, run_dir, *flags), model, flags)
 
     async def start_again(self) -> None:

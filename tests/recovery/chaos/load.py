@@ -62,6 +62,11 @@ class Load:
         for _ in range(count):
             self._tasks.append(asyncio.create_task(self._ask(case, HTTP, None)))
 
+    async def ask_once(self, case: Case, via: str) -> Request:
+        """One question to its end, as any client asks it."""
+        await self._ask(case, via, None)
+        return self.requests[-1]
+
     @property
     def in_flight(self) -> list[Request]:
         """Requests that were accepted and have no end yet."""
