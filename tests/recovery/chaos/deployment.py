@@ -50,7 +50,15 @@ class Deployment:
     ) -> Deployment:
         """Starts it and waits until it serves. `deterministic`: in bfloat16, with that flag; else in float32."""
         os.environ[FAULTS_VARIABLE] = f"@{faults}"
-        flags: tuple[str, ...] = ("--tp", str(shape.tp), "--pp", str(shape.pp), "--spare", shape.spare, *FLAGS)
+        flags: tuple[str, ...] = (
+            "--tp",
+            str(shape.tp),
+            "--pp",
+            str(shape.pp),
+            "--spare",
+            shape.spare,
+            *FLAGS,
+        )
         flags += ("--dtype", "bfloat16", "--deterministic") if deterministic else ("--dtype", "float32")
         return cls(await asyncio.to_thread(Served, model, run_dir, *flags), model, flags)
 

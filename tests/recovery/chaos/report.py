@@ -34,6 +34,7 @@ p.soft, td.soft, .soft { color: var(--soft); } p { margin: 6px 0; max-width: 80c
 .tile { background: var(--panel); border-radius: 8px; padding: 12px 16px; }
 .tile b { display: block; font-size: 25px; font-variant-numeric: tabular-nums; }
 .good { color: var(--good); } .bad { color: var(--bad); }
+summary { margin: 10px 0; color: var(--soft); cursor: pointer; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); font-weight: normal; }
 th { color: var(--soft); font-size: 13px; } th:first-child, td:first-child { text-align: left; }
@@ -114,7 +115,10 @@ def _page(
         "<h2>How fast</h2>",
         "<p class='soft'>Seconds from the fault, for faults that hit ranks and came alone. A spare counts as none if "
         "it was not ready. Other work on the machine is in every figure.</p>",
-        _figures_table(figures),
+        _figures_table([figure for figure in figures if figure.target_p50 or figure.target_p99]),
+        "<details><summary>All others</summary>",
+        _figures_table([figure for figure in figures if not (figure.target_p50 or figure.target_p99)]),
+        "</details>",
         _KEY,
         scatter(every),
         "<h2>What clients saw</h2>",
