@@ -21,6 +21,7 @@ LISTENER_SOCKET = "listen.sock"
 """In the run folder; whoever connects to it is the next supervisor and gets the listening socket (SCM_RIGHTS)."""
 
 SUPERVISOR_VARIABLE = "PHALANX_SUPERVISOR_PID"
+"""Whose child this front is; without it, whoever its parent is once the imports are over."""
 WAIT_VARIABLE = "PHALANX_ADOPTION_WAIT_S"
 WAIT_S = 60.0
 """How long a front goes on without a supervisor."""
@@ -47,9 +48,11 @@ class Supervision:
         self._gone_at: float | None = None
         self._path = run_dir / LISTENER_SOCKET if run_dir is not None else None
         self._server: socket.socket | None = None
-        parent = os.getppid()
-        self._watch(parent)
-        if os.environ.get(SUPERVISOR_VARIABLE, str(parent)) != str(parent):  # it ended while this front began
+        supervisor = int(os.environ.get(SUPERVISOR_VARIABLE) or os.getppid())
+        self._watch(supervisor)
+        # It may have ended while this front began, and another process may have its pid by now. As long as it is
+        # this one's parent it is not reaped, so that what was opened is its own.
+        if self._supervisor is not None and os.getppid() != supervisor:
             self._on_end()
         if self._path is not None:
             self._open(self._path)

@@ -1,5 +1,5 @@
 """Which hosts are left out of the next world: those with three faults in ten minutes, while the others suffice. Used
-by whoever places ranks on hosts; it counts, and never leaves a world without room."""
+by the pool of hosts (hosts.py); it counts, and never leaves a world without room."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ class HostFaults:
 
     def __init__(self) -> None:
         self._at: dict[str, deque[float]] = {}
+        self._kinds: dict[str, deque[str]] = {}
 
     def note(self, host: str | None, kind: str, now: float) -> None:
         """A rank of this host was what a world died of."""
         if host is not None and kind not in NOT_OF_THE_HOST:
             self._at.setdefault(host, deque(maxlen=FAULTS)).append(now)
+            self._kinds.setdefault(host, deque(maxlen=FAULTS)).append(kind)
 
     def suspects(self, now: float) -> list[str]:
         """Hosts with so many faults in so short a time; the one that had its last fault most recently first."""
@@ -31,6 +33,14 @@ class HostFaults:
             if len(times) == FAULTS and now - times[0] <= WINDOW_S
         ]
         return [host for _, host in sorted(found, reverse=True)]
+
+    def kinds(self, host: str) -> list[str]:
+        """Its last faults, oldest first."""
+        return list(self._kinds.get(host, ()))
+
+    def until(self, host: str) -> float:
+        """When it is no suspect any more, if nothing else happens. For suspects only."""
+        return self._at[host][0] + WINDOW_S
 
     def choose(self, slots: Mapping[str, int], ranks: int, now: float) -> dict[str, int]:
         """The hosts for a world of so many ranks, with their slots, in the order given: without suspects as far as

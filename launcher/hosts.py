@@ -1,15 +1,18 @@
-"""The hosts of a deployment: read from `--hosts`, chosen for each world, and left out while they are lost. Used by
-`serve` and the supervisor; starts nothing and asks nobody."""
+"""The hosts of a deployment: read from `--hosts`, chosen for each world, and left out while they are lost or fail again
+and again. Used by `serve` and the supervisor; starts nothing and asks nobody."""
 
 from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import LauncherError, SettingsError
+from launcher.host_faults import HostFaults
+from launcher.logs import EventLog
 
 LOST_FOR_S = 60.0
 """How long a host that was lost is left out, as long as the others suffice."""
@@ -70,28 +73,55 @@ def address_towards(hosts: Sequence[Host]) -> str:
 
 
 class HostPool:
-    """Which hosts the next world gets. The first one is the supervisor's own: rank 0 lives there."""
+    """Which hosts the next world gets. The first one is the supervisor's own: rank 0 lives there, whatever happens
+    on it, so that a single host is never left out."""
 
-    def __init__(self, hosts: Sequence[Host]) -> None:
+    def __init__(self, hosts: Sequence[Host], log: EventLog) -> None:
         self._hosts = list(hosts)
+        self._log = log
         self._lost_at: dict[str, float] = {}
+        self._faults = HostFaults()
+        self._told_until: dict[str, float] = {}
+        """Until when a host is left out, as it was last logged."""
 
     def choose(self, ranks: int, now: float) -> tuple[Host, ...]:
-        """As many as the ranks fill, with the slots that they fill: those that were lost lately come last."""
-        order = sorted(self._hosts[1:], key=lambda host: self._is_lost(host.name, now))
+        """As many as the ranks fill, with the slots that they fill: those with several faults lately only where the
+        rest does not suffice, and those that were lost lately last of all."""
+        own, others = self._hosts[:1], self._hosts[1:]
+        present = {host.name: host.slots for host in others if not self._is_lost(host.name, now)}
+        beside_own = ranks - sum(host.slots for host in own)
+        kept = self._faults.choose(present, beside_own, now)
+        for name in present.keys() - kept.keys():
+            self._tell_left_out(name, now)
+        lost = [host for host in others if host.name not in present]
         chosen, left = [], ranks
-        for host in [*self._hosts[:1], *order]:
+        for host in [*own, *(host for host in others if host.name in kept), *lost]:
             if left > 0:
                 chosen.append(Host(host.name, min(left, host.slots)))
                 left -= host.slots
         return tuple(chosen)
 
-    def on_lost(self, name: str, now: float) -> None:
-        """Its guard fell silent."""
-        self._lost_at[name] = now
+    def on_fault(self, name: str, kind: str, now: float) -> None:
+        """A world died of a rank on this host; "lost": its guard fell silent."""
+        self._faults.note(name or None, kind, now)
+        if kind == "lost":
+            self._lost_at[name] = now
 
     def _is_lost(self, name: str, now: float) -> bool:
         return now - self._lost_at.get(name, -LOST_FOR_S) < LOST_FOR_S
+
+    def _tell_left_out(self, name: str, now: float) -> None:
+        until = self._faults.until(name)
+        if self._told_until.get(name) == until:
+            return
+        self._told_until[name] = until
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + until - now))
+        self._log.warning(
+            "host left out while others suffice",
+            host=name,
+            faults=", ".join(self._faults.kinds(name)),
+            until=moment,
+        )
 
 
 def host_of(hosts: Sequence[Host], rank: int) -> str:

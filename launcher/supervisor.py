@@ -83,7 +83,7 @@ class Supervisor:
         assert own_id is not None
         self._own_id = own_id
         self._keeper = keeper or RecordKeeper(run_dir, {})
-        self._hosts = HostPool(plan.hosts)
+        self._hosts = HostPool(plan.hosts, log)
         self._link = GuardLink(
             self._context,
             own_id,
@@ -349,8 +349,8 @@ class Supervisor:
 
     def _abort(self, world: World, fault: WorldFault, now: float) -> None:
         world.abort(now)  # first of all: until it is dead it may still send tokens
-        if fault.kind == "lost" and fault.rank is not None:
-            self._hosts.on_lost(host_of(world.hosts, fault.rank), now)
+        if fault.rank is not None:
+            self._hosts.on_fault(host_of(world.hosts, fault.rank), fault.kind, now)
         if self._stopping:
             return
         if world is self._current:

@@ -613,6 +613,44 @@ def test_an_orphaned_front_ends_itself(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
+def test_a_front_whose_supervisor_ends_during_its_imports_is_orphaned(tmp_path: Path) -> None:
+    """Its parent is another process by the time it can look, and that one may live for ever."""
+    folder = write_text_folder(tmp_path / "model")
+    supervisor = (
+        "import os, socket, sys, zmq\n"
+        "from pathlib import Path\n"
+        "from launcher.front_process import FrontProcess\n"
+        "folder, run_dir = map(Path, sys.argv[1:])\n"
+        "listener = socket.create_server(('127.0.0.1', 0))\n"
+        "control = run_dir / 'control.sock'\n"
+        "command = [sys.executable, '-m', 'gateway.front', '--model-dir', str(folder),"
+        " '--served-model-name', 'echo', '--http-fd', str(listener.fileno()), '--zmq', 'tcp://127.0.0.1:*',"
+        " '--control', f'ipc://{control}', '--run-dir', str(run_dir)]\n"
+        "front = FrontProcess(zmq.Context(), command, dict(os.environ), listener, control, run_dir / 'front.log')\n"
+        "front.start()\n"
+        "print(front.process.pid, flush=True)\n"
+        "os._exit(1)\n"
+    )
+    started = subprocess.run(
+        [sys.executable, "-c", supervisor, str(folder), str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PHALANX_ADOPTION_WAIT_S": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    front = int(started.stdout)
+    status = Path(f"/proc/{front}/status")
+    deadline = time.monotonic() + 30
+    while status.exists() and "State:\tZ" not in status.read_text():
+        if time.monotonic() > deadline:
+            os.kill(front, signal.SIGKILL)
+            pytest.fail("the front runs on without a supervisor")
+        time.sleep(0.05)
+    log = (tmp_path / "front.log").read_text()
+    assert "supervisor gone" in log and "orphaned" in log, log
+    assert not (tmp_path / "control.sock").exists() and not (tmp_path / "listen.sock").exists()
+
+
 def test_a_front_is_light(tmp_path: Path) -> None:
     code = (
         "import sys, gateway.front\n"

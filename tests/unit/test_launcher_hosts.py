@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import socket
+import time
 from pathlib import Path
 
 import pytest
 
+from launcher.children import child_environment
 from launcher.errors import SettingsError
+from launcher.host_faults import WINDOW_S
 from launcher.hosts import LOST_FOR_S, Host, HostPool, check_slots, host_of, parse_hosts
 from launcher.launchers.mpirun import Flavor, Mpirun, argv, environment
+from launcher.logs import EventLog
 from launcher.placement import find_misplaced
 from launcher.processes import host_id
-from launcher.watch import EXIT_CONFIG, GuardHello
-from launcher.world_records import RankWatch
+from launcher.run_dir import RunDir
+from launcher.stop_signals import StopSignals
+from launcher.supervisor import Supervisor
+from launcher.watch import EXIT_CONFIG, GuardHello, SpareKind
+from launcher.world_records import RankWatch, WorldFault, WorldPlan
 
 A, B, C = Host("a", 2), Host("b", 1), Host("c", 4)
 
@@ -45,14 +55,14 @@ def test_too_few_slots() -> None:
 
 
 def test_lost_hosts_come_last_for_a_while() -> None:
-    pool = HostPool((A, B, C))
+    pool = HostPool((A, B, C), EventLog())
     assert pool.choose(3, 0.0) == (A, B)
     assert pool.choose(1, 0.0) == (Host("a", 1),)
-    pool.on_lost("b", 10.0)
+    pool.on_fault("b", "lost", 10.0)
     assert pool.choose(3, 10.0) == (A, Host("c", 1))
     assert pool.choose(7, 10.0) == (A, C, B), "it is needed"
     assert pool.choose(3, 10.0 + LOST_FOR_S) == (A, B)
-    pool.on_lost("a", 10.0)
+    pool.on_fault("a", "lost", 10.0)
     assert pool.choose(3, 11.0)[0] == A, "rank 0 stays beside the supervisor"
 
 
@@ -91,3 +101,69 @@ def test_mpirun_over_hosts_shows_no_value() -> None:
     assert "hidden" not in " ".join(command)
     made = environment(mpirun, 1, 4, Path("/dev/shm/w"), Path("/tmp/w"), {}, several_hosts=True)
     assert made["OMPI_MCA_btl"] == "self,sm,tcp" and made["PRTE_MCA_oob_tcp_keepalive_probes"] == "2"
+
+
+def test_hosts_with_three_faults_are_left_out_while_others_suffice() -> None:
+    log = EventLog("test-of-hosts")
+    written = io.StringIO()
+    log.to_stream(logging.StreamHandler(written))
+    pool = HostPool((A, B, C), log)
+    for at, kind in enumerate(["killed", "hung", "lost"]):
+        assert pool.choose(3, float(at)) == (A, B)
+        pool.on_fault("b", kind, float(at))
+    back_at = LOST_FOR_S + 2.0
+    assert pool.choose(3, back_at) == pool.choose(3, back_at + 1) == (A, Host("c", 1))
+    [line] = written.getvalue().splitlines()
+    assert 'warning host left out while others suffice host=b faults="killed, hung, lost" until=2' in line
+    assert pool.choose(7, back_at) == (A, B, C), "it is needed"
+    pool.on_fault("c", "lost", back_at)
+    assert pool.choose(3, back_at) == (A, B), "c cannot be reached: b is needed"
+    assert pool.choose(3, WINDOW_S + 1.0) == (A, B), "the first fault is long ago"
+    assert len(written.getvalue().splitlines()) == 1
+
+
+def test_the_supervisors_own_host_is_never_left_out() -> None:
+    for hosts in ((A,), (A, B)):
+        pool = HostPool(hosts, EventLog())
+        for at in range(9):
+            pool.on_fault("a", "killed", float(at))
+            pool.on_fault("", "killed", float(at))  # no --hosts
+        assert pool.choose(2, 9.0) == (A,)
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_the_supervisor_counts_each_fault(rank: int | None, tmp_path: Path) -> None:
+    """Against the host of the rank that the fault names, as --hosts calls it; the next world goes elsewhere."""
+    log = EventLog("test-of-hosts-wiring")
+    plan = WorldPlan(
+        mpirun=Mpirun(Path("/bin/true"), Flavor.OPEN_MPI, ""),
+        tp=3,
+        pp=1,
+        cores=1,
+        rank_command=[],
+        guard_command=[],
+        served_model_name="small",
+        hosts=(A, B, C),
+        remote_endpoint="tcp://127.0.0.1:*",
+    )
+    run_dir = RunDir(tmp_path)
+    with StopSignals() as stop, socket.create_server(("127.0.0.1", 0)) as listener:
+        supervisor = Supervisor(
+            plan=plan,
+            run_dir=run_dir,
+            front_command=[],
+            listener=listener,
+            environment=child_environment(),
+            log=log,
+            stop=stop,
+            on_progress=lambda world: None,
+            on_ready=lambda world, state: None,
+        )
+        for _ in range(3):
+            world = supervisor._start_world(SpareKind.WARM)
+            assert world.hosts == (A, B)
+            supervisor._abort(world, WorldFault("exit", rank, "a-name", "rank 2 exited"), time.monotonic())
+        after = supervisor._start_world(SpareKind.WARM)
+        assert after.hosts == ((A, Host("c", 1)) if rank == 2 else (A, B))
+        supervisor._shut_down()
+    run_dir.close()
