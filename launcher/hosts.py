@@ -1,5 +1,5 @@
-"""The hosts of a deployment: read from `--hosts`, chosen for each world, and left out while they are lost or fail again
-and again. Used by `serve` and the supervisor; starts nothing and asks nobody."""
+"""The hosts of a deployment: read from `--hosts`, chosen for each world, and left out while they are lost or
+fail again and again. Used by `serve` and the supervisor; starts nothing and asks nobody."""
 
 from __future__ import annotations
 
