@@ -184,7 +184,7 @@ class Settings:
             raise SettingsError(f"--port {self.port}: must be from 0 to 65535")
         if not re.match(r"(tcp|ipc)://.", self.zmq):
             raise SettingsError(f"--zmq {self.zmq}: write it like tcp://127.0.0.1:5555")
-        if self.step_factor and self.step_factor < 1.5:
+        if self.step_factor and not self.step_factor >= 1.5:
             raise SettingsError(f"--step-factor {self.step_factor:g}: must be 1.5 or more, or 0 for no bound")
         if not self.max_wait_s > 0:
             raise SettingsError(f"--max-wait-s {self.max_wait_s:g}: must be more than 0")

@@ -152,6 +152,17 @@ def test_every_flag_has_help() -> None:
             assert action.help, f"{name} {action.dest}"
 
 
+def test_the_readme_has_every_flag_and_command() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    commands = next(action for action in build_parser()._actions if action.dest == "command")
+    assert isinstance(commands.choices, dict)
+    for name in commands.choices:
+        assert f"phalanx {name} " in readme, name
+    for action in commands.choices["serve"]._actions:
+        flag = next((text for text in action.option_strings if text.startswith("--")), "")
+        assert flag in ("", "--help") or f"`{flag}" in readme, flag
+
+
 def test_help_is_quick_and_imports_little() -> None:
     code = "import sys; from launcher.cli import build_parser; build_parser(); print(*sys.modules)"
     modules = subprocess.run(
