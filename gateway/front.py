@@ -215,8 +215,13 @@ class Front:
     async def _watch_clients(self) -> None:
         while True:
             await asyncio.sleep(CLIENT_CHECK_S)
-            self._zmq_server.check_clients()
-            self._journal.tick(time.time())
+            try:
+                self._zmq_server.check_clients()
+                self._journal.tick(time.time())
+            except (
+                Exception
+            ) as error:  # whatever it is: silent clients must be found the next time, and room made
+                self._log.error("clients and journal could not be checked", detail=repr(error))
 
 
 def open_journal(config: FrontConfig, log: Logger) -> Journal:

@@ -437,7 +437,8 @@ class Requests:
             )
             return
         request = self._in_engine.get(message.request_id)
-        if request is None:
+        if request is None:  # it failed while we took it out
+            self._quarantine.left(message.request_id)
             return
         del self._in_engine[message.request_id]  # the world has nothing more of it
         if message.code == "unavailable":

@@ -9,7 +9,7 @@ import msgspec
 
 from gateway.control_messages import Fault
 from launcher.logs import EventLog
-from launcher.post_mortem import signal_name
+from launcher.post_mortem import signal_name, telling_line
 from launcher.world_records import Doing, WorldFault
 from launcher.worlds import World
 
@@ -72,7 +72,7 @@ class FaultLog:
             progress_age_s=record.progress_age_s,
             detail=fault.detail,
             detect_s=fault.detect_s,
-            last_line=next(iter(fault.last_lines.splitlines()[-1:]), None),
+            last_line=telling_line(fault.last_lines),
         )
         self.records = [record, *self.records][:KEPT_FAULTS]
         self.version += 1

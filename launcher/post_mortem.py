@@ -44,6 +44,14 @@ def last_lines(path: Path) -> str:
     return _end_of(path, LAST_LINES_BYTES)
 
 
+def telling_line(lines: str) -> str | None:
+    """Of the end of a file of output, the one line to show: what Python says of a fatal signal (its stacks and the
+    names of its modules come behind that), else the last one."""
+    found = lines.splitlines()
+    fatal = [line for line in found if line.startswith("Fatal Python error: ")]
+    return next(iter([*fatal[-1:], *found[-1:]]), None)
+
+
 def _end_of(path: Path, at_most_bytes: int) -> str:
     try:
         with path.open("rb") as file:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from launcher.http_client import get_json
+from launcher.post_mortem import telling_line
 
 
 def status(url: str, as_json: bool) -> int:
@@ -65,8 +66,8 @@ def format_cluster(cluster: dict[str, Any]) -> list[str]:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fault["at"]))
         lines.append(f"  {at}  world {fault['epoch']}  {fault['kind']}: {fault['detail']}")
         lines.append(f"      {'; '.join([*_place(fault), *_times(fault)])}")
-        said = (fault.get("last_lines") or "").splitlines()[-1:]
-        lines += [f"      it said: {line}" for line in said]
+        if line := telling_line(fault.get("last_lines") or ""):
+            lines.append(f"      it said: {line}")
     return lines
 
 

@@ -6,6 +6,7 @@ A call outlives its connection, see calls.py; a group (of requests whose answers
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 
 from fastapi import Response
@@ -219,9 +220,10 @@ class EventStream(Response):
 
     async def _send_events(self, send: Send, watcher: asyncio.Future[None]) -> None:
         queue, started, wait_s = self._queue, False, HEAD_S
+        sent_at = 0.0
         while True:
             events = await queue.take(wait_s) if self._running > 0 else []
-            wait_s = KEEP_ALIVE_S if started else OUTAGE_CHECK_S
+            wait_s = OUTAGE_CHECK_S
             if watcher.done():
                 return
             body = b"".join([self._render(*event) for event in events])
@@ -236,15 +238,18 @@ class EventStream(Response):
                 if not self._at.has_usage and (usage := self._answer.last_chunk()):
                     body += _event(self._at.usage(), usage)
                 body += _event(self._at.done(), DONE)
-            if not body and started:
+            # Tokens that have no text yet are no events either.
+            if not body and started and time.monotonic() >= sent_at + KEEP_ALIVE_S:
                 body = KEEP_ALIVE
             if not started:
                 if not body and not self._reader.is_in_world:
                     continue
-                started, wait_s = True, KEEP_ALIVE_S
+                started, sent_at = True, time.monotonic()
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": not ends})
+                sent_at = time.monotonic()
+            wait_s = max(0.0, sent_at + KEEP_ALIVE_S - time.monotonic())
             if ends:
                 return
 

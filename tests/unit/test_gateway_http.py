@@ -138,6 +138,13 @@ def test_a_chat_stream(cluster: EchoCluster) -> None:
     assert all("usage" not in chunk for chunk in chunks)
 
 
+def test_a_token_without_text_sends_nothing(cluster: EchoCluster) -> None:
+    body = {"prompt": "\N{GRINNING FACE}", "max_tokens": 40, "stream": True}  # a character of four tokens
+    data = ask(cluster, "/v1/completions", body)[2]
+    assert not [line for line in data.split(b"\n") if line.startswith(b":")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in events(data)) == "\N{GRINNING FACE}" * 10
+
+
 def test_a_stream_ends_with_its_usage_if_asked(cluster: EchoCluster) -> None:
     body = {"prompt": "abc", "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}}
     chunks = events(ask(cluster, "/v1/completions", body)[2])

@@ -239,6 +239,18 @@ async def test_the_next_trial_waits_until_the_world_is_empty(front: Deployment) 
     assert front.in_world() == ["b"]
 
 
+async def test_one_that_fails_while_it_leaves_holds_nobody_up(front: Deployment) -> None:
+    front.ask("a", 3)
+    front.ask("b", 4)
+    front.crash()
+    front.crash()
+    [engine_id] = front.world.running
+    front.requests.receive(Tokens(front.epoch, 1, [Output(engine_id, 0, [71])]))
+    assert front.world.cancelled == [engine_id] and front.in_world() == []
+    front.requests.receive(Failed(front.epoch, engine_id, "internal", "no"))  # instead of "cancelled"
+    assert front.in_world() == ["b"]
+
+
 async def test_only_the_one_that_kills_alone_fails(front: Deployment) -> None:
     innocent = front.ask("innocent", 3)
     poison = front.ask("poison", 4)

@@ -136,3 +136,12 @@ def test_stacks_are_found_in_the_output(tmp_path: Path) -> None:
 
 def test_a_rank_without_the_handler_is_sent_no_signal(tmp_path: Path) -> None:
     assert post_mortem.dump_stacks(1, tmp_path / "none") == ""
+
+
+def test_the_line_that_tells_most() -> None:
+    dump = (
+        "a warning\nFatal Python error: Segmentation fault\n\n  File x\n\nExtension modules: a, b (total: 2)"
+    )
+    assert post_mortem.telling_line(dump) == "Fatal Python error: Segmentation fault"
+    assert post_mortem.telling_line("Traceback\nValueError: no") == "ValueError: no"
+    assert post_mortem.telling_line("") is None
