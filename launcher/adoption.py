@@ -178,12 +178,12 @@ class RecordKeeper:
         worlds: Iterable[World],
         kv_blocks: int,
     ) -> None:
-        """Writes what has changed since the last call. `worlds` are those that are not dying."""
+        """Writes what has changed since the last call. `worlds` are those that are not dying. Raises OSError, after
+        which the next call tries again."""
         worlds = list(worlds)
         key = (front, kv_blocks, current, [(world.epoch, world.is_spare, world.is_whole) for world in worlds])
         if key == self._key:
             return
-        self._key = key
         spare = next((world for world in worlds if world.is_spare), None)
         self._run_dir.record(
             supervisor=supervisor,
@@ -216,3 +216,4 @@ class RecordKeeper:
                 ],
             },
         )
+        self._key = key

@@ -112,8 +112,16 @@ class Reloads:
         return None
 
     def problem(self, current: World | None) -> str | None:
-        """Why the new world must not take over, as far as its KV cache is known."""
-        if self.world is None or self.change is None or not self.world.kv_blocks:
+        """Why the new world must not take over: the front goes to the youngest one only, and what was accepted must
+        fit into its KV cache, once that is known."""
+        if self.world is None or self.change is None:
+            return None
+        if current is not None and current.epoch > self.world.epoch and current.times.served is not None:
+            return (
+                f"the world that served has died meanwhile, and world {current.epoch}, which is younger than this "
+                "one, has taken its place; ask again"
+            )
+        if not self.world.kv_blocks:
             return None
         tokens = self.world.kv_blocks * BLOCK_TOKENS
         before = current.kv_blocks * BLOCK_TOKENS if current is not None else 0

@@ -4,6 +4,7 @@ left behind. Used by the supervisor alone; must hold the lock before it touches 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -92,14 +93,18 @@ class RunDir:
 
     def raise_epoch(self) -> int:
         """Hands out the next epoch, which is on disk before this returns, so that no crash can hand it out
-        twice."""
+        twice. Raises OSError."""
         epoch = self.epoch + 1
         temporary = self.path / "epoch.new"
-        with temporary.open("w") as file:
-            file.write(f"{epoch}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self.path / "epoch")
+        content = f"{epoch}\n".encode()
+        try:
+            _write_synced(temporary, content, os.O_CREAT | os.O_TRUNC)
+            temporary.rename(self.path / "epoch")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or epoch == 1:
+                raise
+            # The file that is there has its block already. It never gets shorter, and so few bytes are written whole.
+            _write_synced(self.path / "epoch", content)
         folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
@@ -210,3 +215,12 @@ def _processes_of_run(run_id: str, keep_pid: int | None) -> list[tuple[ProcessId
         if variables.get(RUN_ID_VARIABLE) == run_id:
             found.append((ProcessId(stat.pid, stat.start), variables.get(EPOCH_VARIABLE, "")))
     return found
+
+
+def _write_synced(path: Path, content: bytes, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o644)
+    try:
+        os.write(descriptor, content)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

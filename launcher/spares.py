@@ -59,9 +59,9 @@ class Spares:
         return world
 
     def lose(self, now: float) -> float:
-        """The spare has died. Returns the seconds until the next one is started at the earliest."""
-        assert self.world is not None
-        parked = self.world.times.parked
+        """The spare has died, or could not be started. Returns the seconds until the next one is started at the
+        earliest."""
+        parked = self.world.times.parked if self.world is not None else None
         self.world = None
         if parked is not None and now - parked > STABLE_AFTER_S:
             self._losses = 0

@@ -127,6 +127,7 @@ class Supervisor:
         self._resumed_epoch = 0
         self._table_key: tuple[object, ...] = ()
         self._table_sent_at = 0.0
+        self._record_failed = False
         self._turned_at = time.monotonic()
         if found is not None:
             self._take_over(found)
@@ -165,7 +166,7 @@ class Supervisor:
             if self._current is None:
                 self._replace_world(now)
             elif self._spares.is_due(now) and not self._draining:
-                self._spares.world = self._start_world(self._spares.kind)
+                self._start_spare(now)
             if not self._draining:
                 self._judge_front(now)
             if not self._was_ready and self._current is not None:
@@ -264,8 +265,18 @@ class Supervisor:
         elif all(world is self._reloads.world for world in self._worlds):
             self._current = self._start_world(SpareKind.NONE)
 
+    def _start_spare(self, now: float) -> None:
+        """What keeps it from starting, like a full disk, is no reason to end the world that serves."""
+        try:
+            self._spares.world = self._start_world(self._spares.kind)
+        except GaveUp as error:
+            self._log.warning("spare not started", detail=str(error), next_start_s=self._spares.lose(now))
+
     def _raise_epoch(self) -> None:
-        self._epoch = self._run_dir.raise_epoch()
+        try:
+            self._epoch = self._run_dir.raise_epoch()
+        except OSError as error:
+            raise GaveUp(f"the epoch cannot be written to {self._run_dir.path}: {error.strerror}") from None
 
     def _start_world(self, spare: SpareKind, plan: WorldPlan | None = None) -> World:
         if not self._epoch_is_free:
@@ -278,6 +289,7 @@ class Supervisor:
         try:
             world.start(self._environment, self._kv_blocks if plan is None else 0)
         except OSError as error:
+            self._run_dir.remove_world_files(epoch)
             cause = diagnose([WorldFault("start", None, None, str(error))], self._machine, Machine.now())
             raise GaveUp(f"cannot start a world: {error}{f' ({cause})' if cause else ''}") from None
         self._worlds.append(world)
@@ -305,9 +317,16 @@ class Supervisor:
         # One that is to take over is no world to be adopted before it has: then it is ended as a leftover.
         next_world = self._reloads.world
         living = [w for w in self._worlds if w.state is not WorldState.DYING and w is not next_world]
-        self._keeper.keep(
-            self._own_id, self._link, self._front.process, self._current, living, self._kv_blocks
-        )
+        try:
+            self._keeper.keep(
+                self._own_id, self._link, self._front.process, self._current, living, self._kv_blocks
+            )
+        except OSError as error:  # a full disk; it is tried again at every turn
+            if not self._record_failed:
+                self._log.error("record cannot be written", detail=str(error))
+            self._record_failed = True
+        else:
+            self._record_failed = False
 
     def _judge_world(self, world: World, now: float) -> None:
         was_parked = world.state is WorldState.PARKED

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,29 @@ def test_a_change_that_cannot_be_changes_nothing(
         assert served.cluster()["faults"] == []
         assert reload(served, str(models / "second")).returncode == 0
         assert served.active_world(above=world["epoch"])["version"] == "2"
+
+
+def test_the_world_that_serves_is_replaced_meanwhile(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "faults"
+    file.write_text("sleep=0.01")
+    monkeypatch.setenv("PHALANX_FAULTS", f"@{file}")
+    flags = ("--tp", "2", "--kv-cache-memory", "16MiB", "--spare", "none")
+    with Served(str(models / "first"), tmp_path / "run", *flags) as served:
+        world = served.active_world()
+        streams = Streams(served, ["Once", "upon"], NUM_TOKENS)
+        streams.wait_begun(3)
+        file.write_text(f"sleep=0.01; sleep=60 phase=loaded epoch={world['epoch'] + 1}")
+        reloading = Background(served, str(models / "second"))
+        while len(served.cluster()["worlds"]) < 2:
+            time.sleep(0.05)
+        processes_of(world)[-1].kill()
+        assert served.active_world(above=world["epoch"] + 1)["version"] == "1"
+        done = reloading.wait()
+        assert done.returncode == 1 and "has taken its place; ask again" in done.stderr, done
+        for stream in streams.finish():
+            assert (stream.error, stream.done, stream.finish_reason) == (None, True, "length")
 
 
 def test_without_a_deployment_it_says_so(tmp_path: Path) -> None:

@@ -163,3 +163,18 @@ def test_both_worlds_die_at_once(start: Start) -> None:
     last = deployment.wait_active(above=spare["epoch"])
     deployment.wait_spare(above=last["epoch"])
     check_end(deployment)
+
+
+def test_a_spare_that_cannot_be_started_ends_nothing(start: Start) -> None:
+    deployment = start(spare="warm")
+    world = deployment.wait_active(above=deployment.wait_ready() - 1)
+    spare = deployment.wait_spare(above=world["epoch"])
+    # Where the folder of the next world has to be made: as with a full disk, it cannot be.
+    (deployment.run_dir / "worlds" / str(spare["epoch"] + 1)).write_text("in the way")
+    os.kill(world["ranks"][1]["pid"], signal.SIGKILL)
+    promoted = deployment.wait_active(above=world["epoch"])
+    assert promoted["epoch"] == spare["epoch"]
+    assert deployment.wait_spare(above=promoted["epoch"])["epoch"] == spare["epoch"] + 2
+    assert deployment.wait_active()["epoch"] == promoted["epoch"]
+    assert "spare not started" in deployment.errors.read_text()
+    check_end(deployment)

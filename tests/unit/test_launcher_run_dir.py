@@ -12,6 +12,7 @@ import pytest
 from launcher.errors import LauncherError
 from launcher.processes import ProcessId, is_alive, kill, read_stat
 from launcher.run_dir import RUN_ID_VARIABLE, RunDir, RunDirInUse
+from tests.unit.disks import fill, small_disk
 
 
 def test_one_supervisor_a_folder(tmp_path: Path) -> None:
@@ -31,6 +32,19 @@ def test_epoch_grows_over_restarts(tmp_path: Path) -> None:
     again = RunDir(tmp_path)
     assert again.raise_epoch() == 3
     again.close()
+
+
+def test_the_epoch_grows_on_a_full_disk_too(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        folder = RunDir(disk)
+        for _ in range(9):
+            folder.raise_epoch()
+        fill(disk)
+        with pytest.raises(OSError):
+            folder.write_json("record.json", {"a": 1})
+        assert [folder.raise_epoch() for _ in range(3)] == [10, 11, 12]
+        assert folder.epoch == 12
+        folder.close()
 
 
 def test_broken_epoch_is_never_guessed(tmp_path: Path) -> None:
