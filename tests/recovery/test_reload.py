@@ -129,7 +129,7 @@ def test_the_world_that_serves_is_replaced_meanwhile(
     flags = ("--tp", "2", "--kv-cache-memory", "16MiB", "--spare", "none")
     with Served(str(models / "first"), tmp_path / "run", *flags) as served:
         world = served.active_world()
-        streams = Streams(served, ["Once", "upon"], NUM_TOKENS)
+        streams = Streams(served, ["Once", "upon"], 600)
         streams.wait_begun(3)
         file.write_text(f"sleep=0.01; sleep=60 phase=loaded epoch={world['epoch'] + 1}")
         reloading = Background(served, str(models / "second"))
