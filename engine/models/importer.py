@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from engine.models.gguf_file import GgufFile
     from engine.models.gguf_tensors import Target
 
-IMPORT_VERSION = 1
+IMPORT_VERSION = 2
 """To be raised whenever the same GGUF file is turned into another folder; older ones are made anew."""
 
 _NOTE = "phalanx_import.json"
