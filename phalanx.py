@@ -67,7 +67,7 @@ class Server:
         ones unless they are given. Raises ServerError.
         """
         self._scratch = None if "run_dir" in options else tempfile.mkdtemp(prefix="phalanx-")
-        defaults = {"port": 0, "zmq": "tcp://127.0.0.1:*"}
+        defaults = {"port": 0, "zmq": "tcp://127.0.0.1:*", "grpc_port": 0}
         if self._scratch is not None:
             defaults["run_dir"] = str(Path(self._scratch, "run"))
         command = [sys.executable, "-m", "launcher.cli", "serve", str(model)]

@@ -110,6 +110,8 @@ class FrontState(Struct, frozen=True, tag="front_state", tag_field="type"):
     """Epoch of the world whose gateway has welcomed the front; None while there is none."""
     resumed_at: float | None = None
     """Unix time at which the first replayed request of that epoch got a token again."""
+    grpc: str | None = None
+    """Address and port for gRPC clients; None while there is none."""
 
 
 ControlMessage = WorldTable | FrontState

@@ -43,6 +43,7 @@ from gateway.journal_store import JournalLocked
 from gateway.log import Logger, configure_log
 from gateway.metrics import FrontMetrics
 from gateway.requests import Requests
+from gateway.rpc.grpc_port import GrpcPort
 from gateway.sockets import Socket
 from gateway.supervision import Supervision, adoption_wait_s
 from gateway.text import TextModel
@@ -75,6 +76,8 @@ class FrontConfig:
     max_waiting_tokens: int
     journal: JournalConfig
     drain_timeout_s: float = 0.0
+    grpc: tuple[str, int] | None = None
+    """Address and port for gRPC; None for none."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Front:
         self._stop_now = asyncio.Event()
         self._drain_timeout_s = config.drain_timeout_s
         self._context: zmq.Context[Socket] = zmq.Context()
+        self._grpc: GrpcPort | None = None
         metrics = FrontMetrics(config.model)
         self._journal = journal
         self._requests = Requests(
@@ -138,6 +142,10 @@ class Front:
         operations = Operations(self._worlds, self._requests, metrics, self._supervision)
         language_model = LanguageModel(openai, self._calls, operations.why_not_ready)
         self._repository = Repository([language_model, Simple(), SimpleIdentity()], operations.why_not_ready)
+        if config.grpc is not None:
+            self._grpc = GrpcPort(
+                *config.grpc, self._repository, config.run_dir, log, self._control.send_state
+            )
         app = make_app(openai, operations, self._repository, metrics, log)
         self._http = _Server(
             uvicorn.Config(
@@ -165,6 +173,8 @@ class Front:
         # Open streams end with an error that says why; then nothing holds uvicorn up.
         self._requests.close()
         self._http.should_exit = True
+        if self._grpc is not None:
+            await self._grpc.stop(SHUTDOWN_S)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(serving, SHUTDOWN_S + 1)
         watch.cancel()
@@ -178,6 +188,8 @@ class Front:
     async def _drain(self) -> None:
         """Takes nothing new, and waits until what runs has finished, for the drain timeout at most."""
         self._requests.drain()
+        if self._grpc is not None:
+            self._grpc.serving_changed()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_timeout_s):
                 while self._requests.num_live and not self._stop_now.is_set():
@@ -194,7 +206,11 @@ class Front:
 
     def _state(self) -> FrontState:
         return FrontState(
-            os.getpid(), self._zmq_server.endpoint, self._worlds.serving_epoch, self._requests.resumed_at
+            os.getpid(),
+            self._zmq_server.endpoint,
+            self._worlds.serving_epoch,
+            self._requests.resumed_at,
+            self._grpc.endpoint if self._grpc is not None else None,
         )
 
     def _on_table(self, table: WorldTable) -> None:
@@ -203,6 +219,8 @@ class Front:
     def _serving_changed(self) -> None:
         if self._worlds.serving_epoch is not None:
             self._zmq_server.world_up()
+        if self._grpc is not None:
+            self._grpc.serving_changed()
         self._control.send_state()
 
     def _orphaned(self) -> None:
@@ -274,6 +292,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
     parser.add_argument("--served-model-name", required=True, help="the model's name for clients")
     parser.add_argument("--http-fd", type=int, required=True, help="inherited listening socket")
     parser.add_argument("--zmq", required=True, help="endpoint for ZeroMQ clients, tcp://127.0.0.1:5555")
+    parser.add_argument("--grpc", type=_address, metavar="HOST:PORT", help="where gRPC listens; port 0: any")
     parser.add_argument("--control", required=True, help="the supervisor's control socket, ipc://...")
     parser.add_argument("--run-dir", type=Path, help="run folder of the deployment")
     parser.add_argument(
@@ -305,6 +324,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
         model=options.served_model_name,
         http_fd=options.http_fd,
         zmq=options.zmq,
+        grpc=options.grpc,
         control=options.control,
         run_dir=options.run_dir,
         max_wait_s=options.max_wait_s,
@@ -319,6 +339,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
             disconnect_grace_s=options.disconnect_grace_s,
         ),
     )
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def _allow_many_connections() -> None:

@@ -196,9 +196,10 @@ def _shared_memory() -> Iterator[Finding]:
 
 
 def _ports(port: int) -> Iterator[Finding]:
+    from launcher.grpc_port import DEFAULT_PORT
     from launcher.serve import bind
 
-    for number, flag in ((port, "--port"), (5555, "--zmq")):
+    for number, flag in ((port, "--port"), (5555, "--zmq"), (DEFAULT_PORT, "--grpc-port")):
         try:
             bind("127.0.0.1", number).close()
         except LauncherError as error:

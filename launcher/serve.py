@@ -18,6 +18,7 @@ from launcher.adoption import Found, RecordKeeper, find, receive_listener
 from launcher.children import child_environment, python_module
 from launcher.display import Display, choose_display
 from launcher.errors import LauncherError
+from launcher.grpc_port import DEFAULT_PORT, choose_grpc_port
 from launcher.hosts import address_towards, parse_hosts
 from launcher.launchers.mpirun import Flavor, find_mpirun
 from launcher.logs import EventLog
@@ -61,9 +62,11 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
     try:
         log.to_file(run_dir.path / "supervisor.log")
         port = listener.getsockname()[1]
+        grpc_port: int | None = DEFAULT_PORT if settings.grpc_port is None else settings.grpc_port
         if found is not None:
             prepared = PreparedModel(**{**found.prepared, "path": Path(found.prepared["path"])})
         else:
+            grpc_port = choose_grpc_port(settings.host, settings.grpc_port, display.say)
             prepared = prepare(
                 settings.model,
                 settings.tp,
@@ -99,7 +102,7 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
         Supervisor(
             plan=plan,
             run_dir=run_dir,
-            front_command=front_command(settings, prepared, name, listener.fileno(), run_dir),
+            front_command=front_command(settings, prepared, name, listener.fileno(), run_dir, grpc_port),
             listener=listener,
             environment=child_environment(),
             log=log,
@@ -204,7 +207,12 @@ def _port_in_use(host: str, port: int) -> str:
 
 
 def front_command(
-    settings: Settings, prepared: PreparedModel, name: str, http_fd: int, run_dir: RunDir
+    settings: Settings,
+    prepared: PreparedModel,
+    name: str,
+    http_fd: int,
+    run_dir: RunDir,
+    grpc_port: int | None = None,
 ) -> list[str]:
     """What the supervisor starts as the front."""
     command = [
@@ -215,6 +223,8 @@ def front_command(
         name,
     ]
     command += ["--http-fd", str(http_fd), "--zmq", settings.zmq]
+    if grpc_port is not None:
+        command += ["--grpc", f"{settings.host}:{grpc_port}"]
     command += ["--control", f"ipc://{run_dir.control_socket}", "--run-dir", str(run_dir.path)]
     command += ["--max-waiting", str(settings.max_waiting)]
     command += ["--max-waiting-tokens", str(settings.max_waiting_tokens)]
@@ -276,7 +286,8 @@ def _say_ready(
     name = world.plan.served_model_name
     shape = f"(tp {world.plan.tp}, pp {world.plan.pp})"
     with contextlib.suppress(OSError):  # serving does not depend on somebody reading this
-        print(f"ready  {url}  zmq {state.zmq}  model {name}  world {world.epoch} {shape}")
+        grpc = "" if state.grpc is None else f"  grpc {state.grpc.replace('0.0.0.0', '127.0.0.1')}"
+        print(f"ready  {url}  zmq {state.zmq}  model {name}  world {world.epoch} {shape}{grpc}")
         print(curl_line(url, name, model_dir), flush=True)
 
 

@@ -94,6 +94,11 @@ class Settings:
     )
     host: str = _flag("127.0.0.1", "address that HTTP listens on", "H")
     port: int = _flag(8000, "port that HTTP listens on; 0: any free one", "P")
+    grpc_port: int | None = _flag(
+        None,
+        "port that gRPC listens on, at the address of --host; 0: any free one; default: 8001 if it is free",
+        "P",
+    )
     zmq: str = _flag("tcp://127.0.0.1:5555", "endpoint that the front's ZeroMQ server listens on", "ENDPOINT")
     max_model_len: int = _flag(0, "most tokens of prompt and output together; 0: the model's own limit", "N")
     max_num_seqs: int = _flag(64, "most sequences that run at once", "N")
@@ -182,6 +187,8 @@ class Settings:
             raise SettingsError(f"--spare {self.spare}: must be one of {', '.join(SPARES)}")
         if not 0 <= self.port <= 65535:
             raise SettingsError(f"--port {self.port}: must be from 0 to 65535")
+        if self.grpc_port is not None and not 0 <= self.grpc_port <= 65535:
+            raise SettingsError(f"--grpc-port {self.grpc_port}: must be from 0 to 65535")
         if not re.match(r"(tcp|ipc)://.", self.zmq):
             raise SettingsError(f"--zmq {self.zmq}: write it like tcp://127.0.0.1:5555")
         if self.step_factor and not self.step_factor >= 1.5:
@@ -316,12 +323,12 @@ def _convert(name: str, value: Any, where: str) -> Any:
         except ValueError as error:
             raise SettingsError(f"{where}: {error}") from None
     try:
-        if kind == "int":
+        if kind in ("int", "int | None"):
             return int(str(value))
         if kind == "float":
             return float(value)
     except ValueError:
-        wanted = "a whole number" if kind == "int" else "a number"
+        wanted = "a whole number" if kind != "float" else "a number"
         raise SettingsError(f"{where}: must be {wanted}") from None
     return Path(str(value)).expanduser() if kind == "Path | None" else str(value)
 

@@ -363,6 +363,12 @@ class EchoCluster:
         self.wait(lambda: bool(self.states))
         return self.states[-1].zmq
 
+    @property
+    def grpc(self) -> str:
+        """Where gRPC clients connect, if the front was started with --grpc."""
+        self.wait(lambda: bool(self.states) and self.states[-1].grpc is not None)
+        return self.states[-1].grpc or ""
+
     def get(self, path: str) -> tuple[int, bytes]:
         """GET from the front: status and body."""
         try:

@@ -160,5 +160,14 @@ def check_outputs(spec: ModelSpec, request: InferRequest) -> None:
             raise ApiError(400, f"output '{name}' for model '{spec.name}' is asked for twice")
 
 
+def refuse_unserved(parameters: Mapping[str, Any] | None, where: str) -> None:
+    """Raises ApiError for parameters that would change the answer and are not served."""
+    for name in parameters or {}:
+        if name.startswith("shared_memory"):
+            raise ApiError(400, f"{where}: {name}: shared memory is not supported; send the data itself")
+    if (parameters or {}).get("classification"):
+        raise ApiError(400, f"{where}: classification is not supported; leave it out")
+
+
 def _tensor_metadata(tensor: TensorSpec) -> dict[str, Any]:
     return {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}

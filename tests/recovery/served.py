@@ -32,6 +32,8 @@ class Served:
         self._errors = run_dir / "serve.stderr"
         command = [sys.executable, "-m", "launcher.cli", "serve", model]
         command += ["--port", "0", "--zmq", "tcp://127.0.0.1:*", "--run-dir", str(run_dir), *flags]
+        if "--grpc-port" not in flags:
+            command += ["--grpc-port", "0"]
         began = time.monotonic()
         with self._errors.open("a") as errors:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)

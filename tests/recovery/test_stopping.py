@@ -62,7 +62,8 @@ def test_ready_lines(tiny_model: Path, tmp_path: Path) -> None:
         words = served.ready_line.split("  ")
         assert words[0] == "ready" and words[1] == served.url
         assert words[2].startswith("zmq tcp://127.0.0.1:") and not words[2].endswith("*")
-        assert words[3:] == ["model mine", "world 1 (tp 2, pp 1)"]
+        assert words[3:5] == ["model mine", "world 1 (tp 2, pp 1)"]
+        assert words[5].startswith("grpc 127.0.0.1:") and not words[5].endswith(":0")
         assert served.stop() == 0
     for part in ("load", "world 1: 2 ranks"):
         assert part in served.errors()

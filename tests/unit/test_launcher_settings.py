@@ -119,6 +119,8 @@ def test_missing_file(tmp_path: Path) -> None:
         ["--tp", "x"],
         ["--port", "70000"],
         ["--zmq", "5555"],
+        ["--grpc-port", "70000"],
+        ["--grpc-port", "many"],
         ["--max-num-seqs", "0"],
         ["--max-model-len", "-5"],
         ["--kv-cache-memory", "lots"],

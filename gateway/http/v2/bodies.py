@@ -16,7 +16,7 @@ from msgspec import UNSET, Struct
 
 from gateway.http.errors import ApiError
 from gateway.http.schema import decode_body
-from gateway.inference.models import VERSION, InferRequest, ModelSpec
+from gateway.inference.models import VERSION, InferRequest, ModelSpec, refuse_unserved
 from gateway.inference.tensors import BYTES, GivenTensor, Tensor, to_raw
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -173,15 +173,6 @@ def decompress(body: bytes, encoding: str, most: int) -> bytes:
     if not stream.eof or stream.unused_data:
         raise ApiError(400, f"the body is not one whole piece of {encoding}")
     return found
-
-
-def refuse_unserved(parameters: Parameters | Mapping[str, Any] | None, where: str) -> None:
-    """Raises ApiError for what would change the answer and is not served."""
-    for name in parameters or {}:
-        if name.startswith("shared_memory"):
-            raise ApiError(400, f"{where}: {name}: shared memory is not supported; send the data itself")
-    if (parameters or {}).get("classification"):
-        raise ApiError(400, f"{where}: classification is not supported; leave it out")
 
 
 def _header_length(text: str, body_size: int) -> int:
