@@ -54,6 +54,8 @@ EX_CONFIG = 78
 """No restart can help: sysexits.h."""
 
 SHUTDOWN_S = 2
+GRPC_SHUTDOWN_S = 0.5
+"""For gRPC streams to read their last error; one whose client keeps it open without a request has nothing to read."""
 DRAIN_CHECK_S = 0.02
 KEEP_CONNECTION_S = 75
 """An idle HTTP connection stays open longer than clients keep one, so that none is closed under a request."""
@@ -174,7 +176,7 @@ class Front:
         self._requests.close()
         self._http.should_exit = True
         if self._grpc is not None:
-            await self._grpc.stop(SHUTDOWN_S)
+            await self._grpc.stop(GRPC_SHUTDOWN_S)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(serving, SHUTDOWN_S + 1)
         watch.cancel()
