@@ -11,8 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Literal
 
@@ -20,8 +19,9 @@ import msgspec
 import zmq
 
 from gateway.connection import SERVER_SILENCE_S, Connection
-from gateway.errors import ConnectionLost, GatewayError, RequestFailed, RequestTimeout
+from gateway.errors import ConnectionLost, GatewayError, RequestFailed
 from gateway.generation import Generation, Prompt, numbers_of, scored
+from gateway.output_streams import AsyncStream, Event
 from gateway.protocol import (
     Cancel,
     Failed,
@@ -42,60 +42,6 @@ FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
 TOKEN_TIMEOUT_S = 300.0
 """Default of how long a request may bring no token: longer than a world needs to come back."""
-
-Event = Output | Exception
-"""What a request brings; an exception is its last."""
-
-
-class AsyncStream(AsyncIterator[Output]):
-    """The outputs of one request. Ends after the output with a finish_reason.
-
-    Raises RequestFailed, ConnectionLost, or RequestTimeout (no output for `timeout_s`, the request is then
-    cancelled).
-    """
-
-    def __init__(self, client: AsyncClient, request_id: str, timeout_s: float) -> None:
-        self.request_id = request_id
-        self._client = client
-        self._timeout_s = timeout_s
-        self._events: deque[Event] = deque()
-        self._arrived = asyncio.Event()
-        self._ended = False
-
-    async def __anext__(self) -> Output:
-        while not self._events:
-            if self._ended:
-                raise StopAsyncIteration
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    await self._arrived.wait()
-            except TimeoutError:
-                self.cancel()
-                self._ended = True
-                raise timeout_error(self.request_id, self._timeout_s) from None
-        event = self._events.popleft()
-        if isinstance(event, Exception):
-            self._ended = True
-            raise event
-        self._ended = event.finish_reason is not None
-        return event
-
-    def cancel(self) -> None:
-        """Ends the request; what the server sends until it knows still arrives, then finish_reason
-        "cancelled". Does nothing when it has ended."""
-        self._client._cancel(self.request_id)
-
-    async def collect(self) -> Generation:
-        """Waits for the end."""
-        generation = Generation(self.request_id)
-        async for output in self:
-            generation.add(output)
-        return generation
-
-    def _put(self, event: Event) -> None:
-        self._events.append(event)
-        self._arrived.set()
 
 
 class AsyncClient:
@@ -243,7 +189,7 @@ class AsyncClient:
         as RequestFailed with the code "timeout". `continuation`: see `score`. Raises ConnectionLost.
         """
         wait_s = self._token_timeout_s if timeout_s is None else timeout_s
-        stream = AsyncStream(self, request_id or self._new_id(), wait_s)
+        stream = AsyncStream(request_id or self._new_id(), wait_s, self._cancel)
         self._submit(
             stream.request_id,
             prompt,
@@ -437,8 +383,3 @@ class _Inflight:
         self.token_ids = list(message.output_token_ids)
         self.next_position = len(self.token_ids)
         self.cancelled = False
-
-
-def timeout_error(request_id: str, timeout_s: float) -> RequestTimeout:
-    """What a stream raises that waited too long."""
-    return RequestTimeout(f"request {request_id} brought no token for {timeout_s:g} s; it was cancelled")

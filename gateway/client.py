@@ -7,9 +7,8 @@ own.
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Literal, TypeVar
@@ -19,13 +18,11 @@ from gateway.async_client import (
     RECONNECT_S,
     TOKEN_TIMEOUT_S,
     AsyncClient,
-    AsyncStream,
-    Event,
-    timeout_error,
 )
 from gateway.connection import SERVER_SILENCE_S
 from gateway.errors import ConnectionLost, GatewayError, RequestFailed, RequestTimeout
 from gateway.generation import Generation, Prompt, numbers_of, scored
+from gateway.output_streams import AsyncStream, Stream
 from gateway.protocol import Output, Pooling, SamplingParams, Stats, Welcome
 
 __all__ = [
@@ -44,43 +41,6 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-
-
-class Stream(Iterator[Output]):
-    """The outputs of one request; like AsyncStream, for a thread that may wait."""
-
-    def __init__(self, client: Client, request_id: str, timeout_s: float) -> None:
-        self.request_id = request_id
-        self._client = client
-        self._timeout_s = timeout_s
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._ended = False
-
-    def __next__(self) -> Output:
-        if self._ended:
-            raise StopIteration
-        try:
-            event = self._events.get(timeout=self._timeout_s)
-        except queue.Empty:
-            self.cancel()
-            self._ended = True
-            raise timeout_error(self.request_id, self._timeout_s) from None
-        if isinstance(event, Exception):
-            self._ended = True
-            raise event
-        self._ended = event.finish_reason is not None
-        return event
-
-    def cancel(self) -> None:
-        """Ends the request, see AsyncStream.cancel."""
-        self._client._cancel(self.request_id)
-
-    def collect(self) -> Generation:
-        """Waits for the end."""
-        generation = Generation(self.request_id)
-        for output in self:
-            generation.add(output)
-        return generation
 
 
 class Client:
@@ -175,7 +135,7 @@ class Client:
     ) -> Stream:
         """Sends a request and returns its stream of outputs, see AsyncClient.submit."""
         wait_s = self._token_timeout_s if timeout_s is None else timeout_s
-        stream = Stream(self, request_id or self._client._new_id(), wait_s)
+        stream = Stream(request_id or self._client._new_id(), wait_s, self._cancel)
         self._call(
             lambda: self._client._submit(
                 stream.request_id,
@@ -183,7 +143,7 @@ class Client:
                 params,
                 stop,
                 output_token_ids,
-                stream._events.put,
+                stream._put,
                 priority,
                 deadline_s,
                 continuation,
