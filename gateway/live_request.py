@@ -119,3 +119,14 @@ def read_text(text: TextStream, entry: JournalEntry, output: Output, eos_token_i
         text="".join(pieces),
         logprobs=output.logprobs and output.logprobs[: len(token_ids)],
     )
+
+
+def without_repeated(output: Output, position: int) -> Output:
+    """What of an output is new behind the first `position` tokens of its request; it begins before or there."""
+    repeated = position - output.position
+    return msgspec.structs.replace(
+        output,
+        position=position,
+        token_ids=output.token_ids[repeated:],
+        logprobs=output.logprobs and output.logprobs[repeated:],
+    )

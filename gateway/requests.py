@@ -18,11 +18,10 @@ from gateway.checks import check_request
 from gateway.control_messages import Fault
 from gateway.errors import RequestFailed
 from gateway.journal import Journal, JournalCall, JournalEntry, PositionError
-from gateway.live_request import Request, Sink, World
+from gateway.live_request import Request, Sink, World, without_repeated
 from gateway.log import Logger
 from gateway.metrics import FrontMetrics
 from gateway.protocol import (
-    Cancel,
     ErrorCode,
     Failed,
     FinishReason,
@@ -31,7 +30,6 @@ from gateway.protocol import (
     SamplingParams,
     ServerMessage,
     Stats,
-    Submit,
     Tokens,
     Welcome,
     decode_server_message,
@@ -40,6 +38,7 @@ from gateway.protocol import (
 from gateway.quarantine import Quarantine, is_suspect
 from gateway.rank0 import with_seed
 from gateway.replay import ReplayQueue
+from gateway.submissions import Submissions
 from gateway.text import TextModel
 
 MAX_RESUBMITS_IN_A_WORLD = 3
@@ -76,13 +75,12 @@ class Requests:
         self._metrics = metrics
         self._log = log
         self.waiting = WaitingRoom(max_waiting, max_waiting_tokens)
-        self._world: World | None = None
         self._live: dict[str, Request] = {}
-        self._in_engine: dict[str, Request] = {}
         self.draining = False
         self._closing = False
         self._replays = ReplayQueue()
         self._quarantine = Quarantine(self, journal, metrics, log)
+        self._submissions = Submissions(self._quarantine.leaves)
         self._numbers = itertools.count(journal.last_number + 1)
         self._world_waiters: list[asyncio.Future[None]] = []
 
@@ -90,7 +88,7 @@ class Requests:
 
     @property
     def serving(self) -> bool:
-        return self._world is not None and not self.draining
+        return self._submissions.world is not None and not self.draining
 
     @property
     def num_live(self) -> int:
@@ -199,7 +197,7 @@ class Requests:
             request.deadline_timer = loop.call_later(left_s, self._pass_deadline, request)
         if restored:
             self._submit_restored(request)
-        elif self._world is not None and not self._quarantine.holds:
+        elif self._submissions.world is not None and not self._quarantine.holds:
             self.submit(request)
         else:
             request.wait_timer = loop.call_later(self.max_wait_s, self._give_up_waiting, request)
@@ -211,7 +209,7 @@ class Requests:
         has ended."""
         if request.request_id not in self._live:
             return
-        self._cancel_in_engine(request)
+        self._submissions.cancel(request)
         position = len(request.entry.output_token_ids)
         output = Output(request.request_id, position, [], "cancelled", None, request.text.finish())
         self._journal_end(request, "cancelled")
@@ -231,7 +229,7 @@ class Requests:
 
     def world_up(self, world: World, welcome: Welcome) -> None:
         """A world serves: everything that has not finished is submitted to it, replays shortest first."""
-        self._world = world
+        self._submissions.world = world
         self.welcome = welcome
         self._journal.save_welcome(encode(msgspec.structs.replace(welcome, epoch=0)))
         self.resumed_at = None
@@ -251,11 +249,10 @@ class Requests:
     def world_down(self) -> None:
         """No world serves: everything waits for the next one. What the old one still says is dropped."""
         if self._metrics.serving_epoch is not None:
-            self._quarantine.world_down(self._metrics.serving_epoch, list(self._in_engine.values()))
-        self._world = None
+            self._quarantine.world_down(self._metrics.serving_epoch, list(self._submissions))
+        self._submissions.clear()
         self._metrics.serving_epoch = None
         self._metrics.stats = None
-        self._in_engine.clear()
         self._replays.clear()
         for request in self._live.values():
             request.epoch = None
@@ -295,12 +292,12 @@ class Requests:
 
     def withdraw(self, request: Request) -> None:
         """Takes it out of the world; it stays live."""
-        self._cancel_in_engine(request)
+        self._submissions.cancel(request)
         request.epoch = None
 
     def withdraw_all(self) -> None:
         self._replays.clear()
-        for request in list(self._in_engine.values()):
+        for request in list(self._submissions):
             self.withdraw(request)
 
     def fail(self, request: Request, error: RequestFailed) -> None:
@@ -310,38 +307,14 @@ class Requests:
 
     def submit(self, request: Request) -> None:
         """Into the world that serves, behind what the journal has. Does nothing if none does."""
-        world = self._world
-        if world is None or self._closing:
-            return
-        assert world.welcome is not None
-        entry = request.entry
-        if request.wait_timer is not None:
-            request.wait_timer.cancel()
-            request.wait_timer = None
-        request.submissions += 1
-        if request.submissions > 1:
-            request.engine_id = f"{entry.request_id}.{request.submissions}"
-        request.epoch = world.welcome.epoch
-        self._in_engine[request.engine_id] = request
-        params = entry.params
-        if entry.prompt_logprobs is not None:
-            params = msgspec.structs.replace(params, prompt_logprobs=None)
-        world.send(
-            Submit(
-                request.engine_id,
-                epoch=request.epoch,
-                prompt_token_ids=entry.prompt_token_ids,
-                output_token_ids=entry.output_token_ids,
-                params=params,
-                priority=entry.priority,
-            )
-        )
+        if not self._closing:
+            self._submissions.submit(request)
 
     # ----------------------------------------------------------------------- inside
 
     def _submit_restored(self, request: Request) -> None:
         """One of an earlier front has its turn with the replays."""
-        if self._world is not None and not self._quarantine.holds and not is_suspect(request):
+        if self._submissions.world is not None and not self._quarantine.holds and not is_suspect(request):
             self._replays.add([request])
             self._submit_replays()
 
@@ -352,7 +325,7 @@ class Requests:
     def _journal_output(self, output: Output) -> tuple[Request, Output] | None:
         """Makes text of new tokens and writes them down; None for outputs that are nobody's or bring nothing
         new."""
-        request = self._in_engine.get(output.request_id)
+        request = self._submissions.find(output.request_id)
         if request is None:  # cancelled, ended by an earlier output, or submitted again
             if output.finish_reason is not None:
                 self._quarantine.left(output.request_id)
@@ -365,16 +338,9 @@ class Requests:
             if output.position > expected:
                 self._resubmit(request)
                 return None
-            repeated = expected - output.position
-            token_ids = output.token_ids[repeated:]
-            if not token_ids and output.finish_reason is None:
+            output = without_repeated(output, expected)
+            if not output.token_ids and output.finish_reason is None:
                 return None
-            output = msgspec.structs.replace(
-                output,
-                position=expected,
-                token_ids=token_ids,
-                logprobs=output.logprobs and output.logprobs[repeated:],
-            )
         if output.finish_reason == "cancelled":
             # Not on our word, or its id would be gone: the client still waits for its tokens.
             self._log.warning("cancelled by rank 0", epoch=request.epoch, request=request.request_id)
@@ -386,17 +352,17 @@ class Requests:
         )
         if shown.finish_reason is not None:
             if output.finish_reason is None:
-                self._cancel_in_engine(request)
+                self._submissions.cancel(request)
             else:
-                del self._in_engine[request.engine_id]
+                self._submissions.forget(request)
             self._journal.finish(request.request_id, shown.finish_reason, shown.stop_reason)
         return request, shown
 
     def _resubmit(self, request: Request) -> None:
         """The world starts this request again behind what the journal has."""
-        self._cancel_in_engine(request)
+        self._submissions.cancel(request)
         request.resubmits += 1
-        if self._world is None or request.resubmits > MAX_RESUBMITS_IN_A_WORLD:
+        if self._submissions.world is None or request.resubmits > MAX_RESUBMITS_IN_A_WORLD:
             self._fail(request, RequestFailed("internal", "the engine dropped tokens of this request"))
             return
         self.submit(request)
@@ -436,11 +402,11 @@ class Requests:
                 "refused by rank 0", epoch=message.epoch, code=message.code, detail=message.message
             )
             return
-        request = self._in_engine.get(message.request_id)
+        request = self._submissions.find(message.request_id)
         if request is None:  # it failed while we took it out
             self._quarantine.left(message.request_id)
             return
-        del self._in_engine[message.request_id]  # the world has nothing more of it
+        self._submissions.forget(request)  # the world has nothing more of it
         if message.code == "unavailable":
             # The world is about to end; the next one gets it.
             request.epoch = None
@@ -466,7 +432,7 @@ class Requests:
 
     def _fail(self, request: Request, error: RequestFailed) -> None:
         if request.request_id in self._live:
-            self._cancel_in_engine(request)
+            self._submissions.cancel(request)
             self._journal_end(request, None, (error.code, error.message))
             self._end(request, None)
             request.sink.failed(request, error)
@@ -482,7 +448,7 @@ class Requests:
     def _end(self, request: Request, reason: FinishReason | None) -> None:
         request.ended = True
         del self._live[request.request_id]
-        self._in_engine.pop(request.engine_id, None)
+        self._submissions.forget(request)
         if request.wait_timer is not None:
             request.wait_timer.cancel()
         if request.deadline_timer is not None:
@@ -495,11 +461,6 @@ class Requests:
         if self._replays.done(request):
             self._submit_replays()
         self._quarantine.ended(request)
-
-    def _cancel_in_engine(self, request: Request) -> None:
-        if self._in_engine.pop(request.engine_id, None) is not None and self._world is not None:
-            self._quarantine.leaves(request.engine_id)
-            self._world.send(Cancel(request.engine_id, request.epoch or 0))
 
     def _call_after_batch(self) -> None:
         for function in self.after_batch:
