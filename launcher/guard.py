@@ -24,6 +24,19 @@ import zmq
 
 from launcher.freezer import CgroupFreezer
 from launcher.guard_environment import PREFIX, GuardEnvironment, rank_of_environment
+from launcher.guard_messages import (
+    Beat,
+    FaultReport,
+    Go,
+    GuardHello,
+    Introduce,
+    Kill,
+    Killed,
+    Lease,
+    Message,
+    MessageError,
+    from_bytes,
+)
 from launcher.hangs import HangWatch
 from launcher.life_lock import LifeLock
 from launcher.post_mortem import (
@@ -43,20 +56,9 @@ from launcher.watch import (
     PARENT_VARIABLE,
     PROGRESS_PAGE_VARIABLE,
     START_GATE_VARIABLE,
-    Beat,
-    FaultReport,
-    Go,
-    GuardHello,
-    Introduce,
-    Kill,
-    Killed,
-    Lease,
-    Message,
-    MessageError,
     Phase,
     ProgressPage,
     SpareKind,
-    from_bytes,
 )
 
 BEAT_INTERVAL_S = 0.05

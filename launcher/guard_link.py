@@ -11,8 +11,8 @@ import zmq
 from zmq.utils import z85
 
 from launcher.guard_environment import GuardEnvironment
+from launcher.guard_messages import MAX_MESSAGE_BYTES, Introduce, Message, MessageError, from_bytes
 from launcher.processes import ProcessId, host_id
-from launcher.watch import MAX_MESSAGE_BYTES, Introduce, Message, MessageError, from_bytes
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _MAX_MESSAGES_A_TURN = 1000

@@ -19,6 +19,7 @@ from launcher.errors import LauncherError
 from launcher.fault_log import FaultLog
 from launcher.front_process import FrontProcess
 from launcher.guard_link import GuardLink
+from launcher.guard_messages import Kill
 from launcher.hosts import HostPool, host_of
 from launcher.logs import EventLog
 from launcher.processes import AdoptedProcess, ProcessId
@@ -27,8 +28,9 @@ from launcher.restarts import Restarts
 from launcher.run_dir import RUN_ID_VARIABLE, RunDir
 from launcher.spares import Spares
 from launcher.stop_signals import StopSignals
-from launcher.watch import Kill, SpareKind
+from launcher.watch import SpareKind
 from launcher.world_records import WorldFault, WorldPlan, WorldState
+from launcher.world_table import world_entry
 from launcher.worlds import DEATH_TIMEOUT_S, World, final_fault
 
 TURN_S = 0.05
@@ -445,7 +447,7 @@ class Supervisor:
         self._front.send(
             WorldTable(
                 self._epoch,
-                [world.entry(now) for world in worlds],
+                [world_entry(world, now) for world in worlds],
                 self._faults.records,
                 self._restarts.notice(now),
             )

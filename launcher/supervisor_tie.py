@@ -10,9 +10,9 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from launcher.guard_environment import GuardEnvironment
+from launcher.guard_messages import Introduce, Lease
 from launcher.leases import Tether
 from launcher.processes import ProcessId, host_id, is_alive
-from launcher.watch import Introduce, Lease
 
 
 class SupervisorTie:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from launcher.guard_messages import Beat, GuardHello
 from launcher.hosts import Host
 from launcher.launchers import mpirun
 from launcher.leases import FENCE_MARGIN_S, LEASE_S
 from launcher.processes import ProcessId, host_id
-from launcher.watch import Beat, GuardHello, Phase
+from launcher.watch import Phase
 
 
 class WorldState(Enum):

@@ -6,9 +6,9 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterable, Sequence
 
-from gateway.control_messages import RankEntry, WorldEntry
 from launcher.freezer import CgroupFreezer
 from launcher.guard_link import GuardLink
+from launcher.guard_messages import Beat, FaultReport, Go, GuardHello, Kill, Killed, Lease, Message
 from launcher.hosts import Host
 from launcher.launchers import mpirun
 from launcher.leases import FENCE_MARGIN_S, adoption_wait_s
@@ -25,19 +25,7 @@ from launcher.processes import (
     reap_orphan,
 )
 from launcher.run_dir import EPOCH_VARIABLE, RunDir
-from launcher.watch import (
-    EXIT_CONFIG,
-    Beat,
-    FaultReport,
-    Go,
-    GuardHello,
-    Kill,
-    Killed,
-    Lease,
-    Message,
-    Phase,
-    SpareKind,
-)
+from launcher.watch import EXIT_CONFIG, Phase, SpareKind
 from launcher.world_records import Doing, RankWatch, WorldFault, WorldPlan, WorldState, WorldTimes, phase_of
 
 BEATS_LOST_AFTER_S = 1.0
@@ -368,41 +356,6 @@ class World:
                     reap_orphan(stat.pid)
             left.append(process)
         return left
-
-    # ----------------------------------------------------------------- what others are told
-
-    def entry(self, now: float) -> WorldEntry:
-        """This world as the front and `/cluster` see it."""
-        if self.state in (WorldState.DYING, WorldState.ACTIVE):
-            state = self.state.value
-        else:  # loading is a part of starting to those who wait for it
-            state = "spare" if self.is_spare else "starting"
-        return WorldEntry(
-            epoch=self.epoch,
-            state=state,
-            model=self.plan.served_model_name,
-            version=self.plan.version,
-            replica=0,
-            tp=self.plan.tp,
-            pp=self.plan.pp,
-            gateway=self.gateway if self.state is WorldState.ACTIVE else None,
-            spare=self.spare.value if self.is_spare else None,
-            ranks=[self._rank_entry(rank, watch, now) for rank, watch in sorted(self.ranks.items())],
-        )
-
-    def _rank_entry(self, rank: int, watch: RankWatch, now: float) -> RankEntry:
-        return RankEntry(
-            rank=rank,
-            tp=rank % self.plan.tp,
-            pp=rank // self.plan.tp,
-            host=watch.hello.host,
-            pid=watch.hello.pid,
-            guard_pid=watch.hello.guard_pid,
-            state=watch.phase.name.lower(),
-            step=watch.beat.step if watch.beat is not None else 0,
-            heartbeat_age_s=max(0.0, now - watch.last_beat_at),
-            memory_bytes=watch.beat.memory_bytes if watch.beat is not None else 0,
-        )
 
 
 def final_fault(faults: Iterable[WorldFault]) -> WorldFault | None:

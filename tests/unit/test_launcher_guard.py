@@ -16,9 +16,10 @@ import pytest
 import zmq
 
 from launcher.guard_link import GuardLink
+from launcher.guard_messages import Beat, FaultReport, Go, GuardHello, Kill, Killed, Lease, Message
 from launcher.leases import LEASE_S
 from launcher.processes import ProcessId, is_alive
-from launcher.watch import Beat, FaultReport, Go, GuardHello, Kill, Killed, Lease, Message, Phase
+from launcher.watch import Phase
 from tests.cgroups import frozen_cgroup
 
 EPOCH = 7

@@ -12,6 +12,7 @@ import pytest
 
 from launcher.children import child_environment
 from launcher.errors import SettingsError
+from launcher.guard_messages import GuardHello
 from launcher.host_faults import WINDOW_S
 from launcher.hosts import LOST_FOR_S, Host, HostPool, check_slots, host_of, parse_hosts
 from launcher.launchers.mpirun import Flavor, Mpirun, argv, environment
@@ -21,7 +22,7 @@ from launcher.processes import host_id
 from launcher.run_dir import RunDir
 from launcher.stop_signals import StopSignals
 from launcher.supervisor import Supervisor
-from launcher.watch import EXIT_CONFIG, GuardHello, SpareKind
+from launcher.watch import EXIT_CONFIG, SpareKind
 from launcher.world_records import RankWatch, WorldFault, WorldPlan
 
 A, B, C = Host("a", 2), Host("b", 1), Host("c", 4)

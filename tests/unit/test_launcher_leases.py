@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from launcher.guard_messages import GuardHello
 from launcher.leases import ADOPTION_WAIT_S, ADOPTION_WAIT_VARIABLE, LEASE_S, Tether, adoption_wait_s
 from launcher.processes import host_id
-from launcher.watch import GuardHello
 from launcher.world_records import RankWatch
 
 

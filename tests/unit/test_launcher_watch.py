@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.processes import ProcessId, is_alive
-from launcher.watch import (
+from launcher.guard_messages import (
     Beat,
     FaultReport,
     Go,
@@ -24,10 +23,10 @@ from launcher.watch import (
     Lease,
     Message,
     MessageError,
-    Phase,
-    ProgressPage,
     from_bytes,
 )
+from launcher.processes import ProcessId, is_alive
+from launcher.watch import Phase, ProgressPage
 
 MESSAGES: list[Message] = [
     GuardHello(3, 1, "n1", "boot/1", 10, 11, 12, 13),
