@@ -228,8 +228,9 @@ class Front:
     def _orphaned(self) -> None:
         self._log.error("orphaned", detail="no supervisor has taken over; the front ends itself")
         if self._config.run_dir is not None:
-            with contextlib.suppress(OSError):
-                Path(self._config.control.removeprefix("ipc://")).unlink()
+            for path in self._config.run_dir.glob("*.sock"):  # of the supervisor that is no more
+                with contextlib.suppress(OSError):
+                    path.unlink()
         self.stop_now()
 
     async def _watch_clients(self) -> None:

@@ -15,3 +15,12 @@ def of_run(run_id: str) -> list[psutil.Process]:
         for process in psutil.process_iter()
         if environment_of(process.pid).get(RUN_ID_VARIABLE) == run_id
     ]
+
+
+def is_left(process: psutil.Process) -> bool:
+    """Whether it runs, or is a zombie that one of ours should have reaped. Those whose parent has died are for init,
+    which in a container may take its time."""
+    try:
+        return process.is_running() and not (process.status() == psutil.STATUS_ZOMBIE and process.ppid() == 1)
+    except psutil.NoSuchProcess:
+        return False

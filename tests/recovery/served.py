@@ -19,6 +19,7 @@ import httpx
 import psutil
 
 from tests.recovery.run_processes import of_run
+from tests.recovery.small_world.deployed import wait_gone
 
 READY_TIMEOUT_S = 180.0
 
@@ -121,11 +122,8 @@ def processes_of(world: dict[str, Any]) -> list[psutil.Process]:
 
 
 def still_there(processes: Sequence[psutil.Process], timeout_s: float = 5.0) -> list[psutil.Process]:
-    """Those that have not vanished within this time; zombies count as there."""
-    deadline = time.monotonic() + timeout_s
-    while (left := [p for p in processes if p.is_running()]) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return left
+    """Those that have not vanished within this time; zombies of ours count as there."""
+    return wait_gone(list(processes), timeout_s)
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -165,15 +164,12 @@ def test_the_readme_has_every_flag_and_command() -> None:
         assert flag in ("", "--help") or f"`{flag}" in readme, flag
 
 
-def test_help_is_quick_and_imports_little() -> None:
+def test_help_imports_little() -> None:
     code = "import sys; from launcher.cli import build_parser; build_parser(); print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not {"torch", "zmq", "yaml", "rich", "fastapi", "msgspec"} & set(modules)
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-m", "launcher.cli", "--help"], capture_output=True, check=True)
-    assert time.monotonic() - began < 1.0  # 0.1 s on a machine at rest
 
 
 def test_supervisor_imports_neither_torch_nor_an_http_stack() -> None:

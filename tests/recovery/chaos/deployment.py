@@ -20,6 +20,7 @@ import psutil
 from benchmarks.supervisor_log import Event, events
 from tests.recovery.chaos import schedule
 from tests.recovery.chaos.history import Detection, Leftover, Recovery
+from tests.recovery.run_processes import is_left
 from tests.recovery.served import Served
 
 Table = dict[str, Any]
@@ -132,7 +133,7 @@ async def leftovers_of_world(
     give_up_at = time.monotonic() + within_s
     folder = Path("/dev/shm", f"phalanx-{served.run_id}-{epoch}")
     while True:
-        left = [f"process {_describe(process)}" for process in doomed if _is_left(process)]
+        left = [f"process {_describe(process)}" for process in doomed if is_left(process)]
         if folder.exists():
             left.append(str(folder))
         if gateway is not None and _listens(gateway):
@@ -169,14 +170,6 @@ def processes_of_run(run_id: str) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             continue
     return found
-
-
-def _is_left(process: psutil.Process) -> bool:
-    """Zombies count as there, except those that only init can reap: children of a supervisor that was killed."""
-    try:
-        return process.is_running() and not (process.status() == psutil.STATUS_ZOMBIE and process.ppid() == 1)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _describe(process: psutil.Process) -> str:
