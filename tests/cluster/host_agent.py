@@ -13,6 +13,9 @@ import threading
 import time
 
 PORT = 2222
+TEMPORARY = "/mnt"
+"""A host has its own: MPI's daemons name their folders by their pids, which are the same small numbers on each host
+of each test, and what a killed one left behind would stop the next."""
 ended: dict[int, int] = {}
 """How children have ended, by pid."""
 
@@ -30,7 +33,7 @@ def run(link: socket.socket) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")},
+            env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "TMPDIR": TEMPORARY},
         )
         assert process.stdout is not None
         for line in process.stdout:
@@ -52,7 +55,8 @@ def reap() -> None:
 
 def main(name: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
+    for folder in ("/dev/shm", TEMPORARY):
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     socket.sethostname(name)
     threading.Thread(target=reap, daemon=True).start()

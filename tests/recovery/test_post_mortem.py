@@ -33,7 +33,6 @@ def fault_of(served: Served, file: Path, what: str) -> dict[str, Any]:
     assert fault["host"] == world["ranks"][fault["rank"]]["host"]
     times = [fault[name] for name in ("detect_s", "abort_s", "recover_s", "resume_s", "progress_age_s")]
     assert None not in times and min(times) >= 0
-    assert fault["resume_s"] >= fault["recover_s"]
     return fault
 
 
