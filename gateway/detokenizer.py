@@ -87,10 +87,8 @@ class WindowDetokenizer:
         before the first word of a text: an answer that goes on with a text has to keep it."""
         self._tokenizer = tokenizer
         self._special = special
-        self._window = [token_id for token_id in context[-MAX_HELD_TOKENS:] if token_id not in special]
+        self._window = self._context(context)
         self._text = tokenizer.decode(self._window)  # text of the window's tokens that is out
-        if self._text.endswith(REPLACEMENT):  # half a character: nothing to lean on
-            self._window, self._text = [], ""
         self._emitted = len(self._window)  # tokens of the window whose text is out
 
     def push(self, token_id: int) -> str:
@@ -108,6 +106,14 @@ class WindowDetokenizer:
     @property
     def is_holding(self) -> bool:
         return len(self._window) > self._emitted
+
+    def _context(self, token_ids: Sequence[int]) -> list[int]:
+        """The last tokens of these that begin and end with whole characters; none if they end inside one."""
+        for length in range(MAX_HELD_TOKENS, 0, -1):
+            window = [token_id for token_id in token_ids[-length:] if token_id not in self._special]
+            if REPLACEMENT not in self._tokenizer.decode(window):
+                return window
+        return []
 
     def _emit(self, text: str) -> str:
         new = text[len(self._text) :]
