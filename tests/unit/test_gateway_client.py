@@ -196,9 +196,9 @@ def test_a_silent_server_is_noticed(world: WorldThread, monkeypatch: pytest.Monk
 
 def test_an_idle_client_is_kept(world: WorldThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection_module, "HEARTBEAT_INTERVAL_S", 0.1)
-    monkeypatch.setattr(router_module, "CLIENT_SILENCE_S", 0.3)
+    monkeypatch.setattr(router_module, "CLIENT_SILENCE_S", 1.0)
     with Client(world.endpoint) as client:
-        time.sleep(1.5)
+        time.sleep(2.5)
         assert client.generate(PROMPT, greedy(3)).token_ids == echo_tokens(PROMPT, 3)
 
 
