@@ -372,7 +372,7 @@ class Supervisor:
         world.abort(now)  # first of all: until it is dead it may still send tokens
         if fault.rank is not None:
             self._hosts.on_fault(host_of(world.hosts, fault.rank), fault.kind, now)
-        if self._stopping:
+        if self._is_over_for(world):
             return
         if world is self._current:
             self._current = None
@@ -395,9 +395,14 @@ class Supervisor:
             self._faults.record(world, fault, "spare fault", 0.0)
             self._log.warning("spare lost", epoch=world.epoch, next_start_s=self._spares.lose(now))
 
+    def _is_over_for(self, world: World) -> bool:
+        """Whether nobody asks any more how this world ended. A Ctrl-C may reach a spare's mpirun as well, before
+        that has left the terminal's process group."""
+        return self._stopping or (self._draining and world.is_spare)
+
     def _on_world_dead(self, world: World, now: float) -> None:
         self._worlds.remove(world)
-        if self._stopping:
+        if self._is_over_for(world):
             return
         assert world.times.aborted is not None
         self._log.info("world dead", epoch=world.epoch, abort_s=now - world.times.aborted)
