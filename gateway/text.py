@@ -51,6 +51,8 @@ class TextModel:
         self._special = special_token_ids(tokenizer)
         self._byte_table = ByteTable(tokenizer) if _is_byte_level(tokenizer) else None
         self._token_bytes: dict[int, bytes] = {}
+        self.config: dict[str, Any] = {}
+        """What tokenizer_config.json says."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextModel:
@@ -68,7 +70,9 @@ class TextModel:
         }
         source = _template_source(folder, config)
         template = None if source is None else ChatTemplate(source, special_tokens)
-        return cls(tokenizer, template)
+        model = cls(tokenizer, template)
+        model.config = config
+        return model
 
     def encode(self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
         """Token ids of a text. Raises ValueError for text that is no valid Unicode (lone surrogates), and
@@ -82,9 +86,18 @@ class TextModel:
             raise ValueError("the text is not valid Unicode: it has a lone surrogate") from None
         return ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a whole sequence, without special tokens."""
-        return str(self._tokenizer.decode(list(token_ids)))
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence, without special tokens unless they are asked for."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary spells it; empty for an id that it does not have."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the highest token id that the tokenizer knows."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode_chat(
         self,
@@ -93,15 +106,16 @@ class TextModel:
         at_most: int | None = None,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        add_special_tokens: bool = False,
     ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer unless told otherwise; `variables` are for
         the template. Raises ChatTemplateError, and what `encode` raises.
 
-        The template writes its special tokens itself, so that none are added."""
+        The template writes its special tokens itself, so that none are added unless `add_special_tokens`."""
         if self.chat_template is None:
             raise ModelFilesError("this model has no chat template; use /v1/completions")
         text = self.chat_template.render(messages, add_generation_prompt, variables)
-        return self.encode(text, add_special_tokens=False, at_most=at_most)
+        return self.encode(text, add_special_tokens=add_special_tokens, at_most=at_most)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for by itself; of a special token its name. Empty for an id that the tokenizer

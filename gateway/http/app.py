@@ -11,16 +11,20 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.http.compat import Compat
 from gateway.http.embeddings import Embeddings
 from gateway.http.errors import ApiError
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
+from gateway.http.ranking import Ranking
 from gateway.http.v2.routes import InferenceV2
 from gateway.inference.repository import Repository
 from gateway.log import Logger
 from gateway.metrics import FrontMetrics
 
 MAX_REQUEST_ID = 128
+KSERVE_PREFIX = "/openai"
+"""Servers behind KServe have OpenAI's endpoints under /openai/v1, too."""
 
 
 def make_app(
@@ -28,17 +32,21 @@ def make_app(
 ) -> ASGIApp:
     """The application. Its own documentation pages are off: they would load from hosts of others."""
     app = FastAPI(title="Phalanx", docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(openai.router())
-    app.include_router(Embeddings(openai).router())
-    app.include_router(openai.resumable.router())
+    embeddings = Embeddings(openai)
+    of_openai = [openai.router(), embeddings.router(), openai.resumable.router()]
+    for router in of_openai:
+        app.include_router(router)
+    app.include_router(Compat(openai, operations).router())
+    app.include_router(Ranking(embeddings).router())
     app.include_router(operations.router())
     app.include_router(InferenceV2(repository).router())
+    for router in of_openai:  # last, since routes are tried in their order
+        app.include_router(router, prefix=KSERVE_PREFIX)
 
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
-        is_v2 = request.url.path == "/v2" or request.url.path.startswith("/v2/")
         return Response(
-            error.encoded_v2() if is_v2 else error.encoded(),
+            error.encoded_v2() if _is_inference_v2(request.url.path) else error.encoded(),
             status_code=error.status,
             headers=error.headers(),
             media_type="application/json",
@@ -46,8 +54,11 @@ def make_app(
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        text = f"{request.method} {request.url.path}: {error.detail}"
-        answer = await api_error(request, ApiError(error.status_code, text))
+        text = f"{error.detail} ({request.method} {request.url.path})"
+        if error.status_code == 404 and not _is_inference_v2(request.url.path):
+            text = f"Invalid URL ({request.method} {request.url.path})"
+        code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+        answer = await api_error(request, ApiError(error.status_code, text, code=code))
         answer.headers.update(error.headers or {})
         return answer
 
@@ -61,6 +72,11 @@ def make_app(
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, server_error)
     return RequestIds(app, metrics)
+
+
+def _is_inference_v2(path: str) -> bool:
+    """Whether errors there are {"error": "text"}."""
+    return (path == "/v2" or path.startswith("/v2/")) and path != "/v2/rerank"
 
 
 class RequestIds:

@@ -9,7 +9,7 @@ import asyncio
 import base64
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,23 +97,12 @@ class Embeddings:
             most = MAX_NUMBERS // max(1, request.dimensions or limits.hidden_size)
             text = f"input has {len(inputs)} entries; with so many numbers to each, allowed: up to {most}"
             raise ApiError(400, text, param="input", code="invalid_value")
-        prompts = await openai.encode_prompts(inputs, "input", limits)
-        for prompt in prompts:
-            problem = check_prompt(prompt, 0, limits)
-            if problem is not None:
-                raise ApiError(400, problem, param="input", code="invalid_value")
-        group = Group(openai.requests)
-        collector = _Vectors(len(prompts))
-        ask = Ask([], request.priority or 0, deadline.left_s())
         try:
-            group.submit(prompts, [params] * len(prompts), ask, collector)
-        except RequestFailed as error:
-            raise from_failure(error) from None
-        try:
-            vectors = await collector.wait(group, http.receive)
+            vectors, tokens = await self._compute(
+                inputs, params, "input", request.priority, deadline, limits, http.receive
+            )
         except ClientGone:
             return Response(status_code=499)  # nobody reads it
-        tokens = sum(map(len, prompts))
 
         def body() -> bytes:
             data = [
@@ -125,6 +114,50 @@ class Embeddings:
 
         is_long = num_numbers > 2**16
         return Response(await asyncio.to_thread(body) if is_long else body(), media_type="application/json")
+
+    async def compute(
+        self,
+        inputs: Sequence[str],
+        pooling: Literal["last", "mean"],
+        param: str,
+        priority: int | None,
+        timeout_s: float | None,
+        receive: Receive,
+    ) -> tuple[list[bytes], int]:
+        """The embeddings of texts as float32 numbers, of length 1, and how many tokens they had together. Raises
+        ApiError, and ClientGone."""
+        asked = EmbeddingRequest(input="", pooling=pooling, priority=priority, timeout=timeout_s)
+        params = _params(asked)
+        deadline = Deadline(timeout_s)
+        limits = await self.openai.limits(deadline)
+        most = MAX_NUMBERS // max(1, limits.hidden_size)
+        check(len(inputs) <= most, param, f"{len(inputs)} texts", f"up to {most}")
+        return await self._compute(inputs, params, param, priority, deadline, limits, receive)
+
+    async def _compute(
+        self,
+        inputs: Sequence[str | list[int]],
+        params: SamplingParams,
+        param: str,
+        priority: int | None,
+        deadline: Deadline,
+        limits: Limits,
+        receive: Receive,
+    ) -> tuple[list[bytes], int]:
+        openai = self.openai
+        prompts = await openai.encode_prompts(inputs, param, limits)
+        for prompt in prompts:
+            problem = check_prompt(prompt, 0, limits)
+            if problem is not None:
+                raise ApiError(400, problem, param=param, code="invalid_value")
+        group = Group(openai.requests)
+        collector = _Vectors(len(prompts))
+        ask = Ask([], priority or 0, deadline.left_s())
+        try:
+            group.submit(prompts, [params] * len(prompts), ask, collector)
+        except RequestFailed as error:
+            raise from_failure(error) from None
+        return await collector.wait(group, receive), sum(map(len, prompts))
 
 
 class _Vectors:

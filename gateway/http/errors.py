@@ -56,6 +56,7 @@ class ApiError(Exception):
         headers = {}
         if self.retry_after_s is not None:
             headers["retry-after"] = str(self.retry_after_s)
+            headers["retry-after-ms"] = str(self.retry_after_s * 1000)
         if self.should_retry is not None:
             headers["x-should-retry"] = str(self.should_retry).lower()
         return headers
@@ -68,10 +69,18 @@ def from_failure(error: RequestFailed) -> ApiError:
         return ApiError(400, error.message, code=code)
     if code == "overloaded":
         wait_s = RETRY_OVERLOADED_S if error.retry_after_s is None else math.ceil(error.retry_after_s)
-        return ApiError(429, error.message, type="rate_limit_error", code=code, retry_after_s=wait_s)
-    if code == "unavailable":
         return ApiError(
-            503, error.message, type="service_unavailable", code=code, retry_after_s=RETRY_UNAVAILABLE_S
+            429, error.message, type="rate_limit_error", code=code, retry_after_s=wait_s, should_retry=True
+        )
+    if code == "unavailable":
+        wait_s = RETRY_UNAVAILABLE_S
+        return ApiError(
+            503,
+            error.message,
+            type="service_unavailable",
+            code=code,
+            retry_after_s=wait_s,
+            should_retry=True,
         )
     if code == "timeout":
         # The SDK would try a 408 again: what the client did not want to wait for any longer.

@@ -44,6 +44,7 @@ from gateway.http.schema import (
     check_common,
     completion_prompts,
     decode_request,
+    unknown_model,
 )
 from gateway.http.structured import constraint
 from gateway.protocol import Limits, SamplingParams
@@ -151,12 +152,7 @@ class OpenAI:
     async def show_model(self, model: str) -> Response:
         """GET /v1/models/{model}."""
         if model != self.model:
-            raise ApiError(
-                404,
-                f"the model {model!r} does not exist; this server has {self.model!r}",
-                param="model",
-                code="model_not_found",
-            )
+            raise unknown_model(model, self.model)
         return _json(self._describe_model())
 
     # ----------------------------------------------------------------------- inside

@@ -197,12 +197,15 @@ def check_common(request: CommonRequest, model: str) -> None:
 def check_model(asked: str | None, model: str) -> None:
     """Raises ApiError for another model than the one that is served."""
     if asked is not None and asked != model:
-        raise ApiError(
-            404,
-            f"the model {asked!r} does not exist; this server has {model!r}",
-            param="model",
-            code="model_not_found",
-        )
+        raise unknown_model(asked, model)
+
+
+def unknown_model(asked: str, model: str) -> ApiError:
+    """OpenAI's error for another model than the one that is served."""
+    text = (
+        f"The model `{asked[:256]}` does not exist or you do not have access to it; this server has {model!r}"
+    )
+    return ApiError(404, text, param="model", code="model_not_found")
 
 
 def asked_max_tokens(value: int | None, param: str) -> int | None:
