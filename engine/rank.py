@@ -15,10 +15,12 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from engine.models import echo_model
 from engine.plan import LogitShaping, Pooling, PoolingKind, SequenceParams, TokenLogprobs
 from engine.rank_arguments import parse_arguments
 from engine.scheduling.scheduler import NewToken
@@ -33,10 +35,9 @@ from launcher.watch import Phase, ProgressPage, SpareKind, StartGate, die_with_p
 
 if TYPE_CHECKING:
     # What imports torch is imported once the progress page says so: see _run.
-    from engine.engine import Engine
+    from engine.backends.echo import EchoLoop
     from engine.faults import Faults
-    from engine.step_loop import Key, Status
-    from engine.world import World
+    from engine.step_loop import Key, Leader, Status
 
 _NO_SHAPING = LogitShaping()
 
@@ -61,7 +62,10 @@ def main(argv: list[str] | None = None) -> None:
             from engine.faults import Faults
 
             faults = Faults.from_environment(arguments.epoch, page)
-        _run(arguments, page, gate, faults)
+        if echo_model.is_echo(arguments.model):
+            _run_echo(arguments, page, gate)
+        else:
+            _run(arguments, page, gate, faults)
     except BaseException as error:
         _die(error)
 
@@ -128,26 +132,55 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         follow(world, engine.runner, sign)
     else:
-        gateway = _open_gateway(arguments, world, engine)
-        leader = Leader(
-            world, engine.new_scheduler(world.at.pp), engine.runner, _GatewayPort(gateway, engine), sign
+        limits = Limits(
+            max_model_len=engine.limits.max_model_len,
+            kv_cache_tokens=engine.kv_cache_tokens,
+            max_num_seqs=engine.limits.max_num_seqs,
+            vocab_size=engine.config.vocab_size,
+            hidden_size=engine.config.hidden_size,
         )
-
-        def stop(_number: int, _frame: FrameType | None) -> None:
-            leader.stop()
-
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
-        page.serve_at(gateway.endpoint)
-        if not os.environ.get("PHALANX_PROGRESS_PAGE"):
-            print(
-                f"ready  zmq {gateway.endpoint}  world {arguments.epoch} (tp {world.at.tp}, pp {world.at.pp})",
-                flush=True,
-            )
-        leader.run()
-        gateway.close()
+        gateway = _open_gateway(arguments, limits, engine.config.eos_token_ids)
+        port = _GatewayPort(gateway, engine.config.eos_token_ids)
+        leader = Leader(world, engine.new_scheduler(world.at.pp), engine.runner, port, sign)
+        _serve(arguments, page, gateway, leader)
     page.enter(Phase.STOPPING)
     world.control.close()
+
+
+def _run_echo(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate) -> None:
+    """A world of one rank without a model, and so without MPI."""
+    page.enter(Phase.IMPORTING)
+    from engine.backends.echo import EchoLoop, step_s
+
+    if gate.kind is not SpareKind.NONE:
+        _park(page, gate)
+    page.enter(Phase.LOADING)
+    page.hold_kv_blocks(1)
+    max_model_len = arguments.max_model_len or echo_model.MAX_MODEL_LEN
+    limits = Limits(max_model_len, echo_model.KV_CACHE_TOKENS, arguments.max_num_seqs, echo_model.VOCAB_SIZE)
+    end_token_ids = [echo_model.END_TOKEN_ID]
+    gateway = _open_gateway(arguments, limits, end_token_ids)
+    loop = EchoLoop(_GatewayPort(gateway, end_token_ids), _PageSign(page), step_s())
+    _serve(arguments, page, gateway, loop)
+    page.enter(Phase.STOPPING)
+
+
+def _serve(
+    arguments: argparse.Namespace, page: ProgressPage, gateway: Rank0Gateway, loop: Leader | EchoLoop
+) -> None:
+    """Rank 0 says where it listens, and runs its loop until it is told to stop."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        loop.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    page.serve_at(gateway.endpoint)
+    if not os.environ.get("PHALANX_PROGRESS_PAGE"):
+        shape = f"(tp {arguments.tp}, pp {arguments.pp})"
+        print(f"ready  zmq {gateway.endpoint}  world {arguments.epoch} {shape}", flush=True)
+    loop.run()
+    gateway.close()
 
 
 def _import_at_low_priority(gate: StartGate, modules: list[str]) -> None:
@@ -184,21 +217,17 @@ def _default_threads(local_size: int) -> int:
     return int(given) if given.isdecimal() else max(1, len(os.sched_getaffinity(0)) // local_size)
 
 
-def _open_gateway(arguments: argparse.Namespace, world: World, engine: Engine) -> Rank0Gateway:
+def _open_gateway(
+    arguments: argparse.Namespace, limits: Limits, eos_token_ids: Iterable[int]
+) -> Rank0Gateway:
     return Rank0Gateway(
         arguments.gateway,
         arguments.epoch,
         arguments.served_model_name or arguments.model.name,
-        world.at.tp,
-        world.at.pp,
-        Limits(
-            max_model_len=engine.limits.max_model_len,
-            kv_cache_tokens=engine.kv_cache_tokens,
-            max_num_seqs=engine.limits.max_num_seqs,
-            vocab_size=engine.config.vocab_size,
-            hidden_size=engine.config.hidden_size,
-        ),
-        list(engine.config.eos_token_ids),
+        arguments.tp,
+        arguments.pp,
+        limits,
+        list(eos_token_ids),
     )
 
 
@@ -218,9 +247,9 @@ class _PageSign:
 class _GatewayPort:
     """The step loop's requests, from and to the gateway."""
 
-    def __init__(self, gateway: Rank0Gateway, engine: Engine) -> None:
+    def __init__(self, gateway: Rank0Gateway, eos_token_ids: Iterable[int]) -> None:
         self._gateway = gateway
-        self._end_token_ids = frozenset(engine.config.eos_token_ids)
+        self._end_token_ids = frozenset(eos_token_ids)
         self._of_client: dict[bytes, set[str]] = {}
 
     def receive(self, timeout_s: float) -> tuple[list[Sequence], list[Key]]:

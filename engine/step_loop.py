@@ -9,15 +9,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from engine.execution.stage import StageRunner
 from engine.plan import PlanCodec, StepPlan, StepResult
 from engine.scheduling.scheduler import NewToken, Refused, Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.world import World
+
+if TYPE_CHECKING:
+    # With it comes torch, which a world without a model does not need.
+    from engine.execution.stage import StageRunner
 
 IDLE_WAIT_S = 0.25
 """How long rank 0 sleeps on its port when there is nothing to do, before it looks for a stop signal."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.models import echo_model
 from engine.models.content_hash import ContentHashes
 from engine.models.errors import ModelError
 from engine.models.importer import import_gguf, is_imported
@@ -130,6 +131,8 @@ def resolve_model(model: str, cache: Path, report: Report) -> ResolvedModel:
 
     Raises ModelError that says what is allowed, and which catalog name is near.
     """
+    if model.lower() == echo_model.NAME:
+        return ResolvedModel(echo_model.echo_folder(cache), echo_model.NAME)
     if entry := CATALOG.get(model.lower()):
         return ResolvedModel(_catalog_folder(entry, cache, report), entry.name, entry.license)
     if not model.strip():
@@ -148,7 +151,7 @@ def resolve_model(model: str, cache: Path, report: Report) -> ResolvedModel:
         return ResolvedModel(hub_folder(model, report), model)
     if looks_local:
         raise ModelError(f"MODEL {model} does not exist; {_allowed()}")
-    near = difflib.get_close_matches(model.lower(), CATALOG, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(model.lower(), [*CATALOG, echo_model.NAME], n=1, cutoff=0.4)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise ModelError(f"MODEL {model} is not known{hint}; {_allowed()}")
 
@@ -156,7 +159,7 @@ def resolve_model(model: str, cache: Path, report: Report) -> ResolvedModel:
 def _allowed() -> str:
     return (
         f"MODEL may be a catalog name ({', '.join(CATALOG)}), a folder in Hugging Face format, a GGUF file, "
-        "or a hub id (org/name)"
+        f"a hub id (org/name), or {echo_model.NAME}, which repeats the prompt, for tests of clients"
     )
 
 

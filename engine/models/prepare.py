@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from engine.models.catalog import default_cache_folder, resolve_model
+from engine.models import echo_model
+from engine.models.catalog import ResolvedModel, default_cache_folder, resolve_model
 from engine.models.config import ModelConfig
 from engine.models.errors import ModelError
 from engine.models.sharding import shard_world
@@ -42,6 +43,8 @@ def prepare(
     """Finds, fetches, imports and checks a model; returns the `ready` event. Raises ModelError."""
     resolved = resolve_model(model, cache, report.progress)
     folder = resolved.folder
+    if echo_model.is_echo(folder):
+        return _prepare_echo(resolved, tp, pp)
     config = _check(folder, tp, pp, backend, expert_parallel)
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(
@@ -58,6 +61,23 @@ def prepare(
         "vocab_size": config.vocab_size,
         "dtype": config.resolve_dtype(dtype),
         **({} if resolved.license is None else {"license": resolved.license}),
+    }
+
+
+def _prepare_echo(resolved: ResolvedModel, tp: int, pp: int) -> dict[str, Any]:
+    if (tp, pp) != (1, 1):
+        raise ModelError(
+            f"--tp {tp} --pp {pp}: the echo model has nothing to share; its world is one rank, leave both out"
+        )
+    return {
+        "event": "ready",
+        "path": str(resolved.folder),
+        "name": resolved.name,
+        "num_layers": 0,
+        "num_heads": 0,
+        "max_model_len": echo_model.MAX_MODEL_LEN,
+        "vocab_size": echo_model.VOCAB_SIZE,
+        "dtype": "auto",
     }
 
 
