@@ -60,6 +60,17 @@ _PLAIN = AnswerOptions()
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A request that was checked and tokenized: what a call of it begins with."""
+
+    prompts: list[list[int]]
+    params: list[SamplingParams]
+    """One for each prompt and choice, prompt by prompt."""
+    conditions: Conditions
+    content: AnswerContent
+
+
+@dataclass(frozen=True)
 class OpenAI:
     """The endpoints for one model."""
 
@@ -84,6 +95,10 @@ class OpenAI:
         claim = self.resumable.claim(http, body, "chat")
         if (known := await self.resumable.answer_known(claim, http)) is not None:
             return known
+        return await self._answer(http, claim, await self.prepare_chat(request))
+
+    async def prepare_chat(self, request: ChatRequest) -> Prepared:
+        """Checks a chat and makes its prompt. Waits for the first world. Raises ApiError."""
         check_common(request, self.model)
         messages = chat_messages(request)
         limit = asked_max_tokens(request.max_completion_tokens, "max_completion_tokens")
@@ -106,9 +121,7 @@ class OpenAI:
         )
         if limit is None:
             limit = max(1, min(limits.max_model_len, limits.kv_cache_tokens) - len(prompt))
-        return await self._answer(
-            http, claim, request, [prompt], limit, limits, deadline, grammar, "messages"
-        )
+        return self._prepare(request, [prompt], limit, limits, deadline, grammar, "messages")
 
     async def completions(self, http: Request) -> Response:
         """POST /v1/completions."""
@@ -117,6 +130,9 @@ class OpenAI:
         claim = self.resumable.claim(http, body, "completions")
         if (known := await self.resumable.answer_known(claim, http)) is not None:
             return known
+        return await self._answer(http, claim, await self._prepare_completion(request))
+
+    async def _prepare_completion(self, request: CompletionRequest) -> Prepared:
         check_common(request, self.model)
         only_echo = bool(request.echo) and request.max_tokens == 0
         # The engine makes one token at least; of a mere echo it is not shown.
@@ -132,9 +148,7 @@ class OpenAI:
         if request.echo:
             pairs = zip(prompts, encoded, strict=True)
             echo = [lay_out(prompt, token_ids, self.text) for prompt, token_ids in pairs]
-        return await self._answer(
-            http,
-            claim,
+        return self._prepare(
             request,
             encoded,
             COMPLETION_MAX_TOKENS if limit is None else limit,
@@ -157,10 +171,15 @@ class OpenAI:
 
     # ----------------------------------------------------------------------- inside
 
-    async def _answer(
+    async def _answer(self, http: Request, claim: Claim, prepared: Prepared) -> Response:
+        if (known := await self.resumable.answer_known(claim, http)) is not None:
+            return known  # somebody was faster with the same key
+        return await self.resumable.begin(
+            claim, http, prepared.prompts, prepared.params, prepared.conditions, prepared.content
+        )
+
+    def _prepare(
         self,
-        http: Request,
-        claim: Claim,
         request: CommonRequest,
         prompts: list[list[int]],
         max_tokens: int,
@@ -169,8 +188,8 @@ class OpenAI:
         grammar: str | None,
         prompt_param: str,
         shape: AnswerOptions = _PLAIN,
-    ) -> Response:
-        """Submits and answers: every prompt with each of its choices."""
+    ) -> Prepared:
+        """Every prompt with each of its choices. Raises ApiError."""
         for prompt in prompts:
             problem = check_prompt(prompt, max_tokens, limits)
             if problem is not None:
@@ -191,12 +210,10 @@ class OpenAI:
         if len(params) > most:
             text = f"{len(params)} prompts and choices in one request; allowed: {most} (--max-waiting)"
             raise ApiError(400, text, param="n")
-        if (known := await self.resumable.answer_known(claim, http)) is not None:
-            return known  # somebody was faster with the same key
         prompt_tokens = sum(map(len, prompts))
         content = AnswerContent(self.model, bool(request.stream), len(prompts), prompt_tokens, shape)
         conditions = Conditions(stop_strings(request), priority(request), deadline.left_s())
-        return await self.resumable.begin(claim, http, prompts, params, conditions, content)
+        return Prepared(prompts, params, conditions, content)
 
     async def limits(self, deadline: Deadline) -> Limits:
         """What the world allows; waits for the first one, up to the deadline. Raises ApiError."""
