@@ -112,6 +112,8 @@ class FrontState(Struct, frozen=True, tag="front_state", tag_field="type"):
     """Unix time at which the first replayed request of that epoch got a token again."""
     grpc: str | None = None
     """Address and port for gRPC clients; None while there is none."""
+    notice: str | None = None
+    """What whoever runs the server should know: a journal that could not be used."""
 
 
 ControlMessage = WorldTable | FrontState

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from gateway.histogram import Histogram
 from gateway.journal import RETENTION_S, Journal, JournalCall, JournalEntry, JournalUnavailable
-from gateway.journal_opening import open_file
+from gateway.journal_opening import open_file, set_aside
 from gateway.journal_records import (
     Slot,
     StepTokens,
+    UnreadableCall,
     call_content,
     encode,
     ending_content,
@@ -30,7 +31,6 @@ from gateway.journal_store import (
     SqliteStore,
     StoredCall,
     StoreError,
-    move_aside,
 )
 from gateway.log import Logger
 from gateway.protocol import TokenLogprobs
@@ -103,6 +103,7 @@ class DiskJournal(Journal):
             self._path, self._log, identity=self._identity, sync=self._sync, max_bytes=self._max_bytes
         )
         self._store = found.store
+        self.moved_aside = found.moved_aside or self.moved_aside
         self._used_bytes = found.used_bytes
         self._welcome = self._welcome or found.welcome
         self._last_number = found.last_number
@@ -114,6 +115,8 @@ class DiskJournal(Journal):
             if call.key is not None:
                 self._live_keys[call.key] = call
         for slot, call in found.slots:
+            while slot.entry.request_id in self._entries:  # read late, when others run already
+                slot.entry.request_id += "+"
             self._slots[slot.entry.request_id] = slot
             self._entries[slot.entry.request_id] = slot.entry
             self._call_of[slot.entry.request_id] = call
@@ -348,8 +351,7 @@ class DiskJournal(Journal):
             if self._damaged and self._store is not None:
                 self._store.close()
                 self._store = None
-                target = move_aside(self._path, "unusable")
-                self._log.error("journal moved aside", detail=self.failing, moved_to=str(target))
+                self.moved_aside = set_aside(self._path, self._log, self.failing or "damaged")
                 self._damaged = False
             if self._store is None:
                 known = set(self._live)
@@ -432,6 +434,8 @@ class DiskJournal(Journal):
         try:
             stored = find(self._store)
             return None if stored is None else read_call(stored)
+        except UnreadableCall as error:
+            raise JournalUnavailable(str(error)) from None
         except StoreError as error:
             self._fail(error)
             raise JournalUnavailable(f"the journal cannot be read: {error}") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hashlib
 import os
 import resource
 import signal
@@ -47,6 +46,7 @@ from gateway.rpc.grpc_port import GrpcPort
 from gateway.sockets import Socket
 from gateway.supervision import Supervision, adoption_wait_s
 from gateway.text import TextModel
+from gateway.tokenizer_identity import tokenizer_identity
 from gateway.worlds import Worlds
 from gateway.zmq_server import ZmqServer
 
@@ -213,6 +213,7 @@ class Front:
             self._worlds.serving_epoch,
             self._requests.resumed_at,
             self._grpc.endpoint if self._grpc is not None else None,
+            self._journal.moved_aside,
         )
 
     def _on_table(self, table: WorldTable) -> None:
@@ -250,11 +251,10 @@ def open_journal(config: FrontConfig, log: Logger) -> Journal:
     options = config.journal
     if not options.on_disk or config.run_dir is None:
         return Journal(options.retention_s)
-    tokenizer = (config.model_dir / "tokenizer.json").read_bytes()
     return DiskJournal(
         config.run_dir / "journal.sqlite",
         log,
-        identity=hashlib.blake2b(tokenizer, digest_size=16).digest(),
+        identity=tokenizer_identity(config.model_dir / "tokenizer.json"),
         sync=options.sync,
         retention_s=options.retention_s,
         max_bytes=options.max_bytes,

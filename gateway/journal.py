@@ -101,6 +101,8 @@ class Journal:
 
     failing: str | None = None
     """Why nothing can be written; None in good health. What is accepted goes on in memory meanwhile."""
+    moved_aside: str | None = None
+    """What clients are told of a file that could not be used: its calls are not found any more."""
     num_errors = 0
     """Failed attempts to write."""
     write_seconds: Histogram | None = None

@@ -5,6 +5,8 @@ Used by disk_journal.py alone. Contents are msgpack arrays, to which later versi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from gateway.journal import JournalCall, JournalEntry
@@ -90,12 +92,23 @@ class Slot:
         return self.number, position, encode(_Chunk(token_ids, logprobs, of_prompt))
 
 
-def load_unfinished(store: SqliteStore) -> tuple[list[JournalCall], list[tuple[Slot, JournalCall]]]:
-    """The calls that have not ended, and the slots of those of their requests that have not."""
+class UnreadableCall(Exception):
+    """The records of one call are not what they should be. The others may be."""
+
+
+def load_unfinished(
+    store: SqliteStore, on_unreadable: Callable[[StoredCall, UnreadableCall], None]
+) -> tuple[list[JournalCall], list[tuple[Slot, JournalCall]]]:
+    """The calls that have not ended, and the slots of those of their requests that have not. A call that cannot be
+    read is told of and left out."""
     calls: list[JournalCall] = []
     slots: dict[int, tuple[Slot, JournalCall]] = {}
     for stored in store.unfinished():
-        call = read_call(stored)
+        try:
+            call = read_call(stored)
+        except UnreadableCall as error:
+            on_unreadable(stored, error)
+            continue
         calls.append(call)
         for request, entry in zip(stored.requests, call.entries, strict=True):
             if not entry.ended:
@@ -113,8 +126,12 @@ def load_unfinished(store: SqliteStore) -> tuple[list[JournalCall], list[tuple[S
 
 
 def read_call(stored: StoredCall) -> JournalCall:
-    content = _decode_call(stored.content)
-    entries = [_read_request(request) for request in stored.requests]
+    """Raises UnreadableCall."""
+    try:
+        content = _decode_call(stored.content)
+        entries = [_read_request(request) for request in stored.requests]
+    except (msgspec.DecodeError, ValueError) as error:
+        raise UnreadableCall(f"the records of call {stored.call_id} cannot be read: {error}") from None
     return JournalCall(
         stored.call_id,
         content.kind,

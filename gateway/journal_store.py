@@ -43,16 +43,16 @@ CREATE TABLE steps (number INTEGER PRIMARY KEY, content BLOB NOT NULL);
 # most commits touch. What a request has gathered there becomes a row of `chunks` now and then and when it ends, and
 # steps that nobody needs any more are deleted.
 
-_UNWRITABLE = {
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_PERM,
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_NOMEM,
+_DAMAGED = {
+    sqlite3.SQLITE_ERROR,  # "no such table"
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_FORMAT,
+    sqlite3.SQLITE_SCHEMA,
+    sqlite3.SQLITE_MISMATCH,
 }
+"""Errors that say something about the file. All others leave it as it was: a full disk, a lock, and a batch that
+breaks a constraint, which is a mistake in the batch."""
 
 
 class JournalLocked(GatewayError):
@@ -220,6 +220,12 @@ class SqliteStore:
         self.set_meta("probe", b"")
 
     # ----------------------------------------------------------------------- reading
+
+    def num_unfinished(self) -> int:
+        """How many calls have not ended."""
+        with _translated(self.path):
+            row = self._connection.execute("SELECT count(*) FROM calls WHERE ended_at IS NULL").fetchone()
+        return int(row[0])
 
     def meta(self, name: str) -> bytes | None:
         with _translated(self.path):
@@ -390,5 +396,5 @@ def _translated(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", None)
-        damaged = code is not None and code & 0xFF not in _UNWRITABLE
+        damaged = code is not None and code & 0xFF in _DAMAGED
         raise StoreError(f"{path}: {error}", damaged=damaged) from None

@@ -157,8 +157,11 @@ class Requests:
             raise self.refused("invalid_request", problem)
         params = with_seed(params)
         now = time.time()
+        request_id = f"r{next(self._numbers)}"
+        while request_id in self._live:  # one of an earlier front, which counted requests without a call, too
+            request_id = f"r{next(self._numbers)}"
         entry = JournalEntry(
-            f"r{next(self._numbers)}",
+            request_id,
             prompt_token_ids,
             params,
             stop,

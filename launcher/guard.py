@@ -50,6 +50,7 @@ from launcher.post_mortem import (
     signal_name,
 )
 from launcher.processes import ProcessId, StateReader, ending_code, host_id, host_name
+from launcher.starvation import Starvation
 from launcher.supervisor_tie import SupervisorTie
 from launcher.watch import (
     LIFE_SUFFIX,
@@ -114,6 +115,7 @@ class Guard:
         self._gate: int | None = None
         """Write end of the pipe at which the rank of a spare waits; None once it may go on."""
         self._hangs = HangWatch()
+        self._starvation = Starvation(environment.shm_dir)
         self._memory_bytes = 0
         self._memory_at = -MEMORY_INTERVAL_S
         self._interval_s = STARTING_INTERVAL_S
@@ -134,6 +136,7 @@ class Guard:
         rank_id = ProcessId.of(self._process.pid)
         assert rank_id is not None  # it is not reaped yet
         self._rank_id = rank_id
+        self._starvation.tell_pid(self.rank, self._process.pid)
         self._state = StateReader(self._process.pid)
         self._freezer = CgroupFreezer(self._process.pid)
         try:
@@ -303,12 +306,17 @@ class Guard:
                 detail = f"rank {self.rank} has been {how} for {stopped_s:.2f} s while {doing}"
                 self._tell_fault("frozen", detail, None, stopped_s)
         progress = self._page.read()
-        hung_s = self._hangs.check(progress, now, late_s)
+        silence_s = progress.age_s if progress.phase is Phase.STEPPING else 0.0
+        starved_s = self._starvation.new_wait_s(silence_s, now, late_s)
+        hung_s = self._hangs.check(progress, now, late_s, starved_s)
         if hung_s is not None and self._report is None:
             doing = describe_progress(progress)
             limit_s = self._hangs.limit_s(progress.num_tokens)
             detail = f"rank {self.rank} has made no progress for {hung_s:.2f} s while {doing}"
-            self._tell_fault("hung", f"{detail}; {limit_s:.1f} s were allowed", None, hung_s)
+            detail += f"; {limit_s:.1f} s were allowed"
+            if self._hangs.starved_s > 0.1:
+                detail += f", and {self._hangs.starved_s:.1f} s more without a processor"
+            self._tell_fault("hung", detail, None, hung_s)
         parked = progress.phase is Phase.PARKED and self._gate is not None
         if parked and now - self._memory_at >= MEMORY_INTERVAL_S:
             self._memory_at = now

@@ -15,6 +15,9 @@ FIRST_STEP_S = 120.0
 SCALED_AT_MOST_S = 30.0
 """A step with more tokens than any before is predicted from smaller ones in proportion, which is far too much
 (one token costs nearly as much as sixteen); so the prediction stops here."""
+STARVED_AT_MOST_S = 30.0
+"""So much of one silence is excused where processors are scarce: a rank that spins while it hangs waits for one,
+too."""
 REMEMBERED_S = 300.0
 """What is older than this, or at most twice this, is forgotten."""
 
@@ -33,11 +36,18 @@ class HangWatch:
         self._stepped = False
         self._last: Progress | None = None
         self._silent_s = 0.0
-        self._excused_s = 0.0
+        self._late_s = 0.0
+        self._starved_s = 0.0
 
-    def check(self, progress: Progress, now: float, late_s: float) -> float | None:
-        """The silence in seconds if the rank hangs, else None. `late_s`: how much later than planned this
-        call comes, in which time the rank may not have run either."""
+    @property
+    def starved_s(self) -> float:
+        """How much of the silence is excused because processors were scarce."""
+        return min(self._starved_s, STARVED_AT_MOST_S)
+
+    def check(self, progress: Progress, now: float, late_s: float, starved_s: float = 0.0) -> float | None:
+        """The silence in seconds, as far as it counts, if the rank hangs, else None. `late_s`: how much later than
+        planned this call comes, in which time the rank may not have run either. `starved_s`: new time in which it, or
+        one that it waits for, had to wait for a processor."""
         last, self._last = self._last, progress
         if last is not None and (
             progress.age_s < last.age_s
@@ -45,9 +55,10 @@ class HangWatch:
             != (last.phase, last.step, last.collective)
         ):
             self._remember(last, now)
-            self._excused_s = 0.0
-        self._excused_s += late_s
-        self._silent_s = max(0.0, progress.age_s - self._excused_s)
+            self._late_s = self._starved_s = 0.0
+        self._late_s += late_s
+        self._starved_s += starved_s
+        self._silent_s = max(0.0, progress.age_s - self._late_s - self.starved_s)
         if progress.phase is not Phase.STEPPING or self._silent_s <= self.limit_s(progress.num_tokens):
             return None
         return self._silent_s

@@ -125,6 +125,7 @@ class Supervisor:
         """The front finishes what runs; worlds are watched and replaced as ever."""
         self._stopping = False
         self._faults = FaultLog(log)
+        self._front_notice: str | None = None
         self._recovering_since: float | None = None
         self._resumed_epoch = 0
         self._table_key: tuple[object, ...] = ()
@@ -195,6 +196,9 @@ class Supervisor:
 
     def _hear_front(self, now: float) -> None:
         for state in self._front.receive():
+            if state.notice is not None and state.notice != self._front_notice:
+                self._log.error("the front says", notice=state.notice, log=str(self._front.log_path))
+            self._front_notice = state.notice
             if self._reloads.world is not None and state.serving_epoch == self._reloads.world.epoch:
                 self._change_world(state, now)
             world = self._current

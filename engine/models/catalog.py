@@ -16,7 +16,7 @@ from pathlib import Path
 from engine.models import echo_model
 from engine.models.content_hash import ContentHashes
 from engine.models.errors import ModelError
-from engine.models.importer import import_gguf, is_imported
+from engine.models.importer import import_folder, import_gguf, is_imported
 
 Report = Callable[[str, int, int | None, str], None]
 """Is told what is going on: task ("download" or "import"), done, total (None: unknown), unit ("B" or
@@ -164,7 +164,7 @@ def _allowed() -> str:
 
 
 def _catalog_folder(entry: CatalogEntry, cache: Path, report: Report) -> Path:
-    folder = cache / "models" / entry.name
+    folder = import_folder(cache / "models", entry.name, entry.gguf_sha256)
     if not is_imported(folder, entry.gguf_sha256):
         from engine.models.downloads import catalog_gguf
 
@@ -192,6 +192,6 @@ def _imported_gguf(path: Path, cache: Path, report: Report) -> Path:
 
         content = hashes.compute(path, advance)
         hashes.save()
-    folder = cache / "models" / f"{path.stem}-{content[:12]}"
+    folder = import_folder(cache / "models", f"{path.stem}-{content[:12]}", content)
     import_gguf(path, folder, content, lambda done, total: report("import", done, total or None, "tensors"))
     return folder

@@ -68,6 +68,15 @@ def import_gguf(path: Path, folder: Path, source_hash: str, progress: TensorProg
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
+def import_folder(models: Path, name: str, source_hash: str) -> Path:
+    """Where in `models` the import of that content is, or is to go: in the folder `name`, unless that holds another
+    import. Such a one stays as it is: a deployment may serve from it, whose next front and world read it again."""
+    plain = models / name
+    if is_imported(plain, source_hash) or not plain.exists():
+        return plain
+    return models / f"{name}-{source_hash[:12]}-v{IMPORT_VERSION}"
+
+
 def is_imported(folder: Path, source_hash: str) -> bool:
     """Whether `folder` is a whole import of that content, made by this version of the importer."""
     try:

@@ -208,6 +208,8 @@ class ResumableCalls:
             raise from_failure(error) from None
         if call is None or call.record.kind not in _ANSWERS:
             kept = f"finished ones are kept for {self.calls.journal.retention_s:g} s"
+            if self.calls.journal.moved_aside is not None:
+                kept += f"; {self.calls.journal.moved_aside}"
             raise ApiError(
                 404, f"there is no request {call_id[:64]!r} (any more; {kept})", code="request_not_found"
             )

@@ -11,13 +11,10 @@ import pytest
 from tests.recovery.chaos import campaign, oracle
 from tests.recovery.chaos.schedule import Deployment
 
-# Once, on a machine with five times its load, a front that was killed came back without its clients' calls: 404 where
-# they took them up again. Until that is understood, the legs that kill fronts are not what every change must pass.
-LONG = [pytest.mark.slow, pytest.mark.long]
 LEGS = [
     pytest.param(Deployment("warm"), 7, id="tp 2, warm"),
-    pytest.param(Deployment("hot"), 7, id="tp 2, hot", marks=LONG),
-    pytest.param(Deployment("none", tp=1, pp=2), 6, id="pp 2, none", marks=LONG),
+    pytest.param(Deployment("hot"), 7, id="tp 2, hot", marks=pytest.mark.slow),
+    pytest.param(Deployment("none", tp=1, pp=2), 6, id="pp 2, none", marks=pytest.mark.slow),
 ]
 SEED = 20
 

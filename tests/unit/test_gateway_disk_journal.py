@@ -288,7 +288,60 @@ def test_a_journal_of_another_tokenizer_is_moved_aside(tmp_path: Path) -> None:
     log = Events()
     other = opened(tmp_path, log, identity=b"two")
     assert other.unfinished_calls() == [] and log.names == ["journal moved aside"]
+    assert "another model's tokenizer; 1 calls in it are unfinished" in log.seen[0][1]["detail"]
+    assert "put its journal aside" in (other.moved_aside or "")
     other.close()
+    again = opened(tmp_path, identity=b"two")
+    assert again.moved_aside is None
+    again.close()
+
+
+def test_a_batch_that_breaks_a_constraint_is_no_damage(tmp_path: Path) -> None:
+    log = Events()
+    journal = opened(tmp_path, log)
+    begin(journal, "done", entry("a"))
+    journal.finish("a", "stop")
+    journal.flush()
+    begin(journal, "runs", entry("b"))
+    assert journal._store is not None
+    taken = (journal._next_number, "nobody", b"")  # a mistake
+    journal._store._connection.execute("INSERT INTO requests (number, call, content) VALUES (?, ?, ?)", taken)
+    with pytest.raises(JournalUnavailable, match="UNIQUE"):
+        begin(journal, "new", entry("c"))
+    journal.finish("c", None, error=("unavailable", "refused"))
+    journal.append("b", 0, [5])
+    journal.flush()
+    journal.tick(time.time() + 2)
+    assert journal.failing is None and journal.moved_aside is None
+    assert log.names == ["journal cannot be written", "journal can be written again"]
+    found = journal.find("done")
+    assert found is not None and found.has_answer
+    journal.close()
+    [call] = opened(tmp_path).unfinished_calls()
+    assert call.call_id == "runs" and call.entries[0].output_token_ids == [5]
+
+
+def test_one_call_that_cannot_be_read_costs_no_other(tmp_path: Path) -> None:
+    journal = opened(tmp_path)
+    begin(journal, "bad", entry("a"))
+    begin(journal, "good", entry("b"))
+    journal.append("b", 0, [5])
+    journal.flush()
+    journal.close()
+    connection = sqlite3.connect(tmp_path / "journal.sqlite")
+    connection.execute("UPDATE requests SET content = x'c1' WHERE call = 'bad'")
+    connection.commit()
+    connection.close()
+    log = Events()
+    again = opened(tmp_path, log)
+    assert [call.call_id for call in again.unfinished_calls()] == ["good"]
+    assert log.names == ["call cannot be taken up"] and again.moved_aside is None
+    with pytest.raises(JournalUnavailable, match="the records of call bad"):
+        again.find("bad")
+    again.close()
+    log = Events()
+    opened(tmp_path, log).close()
+    assert log.names == [], "told once"
 
 
 def test_files_moved_aside_do_not_pile_up(tmp_path: Path) -> None:

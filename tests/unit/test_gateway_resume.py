@@ -503,6 +503,39 @@ def test_a_damaged_journal_does_not_keep_a_front_from_starting(cluster: EchoClus
     assert '"event": "journal moved aside"' in cluster.front_log.read_text()
 
 
+def test_a_tokenizer_that_is_written_again_costs_no_call(cluster: EchoCluster) -> None:
+    stream = OpenStream(cluster, TEXT, LONG)
+    stream.read(20)
+    file = cluster.model_dir / "tokenizer.json"
+    content = json.loads(file.read_bytes())
+    file.write_text(json.dumps(dict(reversed(content.items())), indent=3))
+    cluster.restart_front()
+    seen = stream.read_until_lost()
+    cluster.wait_serving(cluster.epoch)
+    assert text_of(seen + rest(cluster, stream.id, seen[-1][0])) == "abcdefgh" * 50
+    # Where its tokens mean something else, whoever asks is told what became of the journal.
+    content["added_tokens"][0]["content"] = "<|another|>"
+    file.write_text(json.dumps(content))
+    cluster.restart_front()
+    cluster.wait_serving(cluster.epoch)
+    status, _, answer = ask(cluster, f"/v1/requests/{stream.id}", method="GET")
+    assert status == 404 and "had to put its journal aside" in answer["error"]["message"]
+    assert "another model's tokenizer" in cluster.front_log.read_text()
+
+
+def test_requests_without_a_call_do_not_confuse_the_next_front(cluster: EchoCluster) -> None:
+    for _ in range(4):  # these are counted, too, and are in no journal
+        assert ask(cluster, "/v1/embeddings", {"input": "abc"})[0] == 200
+    stream = OpenStream(cluster, TEXT, LONG)
+    seen = stream.read(20)
+    cluster.restart_front()
+    seen = stream.read_until_lost() or seen
+    cluster.wait_serving(cluster.epoch)
+    for _ in range(6):
+        assert ask(cluster, TEXT, {"prompt": "abc", "max_tokens": 2})[0] == 200
+    assert text_of(seen + rest(cluster, stream.id, seen[-1][0])) == "abcdefgh" * 50
+
+
 def test_two_fronts_of_one_run_folder_are_one_too_many(cluster: EchoCluster) -> None:
     second = cluster._start_front()
     assert second.wait(20) == 1

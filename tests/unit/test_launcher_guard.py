@@ -419,3 +419,73 @@ def test_guard_without_a_supervisor_says_so() -> None:
         [sys.executable, "-m", "launcher.guard", "--epoch", "1", "--", "true"], capture_output=True, text=True
     )
     assert answer.returncode == 2 and "supervisor" in answer.stderr
+
+
+# --------------------------------------------------------------------------- scarce processors
+
+SEASONED = "\nfor number in range(42, 50): page.step(number); time.sleep(0.05)\npage.enter(Phase.IDLE)\n"
+STARVED = (
+    SEASONED
+    + """
+os.sched_setaffinity(0, {int(os.environ["SCARCE_CORE"])})
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+page.step(51)
+wanted = time.process_time() + 0.1
+while time.process_time() < wanted: pass
+page.enter(Phase.IDLE); time.sleep(100)
+"""
+)
+SPINS_FOR_EVER = (
+    SEASONED
+    + """
+os.sched_setaffinity(0, {int(os.environ["SCARCE_CORE"])})
+page.step(51)
+while True: pass
+"""
+)
+
+
+@pytest.fixture
+def rival(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that wants a whole core, which is the rank's."""
+    core = max(os.sched_getaffinity(0))
+    monkeypatch.setenv("SCARCE_CORE", str(core))
+    code = f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_rank_that_gets_no_processor_is_not_hung(start: Start, rival: subprocess.Popen[bytes]) -> None:
+    watched = start(STARVED)
+    stepping = Phase.STEPPING
+    watched.expect(Beat, lambda beat: beat.phase == stepping and beat.step == 51 and beat.age_s > 5.0, 60.0)
+    assert not [message for message in watched.messages if isinstance(message, FaultReport)]
+    rival.kill()
+    watched.expect(Beat, lambda beat: beat.phase == Phase.IDLE and beat.step == 51, 60.0)
+    assert not [message for message in watched.messages if isinstance(message, FaultReport)]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_found_where_processors_are_scarce(
+    start: Start, rival: subprocess.Popen[bytes]
+) -> None:
+    watched = start(SPINS_FOR_EVER)
+    report = watched.expect(FaultReport, timeout_s=60.0)
+    assert report.kind == "hung" and "s more without a processor" in report.detail
+
+
+@pytest.mark.slow
+def test_the_waits_of_another_rank_of_the_host_count(start: Start, rival: subprocess.Popen[bytes]) -> None:
+    watched = start(SEASONED + "page.step(51); time.sleep(100)")
+    starve = 'os.sched_setaffinity(0, {int(os.environ["SCARCE_CORE"])}); '
+    starve += "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))"
+    other = subprocess.Popen([sys.executable, "-c", f"import os\n{starve}\nwhile True: pass"])
+    (watched.shm_dir / "rank-4.pid").write_text(str(other.pid))
+    watched.expect(Beat, lambda beat: beat.step == 51 and beat.age_s > 5.0, 60.0)
+    assert not [message for message in watched.messages if isinstance(message, FaultReport)]
+    other.kill()
+    other.wait()
+    assert watched.expect(FaultReport, timeout_s=60.0).kind == "hung"

@@ -88,6 +88,18 @@ def test_a_gguf_file_is_imported_once_for_its_content(tmp_path: Path) -> None:
     assert len(prepare(moved, "--cache", cache)) < len(first), "read for its hash, not imported"
 
 
+def test_a_new_version_of_the_importer_leaves_older_imports_to_those_who_serve_them(tmp_path: Path) -> None:
+    file = write_gguf(tiny(tmp_path / "model"), tmp_path / "some-model.gguf")
+    older = Path(prepare(file, "--cache", tmp_path / "cache")[-1]["path"])
+    note = json.loads((older / "phalanx_import.json").read_text())
+    (older / "phalanx_import.json").write_text(json.dumps({**note, "version": 0}))
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in older.iterdir()}
+    again = prepare(file, "--cache", tmp_path / "cache")[-1]
+    assert Path(again["path"]) != older and again["name"] == "some-model"
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in older.iterdir()} == before
+    assert prepare(file, "--cache", tmp_path / "cache") == [again]
+
+
 def test_the_catalog(tmp_path: Path) -> None:
     folder = references.model_folder()
     events = prepare("SmolLM2-135M-Instruct", "--tp", 2)
