@@ -91,12 +91,16 @@ def mpi_environment() -> dict[str, str]:
 
 
 @contextmanager
-def bare_world(folder: Path, tp: int, pp: int = 1, *options: str) -> Iterator[str]:
-    """A world under mpirun alone, without front and supervisor. Yields rank 0's ZeroMQ endpoint."""
+def bare_world(
+    folder: Path, tp: int, pp: int = 1, *options: str, cores: list[int] | None = None
+) -> Iterator[str]:
+    """A world under mpirun alone, without front and supervisor, on all cores of this process or on some of them.
+    Yields rank 0's ZeroMQ endpoint."""
     endpoint = f"tcp://127.0.0.1:{free_port()}"
     segments = tempfile.mkdtemp(prefix="phalanx-bench-", dir="/dev/shm")
+    on_cores = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
     command = [
-        *mpirun(tp * pp, segments), sys.executable, "-m", "engine.rank", "--model", str(folder),
+        *on_cores, *mpirun(tp * pp, segments), sys.executable, "-m", "engine.rank", "--model", str(folder),
         "--tp", str(tp), "--pp", str(pp), "--gateway", endpoint, *options,
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, env=mpi_environment(), stdout=subprocess.PIPE, text=True)

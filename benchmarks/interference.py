@@ -14,7 +14,7 @@ import time
 from itertools import pairwise
 
 from benchmarks.common import bare_world, machine, model_folder, percentile, pin, show, write
-from benchmarks.offline import prompt
+from benchmarks.peers.work import prompt
 from gateway.client import Client
 from gateway.protocol import SamplingParams
 

@@ -12,11 +12,12 @@ import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from benchmarks.common import ROOT, bare_world, machine, median, model_folder, pin, show, write
+from benchmarks.peers.driving import driven
+from benchmarks.peers.work import Generate, prompt
 from gateway.client import Client
 from gateway.protocol import SamplingParams
 
@@ -24,9 +25,6 @@ BATCHES = (1, 8, 32)
 PROMPT_TOKENS = 64
 DECODED_TOKENS = 48
 PREFILL_SEQUENCES, PREFILL_TOKENS = 8, 1024
-
-Generate = Callable[[int, int, int], float]
-"""(sequences, prompt tokens, new tokens) -> seconds."""
 
 
 def main() -> None:
@@ -43,7 +41,9 @@ def main() -> None:
             endpoint = stack.enter_context(bare_world(folder, tp))
             client = stack.enter_context(Client(endpoint))
             contestants[f"phalanx tp {tp}"] = phalanx_generate(client)
-        contestants["transformers"] = stack.enter_context(_Transformers(str(folder), len(cores)))
+        command = [sys.executable, "-m", "benchmarks.peers.with_transformers", str(folder), str(len(cores))]
+        peer = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        contestants["transformers"], _ = stack.enter_context(driven("transformers", peer))
         for name, generate in contestants.items():
             generate(2, PROMPT_TOKENS, 4)  # warm-up
             figures[name] = {}
@@ -67,11 +67,6 @@ def measure(generate: Generate) -> dict[str, float]:
     return speeds
 
 
-def prompt(sequence: int, length: int, salt: int = 0) -> list[int]:
-    """Ordinary token ids, other ones for each sequence and salt."""
-    return [100 + (7919 * (sequence + 1) * (index + 1) + 104729 * salt) % 40000 for index in range(length)]
-
-
 def phalanx_generate(client: Client) -> Generate:
     salts = itertools.count()
 
@@ -88,29 +83,6 @@ def phalanx_generate(client: Client) -> Generate:
         return seconds
 
     return generate
-
-
-class _Transformers:
-    """transformers in a process of its own, driven over pipes."""
-
-    def __init__(self, folder: str, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.offline_transformers", folder, str(threads)]
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
-
-    def __enter__(self) -> Generate:
-        return self._generate
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _generate(self, sequences: int, prompt_tokens: int, new_tokens: int) -> float:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{sequences} {prompt_tokens} {new_tokens}\n")
-        return float(self._process.stdout.readline())
 
 
 def _report(figures: dict[str, dict[str, list[float]]], cores: list[int]) -> None:

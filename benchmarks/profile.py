@@ -19,7 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
 from benchmarks.common import machine, model_folder, pin
-from benchmarks.offline import prompt
+from benchmarks.peers.work import prompt
 from engine.collectives.mpi import join_world
 from engine.engine import Engine, EngineSettings, build_engine
 from engine.plan import PlanCodec, SequenceParams

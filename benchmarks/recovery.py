@@ -28,7 +28,7 @@ import zmq
 
 import phalanx
 from benchmarks.common import MODEL, machine, model_folder, percentile, pin, show, write
-from benchmarks.offline import prompt
+from benchmarks.peers.work import prompt
 from benchmarks.supervisor_log import events
 from benchmarks.targets import TARGETS
 from gateway.connection import Connection

@@ -16,7 +16,7 @@ from itertools import pairwise
 import llguidance
 
 from benchmarks.common import bare_world, machine, model_folder, percentile, pin, show, write
-from benchmarks.offline import prompt
+from benchmarks.peers.work import prompt
 from gateway.client import Client
 from gateway.protocol import SamplingParams
 

@@ -110,7 +110,7 @@ def test_chat_through_a_pipe(served: Served) -> None:
 
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(served: Served) -> None:
-    terminal = Terminal("chat", "--url", served.url, "--max-tokens", "4000", "--temperature", "1")
+    terminal = Terminal("chat", "--url", served.url, "--max-tokens", "4000", "--temperature", "0")
     terminal.read_until(r"\n> ")
     terminal.type("hello\n")
     terminal.read_until(r"hello\r\n.{20}")
