@@ -219,6 +219,14 @@ class Calls:
     def leave(self, call: Call, listener: Listener) -> None:
         call.leave(listener, self.grace_s)
 
+    def delete(self, call: Call) -> None:
+        """Ends a call, and forgets it. Raises RequestFailed(unavailable) if the journal cannot be written."""
+        call.cancel()
+        try:
+            self.journal.delete(call.record.call_id)
+        except JournalUnavailable as error:
+            raise RequestFailed("unavailable", str(error)) from None
+
     # ----------------------------------------------------------------------- inside
 
     def _found(self, find: Callable[[], JournalCall | None]) -> Call | None:

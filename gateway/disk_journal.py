@@ -208,6 +208,17 @@ class DiskJournal(Journal):
                 slot.first_step = self._next_step
             self._step.append(StepTokens(slot.number, position, token_ids, logprobs, prompt_logprobs))
 
+    def delete(self, call_id: str) -> None:
+        self.flush()
+        self.check()
+        super().delete(call_id)
+        assert self._store is not None
+        try:
+            self._store.delete_calls([call_id])
+        except StoreError as error:
+            self._fail(error)
+            raise JournalUnavailable(f"the journal cannot be written: {error}") from None
+
     def add_crash(self, request_ids: Iterable[str]) -> None:
         request_ids = list(request_ids)
         super().add_crash(request_ids)

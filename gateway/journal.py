@@ -168,6 +168,11 @@ class Journal:
         if not call.entries and call.call_id in self._live:
             self._end_call(call)
 
+    def delete(self, call_id: str) -> None:
+        """Forgets a call that has ended. Does nothing for one that is not there. Raises JournalUnavailable."""
+        if (call := self._ended.get(call_id)) is not None:
+            self._forget_ended(call)
+
     def append(
         self,
         request_id: str,

@@ -17,6 +17,7 @@ from gateway.http.errors import ApiError
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
 from gateway.http.ranking import Ranking
+from gateway.http.responses.routes import Responses
 from gateway.http.v2.routes import InferenceV2
 from gateway.inference.repository import Repository
 from gateway.log import Logger
@@ -33,7 +34,7 @@ def make_app(
     """The application. Its own documentation pages are off: they would load from hosts of others."""
     app = FastAPI(title="Phalanx", docs_url=None, redoc_url=None, openapi_url=None)
     embeddings = Embeddings(openai)
-    of_openai = [openai.router(), embeddings.router(), openai.resumable.router()]
+    of_openai = [openai.router(), embeddings.router(), openai.resumable.router(), Responses(openai).router()]
     for router in of_openai:
         app.include_router(router)
     app.include_router(Compat(openai, operations).router())

@@ -99,19 +99,23 @@ class ResumableCalls:
     async def answer_known(self, claim: Claim, http: Request) -> Response | None:
         """The answer of the call that has this key already, from its start; None if there is none. Raises
         ApiError."""
+        call = self.known_call(claim)
+        if call is None:
+            return None
+        content = _content(call.record)
+        return await self._respond(call, content, http, [Place() for _ in call.record.entries])
+
+    def known_call(self, claim: Claim) -> Call | None:
+        """The call that has this key already. Raises ApiError."""
         if claim.key is None:
             return None
         try:
-            call = self.calls.find_key(claim.key, claim.fingerprint)
+            return self.calls.find_key(claim.key, claim.fingerprint)
         except RequestFailed as error:
             raise from_failure(error) from None
         except KeyReused:
             text = "this Idempotency-Key was used for another request; use a new one for each request"
             raise ApiError(422, text, code="idempotency_key_reused") from None
-        if call is None:
-            return None
-        content = _content(call.record)
-        return await self._respond(call, content, http, [Place() for _ in call.record.entries])
 
     async def begin(
         self,
@@ -125,24 +129,39 @@ class ResumableCalls:
         """A new call, and its answer. `params` has an element for each prompt and choice, prompt by prompt. Raises
         ApiError."""
         default = OnDisconnect.GRACE if content.stream else OnDisconnect.CANCEL
+        call_id = f"{_ANSWERS[claim.kind].prefix}-{uuid.uuid4().hex}"
+        call = self.open_call(claim, call_id, prompts, params, conditions, _encode_content(content), default)
+        return await self._respond(call, content, http, None)
+
+    def open_call(
+        self,
+        claim: Claim,
+        call_id: str,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        conditions: Conditions,
+        content: bytes,
+        on_disconnect: OnDisconnect,
+    ) -> Call:
+        """A new call, which runs from now on. `on_disconnect`: if the client did not say, and sent no key. Raises
+        ApiError."""
         if claim.key is not None:
-            default = OnDisconnect.CONTINUE
+            on_disconnect = OnDisconnect.CONTINUE
         record = JournalCall(
-            f"{_ANSWERS[claim.kind].prefix}-{uuid.uuid4().hex}",
+            call_id,
             claim.kind,
             time.time(),
             claim.key,
             claim.fingerprint,
-            claim.on_disconnect or default,
-            _encode_content(content),
+            claim.on_disconnect or on_disconnect,
+            content,
         )
         per_prompt = len(params) // len(prompts)
         wanted = [Wanted(prompts[index // per_prompt], one) for index, one in enumerate(params)]
         try:
-            call = self.calls.begin(record, wanted, conditions)
+            return self.calls.begin(record, wanted, conditions)
         except RequestFailed as error:
             raise from_failure(error) from None
-        return await self._respond(call, content, http, None)
 
     # ----------------------------------------------------------------------- /v1/requests
 

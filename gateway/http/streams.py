@@ -210,7 +210,7 @@ class EventStream(Response):
         self._running = sum(not place.ended for place in at.places)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watcher = asyncio.ensure_future(_disconnected(receive))
+        watcher = asyncio.ensure_future(disconnected(receive))
         watcher.add_done_callback(lambda _: self._queue.wake())
         try:
             await self._send_events(send, watcher)
@@ -269,7 +269,7 @@ def _event(event_id: bytes, data: bytes) -> bytes:
 async def wait_for(done: asyncio.Future[None], group: Group | Reader, receive: Receive) -> None:
     """Waits until an answer is complete, or its client is gone. Raises ApiError, or ClientGone; whatever still
     runs of a group is cancelled."""
-    watcher = asyncio.ensure_future(_disconnected(receive))
+    watcher = asyncio.ensure_future(disconnected(receive))
     try:
         await asyncio.wait((done, watcher), return_when=asyncio.FIRST_COMPLETED)
         if not done.done():
@@ -282,7 +282,7 @@ async def wait_for(done: asyncio.Future[None], group: Group | Reader, receive: R
         group.cancel()
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
     """Returns when the client is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,0 +1,251 @@
+"""A response as it grows: its items, and the typed events that tell of them.
+
+Used by stream.py for streams and by routes.py for whole responses. What it makes depends on the call's record and its
+tokens alone, taken one by one, so that every reader sees the same events under the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from gateway.errors import RequestFailed
+from gateway.http.logprobs import ChatLogprob, Namer, Placed
+from gateway.http.reading import Place, Reading
+from gateway.http.resumable import AnswerContent
+from gateway.journal import JournalCall
+from gateway.protocol import Output
+
+Event = dict[str, Any]
+Item = dict[str, Any]
+
+_ENDS = {"stop": "completed", "length": "incomplete", "cancelled": "cancelled"}
+_ERROR_CODES = {"overloaded": "rate_limit_exceeded", "invalid_request": "invalid_prompt"}
+"""Of the codes that OpenAI's type of a failed response knows; else `server_error`."""
+
+
+@dataclass
+class ResponseContent:
+    """What it takes to tell of a response again, beside its tokens. In the journal with the call."""
+
+    answer: AnswerContent
+    shown: dict[str, Any]
+    """Fields of the response that are as they were asked for."""
+    items: list[Item]
+    """The conversation up to this response, its own input at the end."""
+    stored: bool = True
+    background: bool = False
+
+
+encode_content = msgspec.msgpack.Encoder().encode
+decode_content = msgspec.msgpack.Decoder(ResponseContent).decode
+
+
+class TokenReading(Reading):
+    """Reads a call token by token, however they came, from its first one on."""
+
+    def put(self, index: int, output: Output) -> None:
+        for part in _tokens_of(output):
+            super().put(index, part)
+
+
+def _tokens_of(output: Output) -> Iterator[Output]:
+    """An output in pieces of one token. The end comes with the last of them; that of a cancelled request, which may
+    come long after its last token, always by itself."""
+    count = len(output.token_ids)
+    if count == 0:
+        yield output
+        return
+    ends_apart = output.finish_reason == "cancelled"
+    for number in range(count):
+        is_last = number == count - 1 and not ends_apart
+        yield msgspec.structs.replace(
+            output,
+            position=output.position + number,
+            token_ids=output.token_ids[number : number + 1],
+            logprobs=output.logprobs and output.logprobs[number : number + 1],
+            finish_reason=output.finish_reason if is_last else None,
+            stop_reason=output.stop_reason if is_last else None,
+        )
+    if ends_apart:
+        end = output.position + count
+        yield msgspec.structs.replace(output, position=end, token_ids=[], logprobs=None)
+
+
+def from_the_start(record: JournalCall) -> list[Place]:
+    return [Place() for _ in record.entries]
+
+
+@dataclass
+class _Open:
+    """The item that is being written."""
+
+    item: Item
+    index: int
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[ChatLogprob] = field(default_factory=list)
+
+
+class ResponseWriter:
+    """Writes one response. Outputs come through `put`, of a TokenReading; events are taken with `take`."""
+
+    def __init__(self, record: JournalCall, content: ResponseContent, namer: Namer) -> None:
+        self.items: list[Item] = []
+        self.ended = False
+        self.status = "in_progress"
+        self._record = record
+        self._content = content
+        self._namer = namer
+        self._number = record.call_id.partition("_")[2]
+        self._next_event = 0
+        self._events: list[Event] = []
+        self._open: _Open | None = None
+        self._num_tokens = 0
+        self._error: RequestFailed | None = None
+        self._begin()
+
+    def take(self) -> list[Event]:
+        """The events since the last time."""
+        events, self._events = self._events, []
+        return events
+
+    def response(self, status: str | None = None) -> dict[str, Any]:
+        """The response as it is now."""
+        record, status = self._record, status or self.status
+        error = None
+        if self._error is not None:
+            code = _ERROR_CODES.get(self._error.code, "server_error")
+            error = {"code": code, "message": self._error.message}
+        done = status == "completed" and record.ended_at is not None
+        return {
+            "id": record.call_id,
+            "object": "response",
+            "created_at": int(record.created),
+            "completed_at": int(record.ended_at or 0) if done else None,
+            "status": status,
+            "background": self._content.background,
+            "store": self._content.stored,
+            "error": error,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "model": self._content.answer.model,
+            "output": [*self.items, *([self._open_item()] if self._open is not None else [])],
+            **self._content.shown,
+            "usage": self._usage() if self.ended else None,
+        }
+
+    # ----------------------------------------------------------------------- what is read (Target)
+
+    def put(self, index: int, output: Output, placed: list[Placed]) -> None:
+        if self.ended:
+            return
+        self._num_tokens += len(output.token_ids)
+        if output.text or placed:
+            self._write_text(output.text or "", placed)
+        if output.finish_reason is not None:
+            self._end(_ENDS.get(output.finish_reason, "completed"))
+
+    def fail(self, error: RequestFailed) -> None:
+        if not self.ended:
+            self._error = error
+            self._end("failed")
+
+    # ----------------------------------------------------------------------- inside
+
+    def _begin(self) -> None:
+        first = "queued" if self._content.background else "in_progress"
+        self._add("response.created", response=self.response(first))
+        if self._content.background:
+            self._add("response.queued", response=self.response("queued"))
+        self._add("response.in_progress", response=self.response("in_progress"))
+
+    def _write_text(self, text: str, placed: list[Placed]) -> None:
+        opened = self._open
+        if opened is None:
+            opened = self._open_message()
+        logprobs = self._namer.chat(placed).content if placed else []
+        opened.texts.append(text)
+        opened.logprobs += logprobs
+        if text:
+            self._add(
+                "response.output_text.delta",
+                item_id=opened.item["id"],
+                output_index=opened.index,
+                content_index=0,
+                delta=text,
+                logprobs=logprobs,
+            )
+
+    def _open_message(self) -> _Open:
+        item: Item = {
+            "id": f"msg_{self._number}{len(self.items):04x}",
+            "type": "message",
+            "role": "assistant",
+            "status": "in_progress",
+            "content": [],
+        }
+        opened = self._open = _Open(item, len(self.items))
+        self._add("response.output_item.added", output_index=opened.index, item=dict(item))
+        self._add(
+            "response.content_part.added",
+            item_id=item["id"],
+            output_index=opened.index,
+            content_index=0,
+            part=_text_part("", []),
+        )
+        return opened
+
+    def _open_item(self) -> Item:
+        """The item that is being written, as far as it is."""
+        assert self._open is not None
+        part = _text_part("".join(self._open.texts), self._open.logprobs)
+        return {**self._open.item, "content": [part]}
+
+    def _close_item(self, status: str) -> None:
+        opened = self._open
+        assert opened is not None
+        item = {**self._open_item(), "status": status}
+        [part] = item["content"]
+        place = {"item_id": item["id"], "output_index": opened.index}
+        self._add(
+            "response.output_text.done",
+            **place,
+            content_index=0,
+            text=part["text"],
+            logprobs=part["logprobs"],
+        )
+        self._add("response.content_part.done", **place, content_index=0, part=part)
+        self._add("response.output_item.done", output_index=opened.index, item=item)
+        self.items.append(item)
+        self._open = None
+
+    def _end(self, status: str) -> None:
+        if self._open is None and not self.items and status == "completed":
+            self._open_message()  # an answer without text is an answer
+        if self._open is not None:
+            self._close_item("completed" if status == "completed" else "incomplete")
+        self.ended, self.status = True, status
+        # There is no event for a cancelled response: it is incomplete, and its status says why.
+        kind = "incomplete" if status == "cancelled" else status
+        self._add(f"response.{kind}", response=self.response())
+
+    def _usage(self) -> dict[str, Any]:
+        prompt = self._content.answer.prompt_tokens
+        return {
+            "input_tokens": prompt,
+            # The front is not told what a world had in its prefix cache.
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": self._num_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt + self._num_tokens,
+        }
+
+    def _add(self, kind: str, **fields: Any) -> None:
+        self._events.append({"type": kind, "sequence_number": self._next_event, **fields})
+        self._next_event += 1
+
+
+def _text_part(text: str, logprobs: list[ChatLogprob]) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
