@@ -12,6 +12,8 @@ BACK_OFF_S = 0.5
 MAX_BACK_OFF_S = 30.0
 MAX_HOST_BACK_OFF_S = 5.0
 """The same where a host may be back at any moment."""
+MAX_OBSTACLE_BACK_OFF_S = 5.0
+"""The same where a full disk is in the way: a try costs nothing, and requests wait."""
 SHORT_LIFE_S = 5.0
 """A world that served for less has died at once."""
 FREE_SHORT_LIVES = 10
@@ -37,16 +39,29 @@ class Restarts:
         self._short_lives = 0
         self._last_fault_at = 0.0
         self._has_served = False
+        self._obstacle: str | None = None
+        self._num_obstacles = 0
 
     def on_served(self) -> None:
         """A world serves."""
         self._has_served = True
         self.failed_starts = 0
+        self._obstacle, self._num_obstacles = None, 0
+
+    def on_obstacle(self, obstacle: str, now: float) -> float:
+        """No world can be started for a reason that may pass by itself. Returns the wait before the next try in
+        seconds; there always is one."""
+        self._obstacle = obstacle
+        back_off_s = min(BACK_OFF_S * 2 ** min(self._num_obstacles, 10), MAX_OBSTACLE_BACK_OFF_S)
+        self._num_obstacles += 1
+        self.not_before = now + back_off_s
+        return back_off_s
 
     def on_failed_start(self, now: float) -> float | None:
         """A world has died that never served. Returns the wait before the next start in seconds; None if there
         should be no other."""
         self.failed_starts += 1
+        self._obstacle = None
         if self._waits_for_hosts and self._has_served:
             back_off_s = min(BACK_OFF_S * 2 ** (self.failed_starts - 1), MAX_HOST_BACK_OFF_S)
             self.not_before = now + back_off_s
@@ -73,6 +88,8 @@ class Restarts:
         wait_s = max(0.0, self.not_before - now)
         if self._short_lives > FREE_SHORT_LIVES and now - self._last_fault_at < TOLD_S:
             text = f"{self._short_lives} worlds in a row died within {SHORT_LIFE_S:.0f} s of serving"
+        elif self._obstacle is not None:
+            text = f"no world can be started: {self._obstacle}"
         elif self.failed_starts:
             text = f"{self.failed_starts} worlds in a row did not start"
         else:

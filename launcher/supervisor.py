@@ -4,6 +4,7 @@ import neither torch nor the HTTP stack, and must leave no process, port or shar
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -22,6 +23,7 @@ from launcher.guard_link import GuardLink
 from launcher.guard_messages import Kill
 from launcher.hosts import HostPool, host_of
 from launcher.logs import EventLog
+from launcher.obstacles import full_disk, may_pass
 from launcher.processes import AdoptedProcess, ProcessId
 from launcher.reload import ChangeMaker, Reloads
 from launcher.restarts import Restarts
@@ -48,6 +50,14 @@ SERVE_TIMEOUT_S = 30.0
 
 class GaveUp(LauncherError):
     """No relaunch can help; the message is the diagnosis."""
+
+
+class NotStarted(LauncherError):
+    """A world could not be started. `may_pass`: the reason may go by itself."""
+
+    def __init__(self, message: str, may_pass: bool) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class Supervisor:
@@ -224,7 +234,7 @@ class Supervisor:
             self._log.info("planned change", version=change.plan.version)
             try:
                 self._reloads.world = self._start_world(SpareKind.NONE, change.plan)
-            except GaveUp as error:
+            except NotStarted as error:
                 self._reloads.fail(WorldFault("start", None, None, str(error)))
 
     def _change_world(self, state: FrontState, now: float) -> None:
@@ -269,22 +279,39 @@ class Supervisor:
             spare.promote(now)
             self._current = spare
         elif all(world is self._reloads.world for world in self._worlds):
-            self._current = self._start_world(SpareKind.NONE)
+            try:
+                self._current = self._start_world(SpareKind.NONE)
+            except NotStarted as error:
+                self._put_off(error, now)
+
+    def _put_off(self, error: NotStarted, now: float) -> None:
+        """A deployment that has served tries again: what it has accepted waits."""
+        if not self._was_ready:
+            raise GaveUp(str(error)) from None
+        if error.may_pass:
+            back_off_s: float | None = self._restarts.on_obstacle(str(error), now)
+        else:
+            back_off_s = self._restarts.on_failed_start(now)
+        if back_off_s is None:
+            raise GaveUp(str(error)) from None
+        self._log.warning("world cannot be started", detail=str(error), next_start_s=back_off_s)
 
     def _start_spare(self, now: float) -> None:
         """What keeps it from starting, like a full disk, is no reason to end the world that serves."""
         try:
             self._spares.world = self._start_world(self._spares.kind)
-        except GaveUp as error:
+        except NotStarted as error:
             self._log.warning("spare not started", detail=str(error), next_start_s=self._spares.lose(now))
 
     def _raise_epoch(self) -> None:
         try:
             self._epoch = self._run_dir.raise_epoch()
         except OSError as error:
-            raise GaveUp(f"the epoch cannot be written to {self._run_dir.path}: {error.strerror}") from None
+            text = f"the epoch cannot be written to {self._run_dir.path}: {error.strerror}"
+            raise NotStarted(text, may_pass(error)) from None
 
     def _start_world(self, spare: SpareKind, plan: WorldPlan | None = None) -> World:
+        """Raises NotStarted."""
         if not self._epoch_is_free:
             self._raise_epoch()
         self._epoch_is_free = False
@@ -297,7 +324,8 @@ class Supervisor:
         except OSError as error:
             self._run_dir.remove_world_files(epoch)
             cause = diagnose([WorldFault("start", None, None, str(error))], self._machine, Machine.now())
-            raise GaveUp(f"cannot start a world: {error}{f' ({cause})' if cause else ''}") from None
+            text = f"cannot start a world: {error}{f' ({cause})' if cause else ''}"
+            raise NotStarted(text, may_pass(error)) from None
         self._worlds.append(world)
         if self._faults:  # a start in good health says nothing
             event = "spare started" if world.is_spare else "world started"
@@ -382,8 +410,9 @@ class Supervisor:
             self._current = None
             self._spares.on_unserved()
             if self._spares.world is None:  # the epoch of a spare is higher already
-                self._raise_epoch()
-                self._epoch_is_free = True
+                with contextlib.suppress(NotStarted):  # it is raised before the next start, or that waits
+                    self._raise_epoch()
+                    self._epoch_is_free = True
             if self._recovering_since is None:
                 self._recovering_since = now
             self._faults.record(world, fault, "world fault", None)
@@ -416,6 +445,9 @@ class Supervisor:
         if final := final_fault(world.faults):
             raise GaveUp(_last_error(final.last_lines) or final.detail)
         if world.times.served is not None or world.is_adopted:
+            return
+        if self._was_ready and (obstacle := full_disk(self._run_dir.path)) is not None:
+            self._put_off(NotStarted(obstacle, may_pass=True), now)
             return
         back_off_s = self._restarts.on_failed_start(now)
         failed = self._restarts.failed_starts

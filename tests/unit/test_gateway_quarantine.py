@@ -140,6 +140,12 @@ def no_rest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]
     yield set_round
 
 
+@pytest.fixture
+def singly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of one."""
+    monkeypatch.setattr(quarantine, "GROUP_TOKENS", 0)
+
+
 # --------------------------------------------------------------------------- replay
 
 
@@ -207,7 +213,7 @@ async def test_what_is_no_crash_is_not_counted(front: Deployment, kind: str | No
     assert sorted(front.in_world()) == ["a", "b", "c"]
 
 
-async def test_suspects_are_tried_alone_and_acquitted(front: Deployment) -> None:
+async def test_suspects_are_tried_in_groups_and_acquitted(front: Deployment, singly: None) -> None:
     sinks = [front.ask(name, 10 - number) for number, name in enumerate("abc")]
     front.token("a", "b", "c")
     front.crash()
@@ -227,7 +233,7 @@ async def test_suspects_are_tried_alone_and_acquitted(front: Deployment) -> None
     assert sorted(front.in_world()) == ["a", "b", "c", "new"]  # their count has begun anew
 
 
-async def test_the_next_trial_waits_until_the_world_is_empty(front: Deployment) -> None:
+async def test_the_next_trial_waits_until_the_world_is_empty(front: Deployment, singly: None) -> None:
     front.ask("a", 3)
     front.ask("b", 4)
     front.crash()
@@ -239,7 +245,7 @@ async def test_the_next_trial_waits_until_the_world_is_empty(front: Deployment) 
     assert front.in_world() == ["b"]
 
 
-async def test_one_that_fails_while_it_leaves_holds_nobody_up(front: Deployment) -> None:
+async def test_one_that_fails_while_it_leaves_holds_nobody_up(front: Deployment, singly: None) -> None:
     front.ask("a", 3)
     front.ask("b", 4)
     front.crash()
@@ -251,7 +257,7 @@ async def test_one_that_fails_while_it_leaves_holds_nobody_up(front: Deployment)
     assert front.in_world() == ["b"]
 
 
-async def test_only_the_one_that_kills_alone_fails(front: Deployment) -> None:
+async def test_only_the_one_that_kills_alone_fails(front: Deployment, singly: None) -> None:
     innocent = front.ask("innocent", 3)
     poison = front.ask("poison", 4)
     front.crash()
@@ -268,12 +274,85 @@ async def test_only_the_one_that_kills_alone_fails(front: Deployment) -> None:
 
 async def test_who_dies_in_company_does_not_fail(front: Deployment) -> None:
     sinks = [front.ask(name) for name in "ab"]
-    for _ in range(6):
-        front.crash()
-        if len(front.in_world()) == 1:
-            front.token("a")
-            front.token("b")
+    front.crash()
+    front.crash()
+    assert sorted(front.in_world()) == ["a", "b"]
+    front.token("a")  # the other one is on trial still, and not alone
+    front.down("killed", "SIGSEGV", "stepping")
+    front.up()
+    assert front.in_world() == ["b"], "alone now"
+    front.token("b")
+    assert sorted(front.in_world()) == ["a", "b"]
     assert [sink.error for sink in sinks] == [None, None]
+
+
+async def test_innocent_ones_are_acquitted_together(front: Deployment) -> None:
+    names = [f"r{number}" for number in range(12)]
+    sinks = [front.ask(name, 3 + number) for number, name in enumerate(names)]
+    for _ in range(2):
+        front.down("killed", "SIGKILL", "stepping")
+        front.up()
+    assert front.in_world() == names and front.requests._quarantine.holds
+    front.ask("new")
+    assert front.in_world() == names
+    front.token(*names)
+    assert front.in_world() == [*names, "new"] and front.metrics.trials["acquitted"] == 12
+    # A third death from outside, in the middle of their trial: two trials free them.
+    front.requests.cancel(front.members["new"][0])
+    for _ in range(3):
+        front.down("killed", "SIGKILL", "stepping")
+        front.up()
+    assert front.in_world() == names[:6]
+    front.token(*names[:6])
+    assert front.in_world() == names[6:]
+    front.token(*names[6:])
+    assert sorted(front.in_world()) == sorted(names)
+    assert [sink.error for sink in sinks] == [None] * 12
+    assert not any(request.entry.crashes for request, _ in front.members.values())
+
+
+@pytest.mark.parametrize(("signal", "expected_deaths"), [("SIGSEGV", 4), ("SIGKILL", 8)])
+async def test_one_among_twelve_is_found_and_convicted_alone(
+    front: Deployment, signal: str, expected_deaths: int
+) -> None:
+    """SIGKILL: what the kernel does to one that takes the last memory."""
+    names = [f"r{number}" for number in range(12)]
+    for name in names:
+        front.ask(name)
+    poison, deaths = "r7", 0
+    while front.members[poison][1].error is None:
+        assert deaths < expected_deaths
+        front.confirm()
+        if poison in front.in_world():
+            front.down("killed", signal, "stepping")
+            deaths += 1
+            front.up()
+        else:
+            front.token(*front.in_world())
+    # Two to suspect them, one together, from outside one for each half that holds it, and alone one or two.
+    assert deaths == expected_deaths
+    errors = {name: sink.error for name, (_, sink) in front.members.items() if sink.error is not None}
+    assert list(errors) == [poison] and errors[poison] is not None and errors[poison].code == "poisoned"
+    for _ in range(6):
+        front.confirm()
+        front.token(*front.in_world())
+    assert sorted(front.in_world()) == sorted(set(names) - {poison})
+
+
+async def test_groups_are_not_larger_than_what_others_may_wait_for(
+    front: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarantine, "GROUP_TOKENS", 100)
+    for name in ("first", "second", "third"):
+        front.ask(name, 50)
+    front.crash()
+    front.crash()
+    assert front.in_world() == ["first", "second"]
+    front.token("first")
+    assert front.in_world() == ["first", "second"]
+    front.token("second")
+    front.confirm()
+    assert front.in_world() == ["third"]
 
 
 async def test_a_signal_from_outside_takes_two_deaths_in_a_step(front: Deployment) -> None:
@@ -300,7 +379,7 @@ async def test_a_lost_node_does_not_count_against_the_one_on_trial(front: Deploy
 
 
 @pytest.mark.parametrize("how", ["finishes", "cancelled", "refused"])
-async def test_a_trial_that_ends_makes_room_for_the_next(front: Deployment, how: str) -> None:
+async def test_a_trial_that_ends_makes_room_for_the_next(front: Deployment, singly: None, how: str) -> None:
     front.ask("a", 3)
     front.ask("b", 4)
     front.crash()
@@ -318,7 +397,7 @@ async def test_a_trial_that_ends_makes_room_for_the_next(front: Deployment, how:
     assert front.in_world() == ["b"]
 
 
-async def test_a_suspect_that_is_cancelled_before_its_trial(front: Deployment) -> None:
+async def test_a_suspect_that_is_cancelled_before_its_trial(front: Deployment, singly: None) -> None:
     front.ask("a", 3)
     front.ask("b", 4)
     front.crash()
@@ -328,7 +407,9 @@ async def test_a_suspect_that_is_cancelled_before_its_trial(front: Deployment) -
     assert front.in_world() == ["a"]
 
 
-async def test_trials_leave_room_for_others(front: Deployment, no_rest: Callable[[float], None]) -> None:
+async def test_trials_leave_room_for_others(
+    front: Deployment, singly: None, no_rest: Callable[[float], None]
+) -> None:
     for number, name in enumerate("abc"):
         front.ask(name, 3 + number)
     no_rest(60.0)

@@ -19,6 +19,17 @@ def test_failed_starts_back_off_and_end() -> None:
     assert restarts.not_before == 11.0
 
 
+def test_an_obstacle_that_may_pass_is_waited_out() -> None:
+    restarts = Restarts()
+    restarts.on_served()
+    waits = [restarts.on_obstacle("the disk is full", 0.0) for _ in range(20)]
+    assert waits[:5] == [0.5, 1.0, 2.0, 4.0, 5.0] and waits[-1] == 5.0 and restarts.not_before == 5.0
+    assert restarts.notice(2.0) == "no world can be started: the disk is full; the next one may start in 3 s"
+    assert restarts.failed_starts == 0
+    restarts.on_served()
+    assert restarts.notice(2.0) is None
+
+
 def test_after_a_world_that_served_there_is_more_patience() -> None:
     restarts = Restarts()
     assert restarts.on_failed_start(0.0) == 0.5

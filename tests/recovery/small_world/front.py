@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -56,8 +57,9 @@ def main(control: str, folder: Path, listener: int) -> None:
         table = decode_control_message(link.recv())
         assert isinstance(table, WorldTable)
         temporary = folder / "table.new"
-        temporary.write_text(json.dumps(msgspec.to_builtins(table)))
-        temporary.rename(folder / "table.json")
+        with contextlib.suppress(OSError):  # a full disk
+            temporary.write_text(json.dumps(msgspec.to_builtins(table)))
+            temporary.rename(folder / "table.json")
         serving = next((world.epoch for world in table.worlds if world.state == "active"), None)
 
 
