@@ -62,7 +62,7 @@ lint: $(READY_TEST)
 	$(BIN)/mypy
 
 unit: $(READY_TEST)
-	$(BIN)/python -m pytest -m 'not slow' tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' tests/unit
 
 # One mpirun for each shape of world; `make test-all` adds the other shapes.
 worlds: $(READY_TEST)
