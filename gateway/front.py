@@ -31,6 +31,7 @@ from gateway.control_messages import FrontState, WorldTable
 from gateway.disk_journal import MAX_BYTES, DiskJournal
 from gateway.errors import EndpointError, GatewayError
 from gateway.http.app import make_app
+from gateway.http.batches.routes import Batches
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
 from gateway.http.resumable import ResumableCalls
@@ -148,7 +149,8 @@ class Front:
             self._grpc = GrpcPort(
                 *config.grpc, self._repository, config.run_dir, log, self._control.send_state
             )
-        app = make_app(openai, operations, self._repository, metrics, log)
+        self._batches = Batches(config.run_dir, log)
+        app = make_app(openai, operations, self._repository, self._batches, metrics, log)
         self._http = _Server(
             uvicorn.Config(
                 app,
@@ -174,6 +176,7 @@ class Front:
         await self._drain()
         # Open streams end with an error that says why; then nothing holds uvicorn up.
         self._requests.close()
+        await self._batches.close()
         self._http.should_exit = True
         if self._grpc is not None:
             await self._grpc.stop(GRPC_SHUTDOWN_S)

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.http.batches.routes import Batches
 from gateway.http.compat import Compat
 from gateway.http.embeddings import Embeddings
 from gateway.http.errors import ApiError
@@ -29,12 +30,23 @@ KSERVE_PREFIX = "/openai"
 
 
 def make_app(
-    openai: OpenAI, operations: Operations, repository: Repository, metrics: FrontMetrics, log: Logger
+    openai: OpenAI,
+    operations: Operations,
+    repository: Repository,
+    batches: Batches,
+    metrics: FrontMetrics,
+    log: Logger,
 ) -> ASGIApp:
     """The application. Its own documentation pages are off: they would load from hosts of others."""
     app = FastAPI(title="Phalanx", docs_url=None, redoc_url=None, openapi_url=None)
     embeddings = Embeddings(openai)
-    of_openai = [openai.router(), embeddings.router(), openai.resumable.router(), Responses(openai).router()]
+    of_openai = [
+        openai.router(),
+        embeddings.router(),
+        openai.resumable.router(),
+        Responses(openai).router(),
+        batches.router(),
+    ]
     for router in of_openai:
         app.include_router(router)
     app.include_router(Compat(openai, operations).router())
@@ -72,6 +84,7 @@ def make_app(
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, server_error)
+    batches.start(app)
     return RequestIds(app, metrics)
 
 

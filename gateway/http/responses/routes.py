@@ -269,12 +269,14 @@ class _End:
             self.done.set_exception(error)
 
 
-def page_of(entries: list[Any], http: Request) -> tuple[list[Any], bool]:
+def page_of(
+    entries: list[Any], http: Request, *, default: int = 20, most: int = MAX_ITEMS_SHOWN
+) -> tuple[list[Any], bool]:
     """The part of a list that `after` and `limit` ask for, and whether there is more. Raises ApiError."""
     query = http.query_params
-    limit = query.get("limit", "20")
-    ok = limit.isascii() and limit.isdecimal() and len(limit) < 6 and 1 <= int(limit) <= MAX_ITEMS_SHOWN
-    check(ok, "limit", repr(limit[:20]), f"1 to {MAX_ITEMS_SHOWN}")
+    limit = query.get("limit", str(default))
+    ok = limit.isascii() and limit.isdecimal() and len(limit) < 6 and 1 <= int(limit) <= most
+    check(ok, "limit", repr(limit[:20]), f"1 to {most}")
     start = 0
     if (after := query.get("after")) is not None:
         places = [index for index, entry in enumerate(entries) if entry["id"] == after]
