@@ -29,9 +29,11 @@ TARGETS = (
     Target("detected", "p50", 0.05),
     Target("detected", "p99", 0.2),
     Target("detected", "p99", 0.6, fault="freeze"),
+    Target("detected", "p99", 1.5, fault="silent cut"),
     Target("serving", "p50", 0.1, "hot"),
     Target("serving", "p99", 0.5, "hot"),
     Target("serving", "p99", 1.5, "warm"),
     Target("serving", "p99", 8.0, "none"),
     Target("all streams", "p99", 3.0, "hot"),
+    Target("spare", "p99", 10.0),
 )

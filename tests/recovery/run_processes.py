@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
+
 import psutil
 
 from launcher.processes import environment_of
 from launcher.run_dir import RUN_ID_VARIABLE
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 def of_run(run_id: str) -> list[psutil.Process]:
@@ -24,3 +30,9 @@ def is_left(process: psutil.Process) -> bool:
         return process.is_running() and not (process.status() == psutil.STATUS_ZOMBIE and process.ppid() == 1)
     except psutil.NoSuchProcess:
         return False
+
+
+def end_with_parent() -> None:
+    """For a child between its fork and its exec: it gets SIGTERM when the thread that started it ends, however that
+    happens, so that tests that are killed leave no deployment behind."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

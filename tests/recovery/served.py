@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.recovery.run_processes import of_run
+from tests.recovery.run_processes import end_with_parent, of_run
 from tests.recovery.small_world.deployed import wait_gone
 
 READY_TIMEOUT_S = 180.0
@@ -37,7 +37,9 @@ class Served:
             command += ["--grpc-port", "0"]
         began = time.monotonic()
         with self._errors.open("a") as errors:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=end_with_parent
+            )
         assert self.process.stdout is not None
         watchdog = threading.Timer(READY_TIMEOUT_S, self.process.kill)
         watchdog.start()

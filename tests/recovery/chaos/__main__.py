@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def main() -> int:
     if arguments.report_only:
         legs = list(campaign.load_legs(folder))
     else:
-        legs = asyncio.run(campaign.run(plan, oracle.load()))
+        legs = asyncio.run(_run(plan))
     page = report.write(legs, arguments.seed, arguments.name)
     violations = [violation for leg in legs for violation in leg.violations]
     done = sum(len(leg.numbers) for leg in legs)
@@ -62,6 +63,17 @@ def main() -> int:
     print(f"{done} faults, {requests} requests, {len(violations)} violations; logs in {folder}")
     print(f"written: {page}")
     return 1 if violations else 0
+
+
+async def _run(plan: campaign.Plan) -> list[campaign.Leg]:
+    """To be ended by SIGTERM as by Ctrl-C: what runs is ended in order, and another call goes on from there."""
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+    try:
+        return await campaign.run(plan, oracle.load())
+    except asyncio.CancelledError:
+        return list(campaign.load_legs(plan.folder))
 
 
 if __name__ == "__main__":
