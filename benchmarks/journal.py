@@ -1,15 +1,18 @@
-"""What the journal costs: one commit of a step, and the throughput of a deployment with and without it.
+"""What the journal and the guards cost: one commit of a step, the throughput of a deployment with and without the
+journal, and that of a world with and without guards and supervisor, its rank 0 asked directly.
 
-    python -m benchmarks.journal [--rounds 6] [--steps-only]
+    python -m benchmarks.journal [--rounds 6] [--steps-only | --guards-only | --journal-only]
 
 Paired: both deployments run at once, each is loaded in turn while the other one rests, and the order changes from
-round to round, so that whatever else the machine does hits both alike.
+round to round, so that whatever else the machine does hits both alike. Each part replaces its own figures in the
+result and leaves the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import statistics
 import sys
@@ -22,7 +25,9 @@ from pathlib import Path
 import psutil
 
 import phalanx
-from benchmarks.common import MODEL, machine, percentile, show, write
+from benchmarks.common import MODEL, RESULTS, bare_world, machine, model_folder, percentile, show, write
+from benchmarks.offline import phalanx_generate
+from gateway.client import Client
 from gateway.disk_journal import DiskJournal
 from gateway.journal import JournalCall, JournalEntry
 from gateway.log import configure_log
@@ -130,17 +135,90 @@ def measure_servers(rounds: int, tp: int) -> dict[str, list[Load]]:
     return found
 
 
+def measure_guards(rounds: int, tp: int) -> dict[str, list[float]]:
+    """Tokens per second, by round: of a world that mpirun alone has started, and of one with guards and a supervisor.
+    Both are asked at the gateway of their rank 0, so that the front is in neither."""
+    found: dict[str, list[float]] = {"guarded": [], "bare": []}
+    flags = ("--kv-cache-memory", "256MiB")
+    with (
+        phalanx.serve(MODEL, journal="off", tp=tp, kv_cache_memory="256MiB", spare="none") as server,
+        bare_world(model_folder(), tp, 1, *flags) as bare,
+        Client(_gateway(server)) as guarded_client,
+        Client(bare) as bare_client,
+    ):
+        generate = {"guarded": phalanx_generate(guarded_client), "bare": phalanx_generate(bare_client)}
+        for one in generate.values():
+            one(SEQUENCES, 16, 8)
+        for number in range(rounds):
+            for name in sorted(generate, reverse=number % 2 == 1):
+                found[name].append(SEQUENCES * NEW_TOKENS / generate[name](SEQUENCES, 16, NEW_TOKENS))
+            print(f"round {number + 1} of {rounds} done", file=sys.stderr)
+    return found
+
+
+def _gateway(server: phalanx.Server) -> str:
+    with urllib.request.urlopen(f"{server.url}/cluster", timeout=30) as response:
+        worlds = json.load(response)["worlds"]
+    return str(next(world["gateway"] for world in worlds if world["state"] == "active"))
+
+
+def _known() -> dict[str, object]:
+    """The result so far: parts that this call does not measure stay."""
+    file = RESULTS / "journal.json"
+    known: dict[str, object] = json.loads(file.read_text()) if file.exists() else {}
+    return known
+
+
+def _spread(ratios: list[float]) -> dict[str, float]:
+    ordered = sorted(ratios)
+    quarter = len(ordered) // 4
+    return {
+        "pairs": len(ordered),
+        "median": statistics.median(ordered),
+        "quartile_low": ordered[quarter],
+        "quartile_high": ordered[-1 - quarter],
+        "min": ordered[0],
+        "max": ordered[-1],
+    }
+
+
+def _tell(what: str, spread: dict[str, float]) -> None:
+    print(
+        f"tokens/s {what}, {spread['pairs']:.0f} pairs: median {spread['median']:.3f}, half of them within "
+        f"{spread['quartile_low']:.3f} to {spread['quartile_high']:.3f}, all within {spread['min']:.3f} to "
+        f"{spread['max']:.3f}; load average {os.getloadavg()[0]:.1f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--steps-only", action="store_true")
+    only = parser.add_mutually_exclusive_group()
+    for part in ("steps", "journal", "guards"):
+        only.add_argument(f"--{part}-only", dest="part", action="store_const", const=part)
     arguments = parser.parse_args()
-    result: dict[str, object] = {
+    wanted = {arguments.part} if arguments.part else {"steps", "journal", "guards"}
+    result = _known() | {
         "machine": machine(sorted(os.sched_getaffinity(0))),
-        "load_average": os.getloadavg(),
         "sequences": SEQUENCES,
+        "new_tokens": NEW_TOKENS,
+        "tp": arguments.tp,
     }
+    if "steps" in wanted:
+        result |= _steps()
+    if "journal" in wanted:
+        result |= _journal(arguments.rounds, arguments.tp)
+    if "guards" in wanted:
+        found = measure_guards(arguments.rounds, arguments.tp)
+        ratios = [on / off for on, off in zip(found["guarded"], found["bare"], strict=True)]
+        result["guards"] = {"tokens_per_second": found, "ratios": ratios, "spread": _spread(ratios)}
+        _tell("of a guarded world over those of a bare one", _spread(ratios))
+    write("journal", result)
+
+
+def _steps() -> dict[str, object]:
+    result: dict[str, object] = {}
     rows: list[list[object]] = []
     kinds = {"plain": {}, "logprobs": {"logprobs": True}, "sync": {"sync": True}}
     for kind, options in kinds.items():
@@ -151,27 +229,28 @@ def main() -> None:
             [f"a step of {SEQUENCES} sequences, {kind}, us", *(figures[k] for k in ("p50", "p99", "max"))]
         )
     show("One commit", ["", "p50", "p99", "max"], rows)
-    if not arguments.steps_only:
-        found = measure_servers(arguments.rounds, arguments.tp)
-        pairs = list(zip(found["disk"], found["off"], strict=True))
-        ratios = [on.tokens_per_second / off.tokens_per_second for on, off in pairs]
-        result["tp"] = arguments.tp
-        result["loads"] = {name: [asdict(one) for one in loads] for name, loads in found.items()}
-        result["ratio_disk_to_off"] = ratios
-        rows = [
-            [f"--journal {name}", *(statistics.median(getattr(one, what) for one in loads) for what in WHAT)]
-            for name, loads in found.items()
-        ]
-        show(
-            f"{SEQUENCES} streams, tp {arguments.tp}, medians",
-            ["", "tokens/s", "front's CPU us/token", "share of time in commits, %"],
-            [[*row[:3], f"{100 * float(str(row[3])):.3f}"] for row in rows],
-        )
-        print(
-            f"tokens/s with the journal over those without, in pairs: median {statistics.median(ratios):.3f}, "
-            f"{min(ratios):.3f} to {max(ratios):.3f}; load average {os.getloadavg()[0]:.1f}"
-        )
-        write("journal", result)
+    return result
+
+
+def _journal(rounds: int, tp: int) -> dict[str, object]:
+    found = measure_servers(rounds, tp)
+    pairs = list(zip(found["disk"], found["off"], strict=True))
+    ratios = [on.tokens_per_second / off.tokens_per_second for on, off in pairs]
+    rows: list[list[object]] = [
+        [f"--journal {name}", *(statistics.median(getattr(one, what) for one in loads) for what in WHAT)]
+        for name, loads in found.items()
+    ]
+    show(
+        f"{SEQUENCES} streams, tp {tp}, medians",
+        ["", "tokens/s", "front's CPU us/token", "share of time in commits, %"],
+        [[*row[:3], f"{100 * float(str(row[3])):.3f}"] for row in rows],
+    )
+    _tell("with the journal over those without", _spread(ratios))
+    return {
+        "loads": {name: [asdict(one) for one in loads] for name, loads in found.items()},
+        "ratio_disk_to_off": ratios,
+        "spread_disk_to_off": _spread(ratios),
+    }
 
 
 if __name__ == "__main__":

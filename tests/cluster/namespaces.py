@@ -68,6 +68,8 @@ class Cluster:
         self.names = [f"10.77.{index}.2" for index in range(1, count + 1)]
         self.prefix = ["nsenter", "--net", "--target", str(self._hosts[0]), "--"]
         """Of a command that is to run on the first host."""
+        self.first_pid = self._hosts[0]
+        """A process that does nothing, whose network is that of the first host."""
         for name in self.names[1:]:
             self._wait_reachable(name)
 

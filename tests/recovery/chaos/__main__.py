@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 from tests.recovery.chaos import campaign, oracle, report
-from tests.recovery.chaos.schedule import Deployment
+from tests.recovery.chaos.history import Oracle
+from tests.recovery.chaos.schedule import Deployment, Place
+from tests.recovery.chaos.surroundings import Surroundings, surroundings
 from tests.references import ROOT
 
 
@@ -32,14 +34,24 @@ def main() -> int:
     parser.add_argument(
         "--deterministic", action="store_true", help="in bfloat16, bit for bit what it is undisturbed"
     )
-    parser.add_argument("--state", type=Path, help="folder of state and logs (default: build/chaos/SEED)")
+    parser.add_argument(
+        "--place",
+        type=Place,
+        default=Place.USUAL,
+        help="usual, cramped (a small /dev/shm and disk, which get full) or hosts (rank 1 on another one); as root",
+    )
+    parser.add_argument(
+        "--state", type=Path, help="folder of state and logs (default: build/chaos/SEED, -PLACE)"
+    )
     parser.add_argument("--name", default="chaos", help="of the report's files in benchmarks/results")
     parser.add_argument("--report-only", action="store_true", help="of what has been done so far; no faults")
     arguments = parser.parse_args()
-    shapes = campaign.SHAPES
+    place: Place = arguments.place
+    shapes = campaign.SHAPES if place is Place.USUAL else campaign.ELSEWHERE[place]
     if arguments.spares:
-        shapes = [Deployment(kind, arguments.tp, arguments.pp) for kind in arguments.spares.split(",")]
-    folder = arguments.state or ROOT / "build" / "chaos" / str(arguments.seed)
+        kinds = arguments.spares.split(",")
+        shapes = [Deployment(kind, arguments.tp, arguments.pp, place) for kind in kinds]
+    folder = arguments.state or ROOT / "build" / "chaos" / _state_name(arguments)
     num_zmq = arguments.clients * 3 // 8
     plan = campaign.Plan(
         arguments.seed,
@@ -55,7 +67,9 @@ def main() -> int:
     if arguments.report_only:
         legs = list(campaign.load_legs(folder))
     else:
-        legs = asyncio.run(_run(plan))
+        expected = oracle.load()
+        with surroundings(place) as around:
+            legs = asyncio.run(_run(plan, expected, around))
     page = report.write(legs, arguments.seed, arguments.name)
     violations = [violation for leg in legs for violation in leg.violations]
     done = sum(len(leg.numbers) for leg in legs)
@@ -65,13 +79,18 @@ def main() -> int:
     return 1 if violations else 0
 
 
-async def _run(plan: campaign.Plan) -> list[campaign.Leg]:
+def _state_name(arguments: argparse.Namespace) -> str:
+    place: Place = arguments.place
+    return str(arguments.seed) if place is Place.USUAL else f"{arguments.seed}-{place.value}"
+
+
+async def _run(plan: campaign.Plan, expected: Oracle, around: Surroundings) -> list[campaign.Leg]:
     """To be ended by SIGTERM as by Ctrl-C: what runs is ended in order, and another call goes on from there."""
     this = asyncio.current_task()
     assert this is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     try:
-        return await campaign.run(plan, oracle.load())
+        return await campaign.run(plan, expected, around)
     except asyncio.CancelledError:
         return list(campaign.load_legs(plan.folder))
 

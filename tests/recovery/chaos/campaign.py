@@ -39,8 +39,9 @@ from tests.recovery.chaos.deployment import (
 from tests.recovery.chaos.history import Detection, Expects, History, Oracle
 from tests.recovery.chaos.injection import Injector, Struck
 from tests.recovery.chaos.load import Load
-from tests.recovery.chaos.schedule import OF_SPARE, Fault, Target, draw
+from tests.recovery.chaos.schedule import OF_SPARE, Fault, Place, Target, draw
 from tests.recovery.chaos.schedule import Deployment as Shape
+from tests.recovery.chaos.surroundings import Surroundings
 from tests.references import MODEL
 
 SHAPES = [
@@ -53,6 +54,10 @@ SHAPES = [
     Shape("none", tp=1, pp=2),
 ]
 """The usual ones, in turn."""
+ELSEWHERE = {
+    Place.CRAMPED: [Shape("hot", place=Place.CRAMPED), Shape("none", place=Place.CRAMPED)],
+    Place.HOSTS: [Shape("none", place=Place.HOSTS), Shape("warm", place=Place.HOSTS)],
+}
 BOUNDS = Bounds(silence_s=75.0, detect_s=45.0, recover_s=60.0)
 """Wide, since a machine under test is shared with what tests it: these tell slow from never."""
 READY_S = 90.0
@@ -76,6 +81,7 @@ class Leg(Struct):
     ended_at: float = 0.0
     violations: list[Violation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    place: Place = Place.USUAL
 
 
 @dataclass(frozen=True)
@@ -96,16 +102,17 @@ class Plan:
     """With `faults` 0: how long each shape is under load without any fault, to see that none is found."""
 
 
-async def run(plan: Plan, oracle: Oracle) -> list[Leg]:
-    """Goes on where the folder's state ends. Returns all legs."""
+async def run(plan: Plan, oracle: Oracle, around: Surroundings | None = None) -> list[Leg]:
+    """Goes on where the folder's state ends. `around`: what this thread has entered, for shapes of another place than
+    the usual. Returns all legs."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     legs = list(load_legs(plan.folder))
     for shape, numbers in _legs_to_do(plan, legs):
         file = plan.folder / f"leg-{len(legs) + 1:04d}.json"
         history = History(spare=shape.spare)
-        leg = Leg(shape.spare, shape.tp, shape.pp, [], history, _cores(), time.time())
+        leg = Leg(shape.spare, shape.tp, shape.pp, [], history, _cores(), time.time(), place=shape.place)
         legs.append(leg)
-        await _Runner(plan, shape, leg, file, oracle).run(numbers)
+        await _Runner(plan, shape, leg, file, oracle, around or Surroundings()).run(numbers)
     return legs
 
 
@@ -138,7 +145,10 @@ def _cores() -> int:
 class _Runner:
     """One leg."""
 
-    def __init__(self, plan: Plan, shape: Shape, leg: Leg, file: Path, oracle: Oracle) -> None:
+    def __init__(
+        self, plan: Plan, shape: Shape, leg: Leg, file: Path, oracle: Oracle, around: Surroundings
+    ) -> None:
+        self._around = around
         self._plan = plan
         self._shape = shape
         self._leg = leg
@@ -149,14 +159,14 @@ class _Runner:
 
     async def run(self, numbers: Sequence[int]) -> None:
         """The deployment from its start to its end, with these faults."""
-        scratch = Path(tempfile.mkdtemp(prefix="phalanx-chaos-"))
+        scratch = Path(tempfile.mkdtemp(prefix="phalanx-chaos-", dir=self._around.disk))
         run_dir = scratch / "run"
         try:
             self._deployment = await Deployment.start(
-                MODEL, self._shape, run_dir, scratch / "faults", self._plan.deterministic
+                MODEL, self._shape, run_dir, scratch / "faults", self._plan.deterministic, self._around
             )
             served = self._deployment.served
-            self._injector = Injector(served, scratch / "faults")
+            self._injector = Injector(served, scratch / "faults", self._around)
             prefix = f"{self._file.stem}-"
             dice = random.Random(f"{self._plan.seed} {self._file.stem} load")
             self._load = Load(served.url, self._deployment.zmq, served.model, dice, prefix)
@@ -279,13 +289,11 @@ class _Runner:
         return world, None, (world or {"epoch": 0})["epoch"] + 1
 
     async def _wait_detected(self, struck: Struck) -> None:
-        epochs = {injection.epoch for injection in struck.injections}
-        await self._wait_known(epochs)
+        await self._wait_known(struck)
 
     async def _wait_settled(self, struck: Struck) -> None:
         """Until each fault is known and nothing waits for a world any more."""
-        epochs = {injection.epoch for injection in struck.injections}
-        await self._wait_known(epochs)
+        await self._wait_known(struck)
         give_up_at = time.monotonic() + BOUNDS.recover_s
         while time.monotonic() < give_up_at and not self._deployment.has_ended:
             lost = max((d.at for d in self._deployment.detections() if not _is_aside(d)), default=0.0)
@@ -294,8 +302,9 @@ class _Runner:
                 return
             await asyncio.sleep(POLL_S)
 
-    async def _wait_known(self, epochs: set[int | None]) -> None:
-        """Until the supervisor has found a fault in each of these worlds."""
+    async def _wait_known(self, struck: Struck) -> None:
+        """Until the supervisor has found a fault in each world that was hit."""
+        epochs = {injection.epoch for injection in struck.injections if injection.epoch is not None}
         give_up_at = time.monotonic() + BOUNDS.detect_s
         while time.monotonic() < give_up_at and not self._deployment.has_ended:
             known = {

@@ -20,6 +20,7 @@ import psutil
 from benchmarks.supervisor_log import Event, events
 from tests.recovery.chaos import schedule
 from tests.recovery.chaos.history import Detection, Leftover, Recovery
+from tests.recovery.chaos.surroundings import Surroundings
 from tests.recovery.run_processes import is_left
 from tests.recovery.served import Served
 
@@ -47,10 +48,17 @@ class Deployment:
 
     @classmethod
     async def start(
-        cls, model: str, shape: schedule.Deployment, run_dir: Path, faults: Path, deterministic: bool
+        cls,
+        model: str,
+        shape: schedule.Deployment,
+        run_dir: Path,
+        faults: Path,
+        deterministic: bool,
+        surroundings: Surroundings,
     ) -> Deployment:
         """Starts it and waits until it serves. `deterministic`: in bfloat16, with that flag; else in float32."""
         os.environ[FAULTS_VARIABLE] = f"@{faults}"
+        os.environ.update(surroundings.variables)
         flags: tuple[str, ...] = (
             "--tp",
             str(shape.tp),
@@ -59,6 +67,7 @@ class Deployment:
             "--spare",
             shape.spare,
             *FLAGS,
+            *surroundings.flags,
         )
         flags += ("--dtype", "bfloat16", "--deterministic") if deterministic else ("--dtype", "float32")
         return cls(await asyncio.to_thread(Served, model, run_dir, *flags), model, flags)

@@ -17,8 +17,12 @@ from typing import Any
 
 import psutil
 
+from launcher.processes import environment_of
+from launcher.run_dir import EPOCH_VARIABLE
 from tests.recovery.chaos.history import Expects, Injection
-from tests.recovery.chaos.schedule import INSIDE, Fault, Kind, Target
+from tests.recovery.chaos.schedule import CUTS, INSIDE, SHORTAGES, Fault, Kind, Target
+from tests.recovery.chaos.surroundings import Surroundings
+from tests.recovery.run_processes import of_run
 from tests.recovery.served import Served
 
 SHORT_STOP_S = 0.2
@@ -41,8 +45,9 @@ class Struck:
 class Injector:
     """Faults for one deployment."""
 
-    def __init__(self, served: Served, faults_file: Path) -> None:
+    def __init__(self, served: Served, faults_file: Path, surroundings: Surroundings) -> None:
         """`faults_file`: what PHALANX_FAULTS of the deployment names."""
+        self._surroundings = surroundings
         self.served = served
         """To be replaced when another supervisor takes over."""
         self._file = faults_file
@@ -53,6 +58,10 @@ class Injector:
         psutil.NoSuchProcess if the target is gone already."""
         if fault.kind in INSIDE:
             return self._strike_inside(fault, world)
+        if fault.kind in SHORTAGES:
+            return self._strike_in_shortage(fault, world)
+        if fault.target in (Target.HOST, Target.DAEMON):
+            return self._strike_host(fault, world, spare)
         injections = []
         doomed: list[psutil.Process] = []
         for target_world, processes in self._targets(fault, world, spare):
@@ -130,6 +139,49 @@ class Injector:
             return [(of, [_process(_process(entry["guard_pid"]).ppid())])]
         is_guard = target in (Target.GUARD, Target.SPARE_GUARD)
         return [(of, [_process(entry["guard_pid" if is_guard else "pid"])])]
+
+    def _strike_in_shortage(self, fault: Fault, world: Table) -> Struck:
+        """Nothing more can be written while ranks, or the front, are killed, and for some seconds after."""
+        where = "/dev/shm" if fault.kind is Kind.FULL_SHARED_MEMORY else "disk"
+        began = time.time()
+        with self._surroundings.filled(shared_memory=fault.kind is Kind.FULL_SHARED_MEMORY):
+            struck = self.strike(replace(fault, kind=Kind.KILL), world, None)
+            time.sleep(fault.lasts_s)
+        shortage = self._injection(fault, began, None, Expects.ANYTHING)
+        shortage.kind, shortage.target, shortage.until = "full", where, time.time()
+        return Struck([*struck.injections, shortage], struck.doomed)
+
+    def _strike_host(self, fault: Fault, world: Table, spare: Table | None) -> Struck:
+        """The other host of the world: cut off for some seconds, or its processes."""
+        doomed = processes_of_epoch(self.served.run_id, world["epoch"])
+        at = time.time()
+        until = None
+        if fault.kind in CUTS:
+            towards, back = fault.kind is not Kind.CUT_BACK, fault.kind is not Kind.CUT_TOWARDS
+            with self._surroundings.cut_off(towards, back):
+                time.sleep(fault.lasts_s)
+            until = time.time()
+        elif fault.target is Target.DAEMON:
+            daemons = self._surroundings.other_host("prted")
+            number = signal.SIGSTOP if fault.kind is Kind.STOP_AND_KILL else signal.SIGKILL
+            for daemon in daemons:
+                _send(daemon, number)
+            if fault.kind is Kind.STOP_AND_KILL:
+                self._stopped += daemons
+                time.sleep(STOP_AND_GO_S)  # by itself it harms nobody
+                at = time.time()
+                _send(_process(world["ranks"][0]["pid"]), signal.SIGKILL)
+        else:
+            for rank in self._surroundings.other_host("engine.rank", without="launcher.guard"):
+                _send(rank, signal.SIGKILL)
+        injections = [self._injection(fault, at, world["epoch"], Expects.WORLD_FAULT)]
+        if until is not None or spare is not None:
+            # A world that starts meanwhile, and a spare that is half on that host, may be lost, too.
+            injections.append(self._injection(fault, at, None, Expects.ANYTHING))
+        for injection in injections:
+            injection.until = until
+            injection.spare_parked = spare is not None
+        return Struck(injections, doomed)
 
     @staticmethod
     def _expects(fault: Fault) -> Expects:
@@ -209,6 +261,11 @@ def processes_of(world: Table) -> list[psutil.Process]:
             if mpirun is not None:
                 found[mpirun.pid] = mpirun
     return list(found.values())
+
+
+def processes_of_epoch(run_id: str, epoch: int) -> list[psutil.Process]:
+    """Everything that belongs to a world, on whichever host of this machine."""
+    return [p for p in of_run(run_id) if environment_of(p.pid).get(EPOCH_VARIABLE) == str(epoch)]
 
 
 def _process(pid: int) -> psutil.Process:

@@ -27,6 +27,14 @@ class Kind(Enum):
     KILL_IN_BROADCAST = "kill in mid-broadcast"
     STOP_IN_COLLECTIVE = "stop in a collective"
 
+    # What befalls the machine, or the network, for some seconds; a rank dies meanwhile if it does not by itself.
+    FULL_SHARED_MEMORY = "full /dev/shm and kill"
+    FULL_DISK = "full disk and kill"
+    CUT = "silent cut"
+    CUT_TOWARDS = "cut of what is sent to it"
+    CUT_BACK = "cut of what it sends"
+    STOP_AND_KILL = "stop, then a rank is killed"
+
 
 INSIDE = {
     Kind.HANG: "hang",
@@ -41,6 +49,8 @@ INSIDE = {
 """How engine/faults.py is told."""
 
 FREEZES = (Kind.STOP, Kind.STOP_AND_GO, Kind.STOP_IN_COLLECTIVE)
+CUTS = (Kind.CUT, Kind.CUT_TOWARDS, Kind.CUT_BACK)
+SHORTAGES = (Kind.FULL_SHARED_MEMORY, Kind.FULL_DISK)
 HANGS = (Kind.HANG, Kind.HANG_IN_COLLECTIVE, Kind.SKIP_COLLECTIVE)
 
 
@@ -57,6 +67,18 @@ class Target(Enum):
     BOTH_WORLDS = "world and spare"
     FRONT = "front"
     SUPERVISOR = "supervisor"
+    HOST = "second host"
+    DAEMON = "second host's daemon of MPI"
+
+
+class Place(Enum):
+    """Where a deployment runs: what can happen to it depends on that."""
+
+    USUAL = "usual"
+    CRAMPED = "cramped"
+    """Its shared memory and its disk are small, so that they can be filled."""
+    HOSTS = "hosts"
+    """Rank 1 is on another host, with a network between."""
 
 
 OF_SPARE = (Target.SPARE_RANK, Target.SPARE_GUARD, Target.SPARE_MPIRUN, Target.BOTH_WORLDS)
@@ -94,11 +116,14 @@ class Fault:
     spare_parked: bool = True
     """Whether the spare is waited for first; else it may hit while the spare is being built."""
     second: Second | None = None
+    lasts_s: float = 0.0
+    """Of what befalls machine or network."""
 
     @property
     def label(self) -> str:
         text = f"{self.kind.value}: {self.target.value}"
         text += f" {self.rank}" if "rank" in self.target.value or "guard" in self.target.value else ""
+        text += f", for {self.lasts_s:.1f} s" if self.lasts_s else ""
         text += ", in prefill" if self.prefill else ""
         if self.second is not None:
             where = f"in {self.second.phase}" if self.second.phase else f"after {self.second.delay_s:.1f} s"
@@ -115,6 +140,7 @@ class Deployment:
     spare: str
     tp: int = 2
     pp: int = 1
+    place: Place = Place.USUAL
 
     @property
     def size(self) -> int:
@@ -123,7 +149,8 @@ class Deployment:
     @property
     def name(self) -> str:
         shape = " x ".join([f"tp {self.tp}"] * (self.tp > 1) + [f"pp {self.pp}"] * (self.pp > 1))
-        return f"{shape}, {self.spare}"
+        place = "" if self.place is Place.USUAL else f", {self.place.value}"
+        return f"{shape}, {self.spare}{place}"
 
 
 # How often what is done to whom, against the others.
@@ -162,6 +189,23 @@ _OF_SPARE: list[tuple[Kind, Target, int]] = [
     (Kind.KILL, Target.BOTH_WORLDS, 3),
     (Kind.SHORT_STOP, Target.SPARE_RANK, 1),
 ]
+_CRAMPED: list[tuple[Kind, Target, int]] = [
+    (Kind.FULL_SHARED_MEMORY, Target.RANK, 5),
+    (Kind.FULL_SHARED_MEMORY, Target.ALL_RANKS, 1),
+    (Kind.FULL_SHARED_MEMORY, Target.FRONT, 1),
+    (Kind.FULL_DISK, Target.RANK, 5),
+    (Kind.FULL_DISK, Target.ALL_RANKS, 1),
+    (Kind.KILL, Target.RANK, 1),
+]
+_OVER_HOSTS: list[tuple[Kind, Target, int]] = [
+    (Kind.CUT, Target.HOST, 5),
+    (Kind.CUT_TOWARDS, Target.HOST, 3),
+    (Kind.CUT_BACK, Target.HOST, 3),
+    (Kind.KILL, Target.DAEMON, 3),
+    (Kind.STOP_AND_KILL, Target.DAEMON, 3),
+    (Kind.KILL, Target.HOST, 3),
+    (Kind.KILL, Target.RANK, 2),
+]
 _HAVE_SECOND = 0.16
 """Share of the faults of a world that are followed by another during the recovery."""
 
@@ -169,6 +213,8 @@ _HAVE_SECOND = 0.16
 def draw(seed: int, number: int, deployment: Deployment) -> Fault:
     """Fault `number` of the run with this seed."""
     dice = random.Random(f"{seed} {number} {deployment.name}")
+    if deployment.place is not Place.USUAL:
+        return _draw_elsewhere(dice, number, deployment)
     choices = _OUTSIDE + _INSIDE
     if deployment.spare != "none":
         choices = choices + _OF_SPARE
@@ -195,4 +241,20 @@ def draw(seed: int, number: int, deployment: Deployment) -> Fault:
         collective=dice.randint(1, 20) if deployment.tp > 1 else 1,
         spare_parked=target in (*OF_SPARE, Target.SUPERVISOR) or dice.random() < 0.85,
         second=second,
+    )
+
+
+def _draw_elsewhere(dice: random.Random, number: int, deployment: Deployment) -> Fault:
+    """Where the ranks are on several hosts, those of the first can be hit one by one, and the other as a whole."""
+    choices = _CRAMPED if deployment.place is Place.CRAMPED else _OVER_HOSTS
+    kind, target, _ = dice.choices(choices, [weight for _, _, weight in choices])[0]
+    return Fault(
+        number=number,
+        kind=kind,
+        target=target,
+        rank=0 if deployment.place is Place.HOSTS else dice.randrange(deployment.size),
+        delay_s=dice.uniform(0.0, 2.0),
+        lasts_s=dice.uniform(2.0, 6.0) if kind in CUTS or kind in SHORTAGES else 0.0,
+        prefill=dice.random() < 0.25,
+        spare_parked=dice.random() < 0.85,
     )
