@@ -29,7 +29,7 @@ TARGETS = (
     Target("detected", "p50", 0.05),
     Target("detected", "p99", 0.2),
     Target("detected", "p99", 0.6, fault="freeze"),
-    Target("detected", "p99", 1.5, fault="silent cut"),
+    Target("fenced", "p99", 1.5, fault="silent cut"),
     Target("serving", "p50", 0.1, "hot"),
     Target("serving", "p99", 0.5, "hot"),
     Target("serving", "p99", 1.5, "warm"),

@@ -86,7 +86,7 @@ class HostPool:
 
     def choose(self, ranks: int, now: float) -> tuple[Host, ...]:
         """As many as the ranks fill, with the slots that they fill: those with several faults lately only where the
-        rest does not suffice, and those that were lost lately last of all."""
+        rest does not suffice, and those that were lost lately last of all, the one that was lost last at the very end."""
         own, others = self._hosts[:1], self._hosts[1:]
         present = {host.name: host.slots for host in others if not self._is_lost(host.name, now)}
         beside_own = ranks - sum(host.slots for host in own)
@@ -94,6 +94,7 @@ class HostPool:
         for name in present.keys() - kept.keys():
             self._tell_left_out(name, now)
         lost = [host for host in others if host.name not in present]
+        lost.sort(key=lambda host: self._lost_at[host.name])  # the longer ago, the likelier it is back
         chosen, left = [], ranks
         for host in [*own, *(host for host in others if host.name in kept), *lost]:
             if left > 0:

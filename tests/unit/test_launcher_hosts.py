@@ -63,6 +63,10 @@ def test_lost_hosts_come_last_for_a_while() -> None:
     assert pool.choose(3, 10.0) == (A, Host("c", 1))
     assert pool.choose(7, 10.0) == (A, C, B), "it is needed"
     assert pool.choose(3, 10.0 + LOST_FOR_S) == (A, B)
+    pool.on_fault("c", "lost", 15.0)
+    assert pool.choose(3, 16.0) == (A, B), "it was lost earlier than the other one"
+    pool.on_fault("b", "lost", 20.0)
+    assert pool.choose(3, 21.0) == (A, Host("c", 1))
     pool.on_fault("a", "lost", 10.0)
     assert pool.choose(3, 11.0)[0] == A, "rank 0 stays beside the supervisor"
 
