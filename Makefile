@@ -85,7 +85,11 @@ bench: $(READY_TEST)
 	$(BIN)/python -m benchmarks.structured
 	$(BIN)/python -m benchmarks.control_plane
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.deterministic
 	$(BIN)/python -m benchmarks.journal
+	$(BIN)/python -m benchmarks.recovery
+	$(BIN)/python -m benchmarks.hosts
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache engine/kernels/_native.so

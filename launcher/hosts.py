@@ -86,7 +86,7 @@ class HostPool:
 
     def choose(self, ranks: int, now: float) -> tuple[Host, ...]:
         """As many as the ranks fill, with the slots that they fill: those with several faults lately only where the
-        rest does not suffice, and those that were lost lately last of all, the one that was lost last at the very end."""
+        rest does not suffice, and those that were lost lately last of all, the latest of them at the very end."""
         own, others = self._hosts[:1], self._hosts[1:]
         present = {host.name: host.slots for host in others if not self._is_lost(host.name, now)}
         beside_own = ranks - sum(host.slots for host in own)

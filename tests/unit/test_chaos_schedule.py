@@ -10,13 +10,18 @@ from benchmarks.supervisor_log import events, parse
 from engine.faults import parse_faults
 from launcher.logs import EventLog
 from tests.recovery.chaos.schedule import (
+    _CRAMPED,
     _INSIDE,
     _OF_SPARE,
     _OUTSIDE,
+    _OVER_HOSTS,
+    CUTS,
     INSIDE,
     OF_SPARE,
+    SHORTAGES,
     Deployment,
     Kind,
+    Place,
     draw,
 )
 
@@ -43,6 +48,15 @@ def test_every_kind_comes_and_fits() -> None:
         for fault in faults:
             assert fault.spare_parked or fault.target not in OF_SPARE
             assert fault.kind is not Kind.KILL_IN_BROADCAST or fault.rank == 0
+
+
+def test_machine_and_network_have_faults_of_their_own() -> None:
+    for place, wanted in ((Place.CRAMPED, _CRAMPED), (Place.HOSTS, _OVER_HOSTS)):
+        faults = [draw(1, number, Deployment("none", place=place)) for number in range(1, 500)]
+        assert {(fault.kind, fault.target) for fault in faults} == {(kind, who) for kind, who, _ in wanted}
+        for fault in faults:
+            assert (fault.lasts_s > 0) == (fault.kind in (*CUTS, *SHORTAGES))
+            assert place is Place.CRAMPED or fault.rank == 0, "rank 1 has a pid of another host"
 
 
 def test_faults_inside_are_understood_by_the_engine() -> None:

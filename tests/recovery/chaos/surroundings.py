@@ -6,8 +6,11 @@ Namespaces are entered by a thread: what it starts afterwards, threads and proce
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +25,8 @@ from tests.unit.disks import fill
 
 SHARED_MEMORY, DISK = "256m", "64m"
 """Enough for two worlds and their front at work."""
+NUM_FILES = 3000
+"""So many fit there: a folder needs no more room than that of its name, and is to find none."""
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 
 
@@ -52,11 +57,17 @@ class Surroundings:
         """Nothing more fits into /dev/shm, or onto the disk."""
         assert self.disk is not None
         folder = Path("/dev/shm") if shared_memory else self.disk
-        fill(folder)
+        names = folder / "names"
         try:
+            fill(folder)
+            with contextlib.suppress(OSError):
+                names.mkdir()
+                for number in itertools.count():
+                    (names / str(number)).touch()
             yield
         finally:
             (folder / "filler").unlink(missing_ok=True)
+            shutil.rmtree(names, ignore_errors=True)
 
     @contextmanager
     def cut_off(self, towards: bool, back: bool) -> Iterator[None]:
@@ -108,7 +119,9 @@ def surroundings(place: Place) -> Iterator[Surroundings]:
 
 
 def _mount(size: str, folder: Path) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={NUM_FILES}", "tmpfs", str(folder)], check=True
+    )
 
 
 def _call(name: str, *arguments: int) -> None:
