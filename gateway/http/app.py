@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.http.batches.routes import Batches
-from gateway.http.compat import Compat
+from gateway.http.compat import Compat, package_version
+from gateway.http.description import description_router
 from gateway.http.embeddings import Embeddings
 from gateway.http.errors import ApiError
 from gateway.http.openai import OpenAI
@@ -37,8 +38,8 @@ def make_app(
     metrics: FrontMetrics,
     log: Logger,
 ) -> ASGIApp:
-    """The application. Its own documentation pages are off: they would load from hosts of others."""
-    app = FastAPI(title="Phalanx", docs_url=None, redoc_url=None, openapi_url=None)
+    """The application. FastAPI's own documentation pages are off: they would load from hosts of others."""
+    app = FastAPI(title="Phalanx", version=package_version(), docs_url=None, redoc_url=None, openapi_url=None)
     embeddings = Embeddings(openai)
     of_openai = [
         openai.router(),
@@ -53,6 +54,7 @@ def make_app(
     app.include_router(Ranking(embeddings).router())
     app.include_router(operations.router())
     app.include_router(InferenceV2(repository).router())
+    app.include_router(description_router(app, KSERVE_PREFIX))
     for router in of_openai:  # last, since routes are tried in their order
         app.include_router(router, prefix=KSERVE_PREFIX)
 

@@ -160,6 +160,7 @@ def test_a_batch_is_cancelled(cluster: EchoCluster, api: openai.OpenAI) -> None:
     assert api.batches.cancel(batch.id).status == "cancelled"
 
 
+@pytest.mark.slow
 def test_a_batch_expires(api: openai.OpenAI) -> None:
     bodies = [{"prompt": "abc", "max_tokens": 3}]
     bodies += [{"prompt": "abc", "max_tokens": 450, "ignore_eos": True}] * 100
@@ -196,6 +197,7 @@ def test_lines_wait_behind_everything_interactive(cluster: EchoCluster, api: ope
     assert log.exists() and (1_000_000).to_bytes(4, "big") in log.read_bytes()
 
 
+@pytest.mark.slow
 def test_finished_lines_are_not_done_again(cluster: EchoCluster, api: openai.OpenAI) -> None:
     bodies = [{"prompt": f"abc{n}", "max_tokens": 100, "ignore_eos": True} for n in range(100)]
     batch = begin(api, lines_of(bodies))

@@ -251,6 +251,7 @@ def test_the_same_key_is_the_same_response(cluster: EchoCluster) -> None:
 # --------------------------------------------------------------------------- what kills
 
 
+@pytest.mark.slow
 def test_streams_and_background_outlive_world_and_front(cluster: EchoCluster) -> None:
     undisturbed = ask(cluster, PATH, long_one(seed=1))[2]["output"][0]["content"][0]["text"]
     running = ask(cluster, PATH, long_one(background=True, seed=1))[2]
