@@ -26,7 +26,8 @@ class RankEntry(Struct, frozen=True):
     step: int
     heartbeat_age_s: float
     memory_bytes: int = 0
-    """What the rank of a spare that is parked holds of the host's memory; 0: not measured."""
+    """What it holds of the host's memory: of a parked spare its proportional share (PSS), else its resident pages; 0:
+    not measured."""
 
 
 class WorldEntry(Struct, frozen=True):

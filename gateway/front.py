@@ -81,6 +81,8 @@ class FrontConfig:
     drain_timeout_s: float = 0.0
     grpc: tuple[str, int] | None = None
     """Address and port for gRPC; None for none."""
+    page: bool = True
+    """Whether there is a page at `/`."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Front:
                 *config.grpc, self._repository, config.run_dir, log, self._control.send_state
             )
         self._batches = Batches(config.run_dir, log)
-        app = make_app(openai, operations, self._repository, self._batches, metrics, log)
+        app = make_app(openai, operations, self._repository, self._batches, metrics, log, config.page)
         self._http = _Server(
             uvicorn.Config(
                 app,
@@ -324,6 +326,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
     parser.add_argument("--journal-retention-s", type=float, default=RETENTION_S)
     parser.add_argument("--journal-max-bytes", type=int, default=MAX_BYTES)
     parser.add_argument("--disconnect-grace-s", type=float, default=GRACE_S)
+    parser.add_argument("--no-page", dest="page", action="store_false", help="nothing at /")
     options = parser.parse_args(arguments)
     return FrontConfig(
         model_dir=options.model_dir,
@@ -333,6 +336,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
         grpc=options.grpc,
         control=options.control,
         run_dir=options.run_dir,
+        page=options.page,
         max_wait_s=options.max_wait_s,
         max_waiting=options.max_waiting,
         max_waiting_tokens=options.max_waiting_tokens,

@@ -48,7 +48,7 @@ class FrontMetrics:
     """Counters and histograms of the front, and the engine's last words about itself."""
 
     def __init__(self, model: str) -> None:
-        self._model = model
+        self.model = self._model = model
         self.accepted = 0
         self.refused: Counter[str] = Counter()
         """By error code."""

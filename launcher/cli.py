@@ -9,10 +9,15 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from launcher.client_commands import (
+    CLIENT_COMMANDS,
+    SHELLS,
+    add_client_commands,
+    add_server,
+    run_client_command,
+)
 from launcher.errors import LauncherError
 from launcher.settings import BACKENDS, Settings
-
-_DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,15 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve a model until Ctrl-C", description="Serve a model.")
     Settings.add_arguments(serve)
 
-    chat = commands.add_parser("chat", help="talk to a served model", description="Talk to a served model.")
-    _add_url(chat)
-    chat.add_argument("--model", metavar="NAME", help="model to talk to (default: the one that is served)")
-    chat.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
-    chat.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
-    chat.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0: always the likeliest")
+    add_client_commands(commands)
 
     status = commands.add_parser("status", help="show worlds and ranks", description="Show worlds and ranks.")
-    _add_url(status)
+    add_server(status)
     status.add_argument("--json", action="store_true", help="print what /cluster answers, for programs")
 
     stop = commands.add_parser(
@@ -72,6 +72,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--port", type=int, default=8000, metavar="P", help="HTTP port that shall be free")
     doctor.add_argument("--mpirun", metavar="PATH", help="the mpirun to check (default: found)")
+
+    completion = commands.add_parser(
+        "completion",
+        help="make the shell complete commands and flags",
+        description="Print a script that makes a shell complete phalanx. bash: source <(phalanx completion bash), in "
+        "~/.bashrc; zsh: phalanx completion zsh > FOLDER/_phalanx, a folder of $fpath; fish: phalanx completion fish "
+        "> ~/.config/fish/completions/phalanx.fish",
+    )
+    completion.add_argument("shell", choices=SHELLS, help="the shell that shall complete")
     return parser
 
 
@@ -96,14 +105,16 @@ def _run(options: argparse.Namespace) -> int:
         from launcher.serve import serve
 
         return serve(settings)
-    if options.command == "chat":
-        from launcher.chat import chat
-
-        return chat(options.url, options.model, options.system, options.max_tokens, options.temperature)
+    if options.command in CLIENT_COMMANDS:
+        return run_client_command(options)
     if options.command == "status":
         from launcher.status import status
 
-        return status(options.url, as_json=options.json)
+        return status(options.url, as_json=options.json, api_key=options.api_key)
+    if options.command == "completion":
+        from launcher.completion import completion
+
+        return completion(build_parser(), options.shell)
     if options.command == "stop":
         from launcher.stop import stop
 
@@ -119,12 +130,6 @@ def _run(options: argparse.Namespace) -> int:
     from launcher.doctor import doctor
 
     return doctor(options.port, options.mpirun)
-
-
-def _add_url(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--url", default=_DEFAULT_URL, metavar="URL", help=f"where it is served (default: {_DEFAULT_URL})"
-    )
 
 
 def _version() -> str:

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import zmq
@@ -47,6 +47,7 @@ from launcher.post_mortem import (
     last_lines,
     memory_bytes,
     python_stacks,
+    resident_bytes,
     signal_name,
 )
 from launcher.processes import ProcessId, StateReader, ending_code, host_id, host_name
@@ -69,6 +70,8 @@ PARKED_INTERVAL_S = 0.25
 """Nobody waits for the rank of a spare; its end wakes the guard at once all the same."""
 MEMORY_INTERVAL_S = 30.0
 """How often the memory of a parked rank is measured, which takes milliseconds."""
+RESIDENT_INTERVAL_S = 2.0
+"""How often that of another one is, more roughly: its resident pages, which the kernel has counted."""
 FREEZER_INTERVAL_S = 0.25
 """How often the freezer of the rank's cgroup is looked at."""
 FROZEN_AFTER_S = 0.45
@@ -118,6 +121,7 @@ class Guard:
         self._starvation = Starvation(environment.shm_dir)
         self._memory_bytes = 0
         self._memory_at = -MEMORY_INTERVAL_S
+        self._measured_by: Callable[[int], int] | None = None
         self._interval_s = STARTING_INTERVAL_S
         self._last_beat = 0.0
         self._last_view: tuple[Phase, str | None] | None = None
@@ -318,9 +322,12 @@ class Guard:
                 detail += f", and {self._hangs.starved_s:.1f} s more without a processor"
             self._tell_fault("hung", detail, None, hung_s)
         parked = progress.phase is Phase.PARKED and self._gate is not None
-        if parked and now - self._memory_at >= MEMORY_INTERVAL_S:
-            self._memory_at = now
-            self._memory_bytes = memory_bytes(self._process.pid)
+        measure, interval_s = (
+            (memory_bytes, MEMORY_INTERVAL_S) if parked else (resident_bytes, RESIDENT_INTERVAL_S)
+        )
+        if measure is not self._measured_by or now - self._memory_at >= interval_s:
+            self._measured_by, self._memory_at = measure, now
+            self._memory_bytes = measure(self._process.pid)
         view = (progress.phase, progress.endpoint)
         if now - self._last_beat >= 0.9 * BEAT_INTERVAL_S or view != self._last_view:
             self._last_beat = now
@@ -344,7 +351,7 @@ class Guard:
                     load_total=progress.load_total,
                     endpoint=progress.endpoint,
                     kv_blocks=progress.kv_blocks,
-                    memory_bytes=self._memory_bytes if parked else 0,
+                    memory_bytes=self._memory_bytes,
                     sent_s=now,
                 )
             )

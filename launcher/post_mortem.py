@@ -100,3 +100,12 @@ def memory_bytes(pid: int) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
     except (OSError, StopIteration, ValueError):
         return 0
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of which a process has pages in RAM, shared ones counted in full (proc_pid_statm(5)). 0 where the kernel
+    does not say. Costs microseconds."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0

@@ -234,6 +234,8 @@ def front_command(
     command += ["--disconnect-grace-s", f"{settings.disconnect_grace_s:g}"]
     if settings.journal_sync:
         command.append("--journal-sync")
+    if not settings.page:
+        command.append("--no-page")
     return [*command, "--drain-timeout-s", f"{settings.drain_timeout:g}"]
 
 

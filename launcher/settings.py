@@ -137,6 +137,7 @@ class Settings:
     disconnect_grace_s: float = _flag(
         2.0, "how long a stream whose client is gone waits for it before it is cancelled", "SECONDS"
     )
+    page: bool = _flag(True, "show the worlds and a chat box to browsers, at / of the HTTP port")
     drain_timeout: float = _flag(
         30.0, "how long Ctrl-C or SIGTERM lets running requests finish; a second one ends at once", "SECONDS"
     )

@@ -6,13 +6,13 @@ import json
 import time
 from typing import Any
 
-from launcher.http_client import get_json
+from launcher.http_client import get_json, key_or_default
 from launcher.post_mortem import telling_line
 
 
-def status(url: str, as_json: bool) -> int:
+def status(url: str, as_json: bool, api_key: str | None = None) -> int:
     """Prints it. 0 if a world is active, 1 if none is. Raises LauncherError if nothing answers."""
-    cluster = get_json(url, "/cluster")
+    cluster = get_json(url, "/cluster", api_key=key_or_default(api_key))
     worlds = cluster.get("worlds", [])
     print(json.dumps(cluster, indent=2) if as_json else "\n".join(format_cluster(cluster)))
     return 0 if any(world.get("state") == "active" for world in worlds) else 1

@@ -18,6 +18,7 @@ from gateway.http.embeddings import Embeddings
 from gateway.http.errors import ApiError
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
+from gateway.http.page.routes import Page
 from gateway.http.ranking import Ranking
 from gateway.http.responses.routes import Responses
 from gateway.http.v2.routes import InferenceV2
@@ -37,6 +38,7 @@ def make_app(
     batches: Batches,
     metrics: FrontMetrics,
     log: Logger,
+    with_page: bool = True,
 ) -> ASGIApp:
     """The application. FastAPI's own documentation pages are off: they would load from hosts of others."""
     app = FastAPI(title="Phalanx", version=package_version(), docs_url=None, redoc_url=None, openapi_url=None)
@@ -53,6 +55,8 @@ def make_app(
     app.include_router(Compat(openai, operations).router())
     app.include_router(Ranking(embeddings).router())
     app.include_router(operations.router())
+    if with_page:
+        app.include_router(Page(operations).router())
     app.include_router(InferenceV2(repository).router())
     app.include_router(description_router(app, KSERVE_PREFIX))
     for router in of_openai:  # last, since routes are tried in their order

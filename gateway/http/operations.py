@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Response
@@ -66,6 +67,10 @@ class Operations:
 
     async def cluster(self) -> Response:
         """Every world and every rank, the last faults, and the front itself."""
+        return _json(self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """What `/cluster` answers."""
         journal = self.metrics.journal
         front = {
             "pid": os.getpid(),
@@ -74,7 +79,7 @@ class Operations:
         }
         gone_s = self.supervision.gone_s
         supervisor = {"gone_s": None if gone_s is None else round(gone_s, 3), "wait_s": adoption_wait_s()}
-        return _json({**self.worlds.describe(), "front": front, "supervisor": supervisor})
+        return {**self.worlds.describe(), "front": front, "supervisor": supervisor}
 
 
 def _json(content: object, status: int = 200) -> Response:

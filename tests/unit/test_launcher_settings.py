@@ -161,7 +161,8 @@ def test_the_readme_has_every_flag_and_command() -> None:
         assert f"phalanx {name} " in readme, name
     for action in commands.choices["serve"]._actions:
         flag = next((text for text in action.option_strings if text.startswith("--")), "")
-        assert flag in ("", "--help") or f"`{flag}" in readme, flag
+        off = flag.replace("--", "--no-", 1)  # what is on by default is listed by what switches it off
+        assert flag in ("", "--help") or f"`{flag}" in readme or f"`{off}`" in readme, flag
 
 
 def test_help_imports_little() -> None:
