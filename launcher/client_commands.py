@@ -19,7 +19,7 @@ def add_server(parser: argparse.ArgumentParser, default_url: str | None = DEFAUL
     parser.add_argument(
         "--api-key",
         metavar="KEY",
-        help="key, if the server wants one (default: the environment's OPENAI_API_KEY)",
+        help="key, if the server wants one (default: the variable PHALANX_API_KEY, or OPENAI_API_KEY)",
     )
 
 

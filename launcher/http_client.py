@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from launcher.errors import LauncherError
 
-KEY_VARIABLE = "OPENAI_API_KEY"
-"""Environment variable with the key, where --api-key is not given; what OpenAI's own clients read."""
+KEY_VARIABLES = ("PHALANX_API_KEY", "OPENAI_API_KEY")
+"""Environment variables with the key, where --api-key is not given: ours, and the one of OpenAI's own clients."""
 
 
 class ServerError(LauncherError):
@@ -31,7 +31,7 @@ class NotReached(LauncherError):
 
 def key_or_default(api_key: str | None) -> str | None:
     """The key that was given, or the environment's."""
-    return api_key or os.environ.get(KEY_VARIABLE) or None
+    return api_key or next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
 
 
 def base_url(url: str) -> str:
@@ -59,7 +59,7 @@ def request(
         call = urllib.request.Request(address, data, sent, method=method)
         return cast(http.client.HTTPResponse, urllib.request.urlopen(call, timeout=timeout_s))
     except urllib.error.HTTPError as error:
-        hint = "; give one with --api-key or in OPENAI_API_KEY" if error.code == 401 else ""
+        hint = "; give one with --api-key or in PHALANX_API_KEY" if error.code == 401 else ""
         text = f"{address}: {error.code} {reason_of(error.read())}{hint}"
         raise ServerError(text, error.code, _seconds(error.headers.get("retry-after"))) from None
     except ValueError:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import select
 import subprocess
 import sys
 import time
@@ -16,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.recovery.served import Served
+from tests.terminal import Terminal
 from tests.tiny_models import make_tiny_llama
 
 COMMAND = [sys.executable, "-m", "launcher.cli"]
@@ -35,44 +33,6 @@ def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def phalanx(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=120)
-
-
-class Terminal:
-    """A command on a terminal of its own."""
-
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        pid, self._descriptor = pty.fork()
-        if pid == 0:
-            os.execve(COMMAND[0], [*COMMAND, *arguments], {**os.environ, "TERM": "xterm", **environment})
-        self._pid = pid
-        self.output = ""
-
-    def type(self, text: str) -> None:
-        os.write(self._descriptor, text.encode())
-
-    def read_until(self, pattern: str, timeout_s: float = 60.0) -> str:
-        """Everything up to the end of the pattern, which is taken away."""
-        deadline = time.monotonic() + timeout_s
-        while not (found := re.search(pattern, self.output)):
-            assert time.monotonic() < deadline, self.output
-            if select.select([self._descriptor], [], [], 0.1)[0]:
-                try:
-                    self.output += os.read(self._descriptor, 65536).decode(errors="replace")
-                except OSError:  # the other end is closed
-                    assert re.search(pattern, self.output), self.output
-        text, self.output = self.output[: found.end()], self.output[found.end() :]
-        return text
-
-    def wait(self) -> int:
-        """Its exit code."""
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            if select.select([self._descriptor], [], [], 0.1)[0]:
-                try:
-                    self.output += os.read(self._descriptor, 65536).decode(errors="replace")
-                except OSError:
-                    break
-        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
 
 def test_status(served: Served) -> None:
@@ -110,7 +70,7 @@ def test_chat_through_a_pipe(served: Served) -> None:
 
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(served: Served) -> None:
-    terminal = Terminal("chat", "--url", served.url, "--max-tokens", "4000", "--temperature", "0")
+    terminal = Terminal([*COMMAND, "chat", "--url", served.url, "--max-tokens", "4000", "--temperature", "0"])
     terminal.read_until(r"\n> ")
     terminal.type("hello\n")
     terminal.read_until(r"hello\r\n.{20}")
@@ -124,6 +84,22 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(served: Served) -> None:
     terminal.read_until(r"> ")
     terminal.type("\x04")
     assert terminal.wait() == 0
+
+
+def test_a_batch_with_a_server_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+    line = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    lines = [json.dumps({"custom_id": str(number), **line}) + "\n" for number in range(3)]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    flags = ("--tp", "2", "--kv-cache-memory", "16MiB", "--spare", "none")
+    answer = phalanx("batch", "run", str(tmp_path / "in.jsonl"), "--model", str(tiny_model), "--", *flags)
+    assert answer.returncode == 0, answer.stderr
+    assert "3 of 3 requests answered" in answer.stdout
+    entries = [json.loads(text) for text in (tmp_path / "in.out.jsonl").read_text().splitlines()]
+    assert {entry["response"]["body"]["usage"]["completion_tokens"] for entry in entries} == {5}
+    wrong = phalanx("batch", "run", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "new.jsonl"),
+                    "--model", str(tiny_model), "--", "--tp", "0")  # fmt: skip
+    assert wrong.returncode == 1 and "--tp 0: must be 1 or more" in wrong.stderr
 
 
 def test_pull(tiny_model: Path) -> None:
@@ -151,7 +127,9 @@ def test_doctor_without_mpirun() -> None:
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
 def test_bars_on_a_terminal(tiny_model: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     flags = ["--port", "0", "--zmq", "tcp://127.0.0.1:*", "--run-dir", str(tmp_path)]
-    terminal = Terminal("serve", str(tiny_model), "--kv-cache-memory", "16MiB", *flags, **environment)
+    terminal = Terminal(
+        [*COMMAND, "serve", str(tiny_model), "--kv-cache-memory", "16MiB", *flags], **environment
+    )
     shown = terminal.read_until(r"ready  http://.*\n.*curl .*\n")
     assert "load" in shown and "world 1: 1 rank" in shown
     assert ("━" in shown) == (environment.get("TERM") != "dumb")
