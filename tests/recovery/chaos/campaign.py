@@ -110,7 +110,16 @@ async def run(plan: Plan, oracle: Oracle, around: Surroundings | None = None) ->
     for shape, numbers in _legs_to_do(plan, legs):
         file = plan.folder / f"leg-{len(legs) + 1:04d}.json"
         history = History(spare=shape.spare)
-        leg = Leg(shape.spare, shape.tp, shape.pp, [], history, _cores(), time.time(), place=shape.place)
+        leg = Leg(
+            shape.spare,
+            shape.tp,
+            shape.pp,
+            [],
+            history,
+            len(os.sched_getaffinity(0)),
+            time.time(),
+            place=shape.place,
+        )
         legs.append(leg)
         await _Runner(plan, shape, leg, file, oracle, around or Surroundings()).run(numbers)
     return legs
@@ -136,10 +145,6 @@ def _legs_to_do(plan: Plan, done: Sequence[Leg]) -> Iterator[tuple[Shape, list[i
 def _is_aside(detection: Detection) -> bool:
     """Whether it was no world that served."""
     return detection.spare or detection.epoch is None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 class _Runner:
@@ -172,6 +177,10 @@ class _Runner:
             self._load = Load(served.url, self._deployment.zmq, served.model, dice, prefix)
             try:
                 await self._live(numbers)
+            except asyncio.CancelledError:
+                await self._load.drain(0.0)
+                self._deployment.served.process.terminate()  # at the second signal it finishes nothing any more
+                raise
             finally:
                 self._injector.clear()
                 served = self._deployment.served

@@ -65,15 +65,16 @@ class Injector:
         injections = []
         doomed: list[psutil.Process] = []
         for target_world, processes in self._targets(fault, world, spare):
+            expects = self._expects(fault)
+            # Before it happens: afterwards a guard may be an orphan, whose parent is none of the world's.
+            if target_world is not None and expects is Expects.WORLD_FAULT:
+                doomed += processes_of(target_world)
             at = time.time()
             undone_at = self._do(fault.kind, processes)
-            expects = self._expects(fault)
             epoch = None if target_world is None else target_world["epoch"]
             injection = self._injection(fault, at, epoch, expects)
             injection.until = undone_at
             injections.append(injection)
-            if target_world is not None and expects is Expects.WORLD_FAULT:
-                doomed += processes_of(target_world)
         return Struck(injections, doomed)
 
     def strike_next(self, fault: Fault, epoch: int) -> Path | None:
@@ -258,7 +259,7 @@ def processes_of(world: Table) -> list[psutil.Process]:
     for rank in world["ranks"][:1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             mpirun = psutil.Process(rank["guard_pid"]).parent()
-            if mpirun is not None:
+            if mpirun is not None and mpirun.pid != 1:
                 found[mpirun.pid] = mpirun
     return list(found.values())
 
