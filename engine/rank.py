@@ -120,7 +120,7 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
         page.enter(Phase.LOADING)
     engine = loaded.reserve_cache()
     if world.at.rank == 0:
-        print(f"computed by {engine.computed_by}", file=sys.stderr, flush=True)
+        _say(f"computed by {engine.computed_by}")
     if faults is not None:
         faults.watch_engine(world, engine.runner)
     if engine.runner.sampler is not None:
@@ -363,14 +363,23 @@ def _die(error: BaseException) -> None:
     code = 1
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1
-    elif _is_configuration(error):
-        print(f"phalanx: error: {error}", file=sys.stderr)
-        code = EX_CONFIG
-    else:
-        traceback.print_exception(error)
-    sys.stderr.flush()
-    sys.stdout.flush()
-    os._exit(code)
+    try:
+        if isinstance(error, SystemExit):
+            pass
+        elif _is_configuration(error):
+            code = EX_CONFIG
+            _say(f"phalanx: error: {error}")
+        else:
+            _say("".join(traceback.format_exception(error)).rstrip())
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def _say(text: str) -> None:
+    """One line or more to the rank's log, which may be on a disk that is full: no rank ends for that."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _is_configuration(error: BaseException) -> bool:

@@ -1,5 +1,5 @@
-"""A rank dies while the disk of the run folder takes nothing more, and no spare is there: no world can be started,
-nothing is given up, and the next one starts when there is room again."""
+"""A rank dies while the disk of the run folder takes nothing more. A hot spare takes over; without a spare no world can
+be started, nothing is given up, and the next one starts when there is room again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.recovery.served import Served
 from tests.recovery.small_world.deployed import Start
+from tests.tiny_models import make_tiny_llama
 from tests.unit.disks import fill, small_disk
 
 
@@ -64,3 +66,17 @@ def test_what_cannot_be_started_the_first_time_is_said_at_once(disk: Path, start
     deployment = start(spare="none", must_start=False)
     assert deployment.process.wait(20) != 0
     assert "No space left on device" in deployment.errors.read_text()
+
+
+def test_a_spare_takes_over_while_its_log_cannot_be_written(tmp_path: Path) -> None:
+    model = make_tiny_llama(tmp_path / "tiny", max_model_len=2048)
+    flags = ("--tp", "2", "--spare", "hot", "--kv-cache-memory", "16MiB")
+    with (
+        small_disk(tmp_path / "run", "16m,nr_inodes=1000") as disk,
+        Served(str(model), disk, *flags) as served,
+    ):
+        spare = served.parked_spare()
+        fill_wholly(disk)
+        os.kill(served.active_world()["ranks"][1]["pid"], signal.SIGKILL)
+        assert served.active_world(above=spare["epoch"] - 1, timeout_s=20)["epoch"] == spare["epoch"]
+        make_room(disk)

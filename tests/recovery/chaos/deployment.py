@@ -142,7 +142,9 @@ async def leftovers_of_world(
     give_up_at = time.monotonic() + within_s
     folder = Path("/dev/shm", f"phalanx-{served.run_id}-{epoch}")
     while True:
-        left = [f"process {_describe(process)}" for process in doomed if is_left(process)]
+        left = [
+            f"process {_describe(process)}" for process in doomed if is_left(process) and not _waits(process)
+        ]
         if folder.exists():
             left.append(str(folder))
         if gateway is not None and _listens(gateway):
@@ -188,6 +190,15 @@ def _describe(process: psutil.Process) -> str:
         return f"{process.pid} (zombie, child of {process.ppid()})"
     except psutil.NoSuchProcess:
         return f"{process.pid} (gone by now)"
+
+
+def _waits(process: psutil.Process) -> bool:
+    """Whether it is dead and waits for a parent that is stopped, which is none of ours but what the fault was."""
+    try:
+        parent = process.parent() if process.status() == psutil.STATUS_ZOMBIE else None
+        return parent is not None and parent.status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _listens(endpoint: str) -> bool:
