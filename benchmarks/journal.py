@@ -139,7 +139,7 @@ def measure_guards(rounds: int, tp: int) -> dict[str, list[float]]:
     """Tokens per second, by round: of a world that mpirun alone has started, and of one with guards and a supervisor.
     Both are asked at the gateway of their rank 0, so that the front is in neither."""
     found: dict[str, list[float]] = {"guarded": [], "bare": []}
-    flags = ("--kv-cache-memory", "256MiB")
+    flags = ("--kv-cache-memory", str(256 << 20))
     with (
         phalanx.serve(MODEL, journal="off", tp=tp, kv_cache_memory="256MiB", spare="none") as server,
         bare_world(model_folder(), tp, 1, *flags) as bare,

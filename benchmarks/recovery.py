@@ -39,6 +39,7 @@ from benchmarks.supervisor_log import events
 from benchmarks.targets import TARGETS
 from gateway.connection import Connection
 from gateway.protocol import Failed, SamplingParams, ServerMessage, Submit, Tokens, Welcome
+from launcher.restarts import SHORT_LIFE_S
 
 STREAMS, PROMPT_TOKENS, NEW_TOKENS = 8, 64, 200
 FIRST_HIT, LAST_HIT = 10, 150
@@ -142,6 +143,9 @@ async def _measure(name: str, arguments: argparse.Namespace, cores: int, ends_at
             for number in range(first, arguments.hits):
                 world, spare = await _wait_ready(server.url, kind.spare, above=epoch)
                 epoch = world["epoch"]
+                # A supervisor takes worlds that die one after the other at once for a loop, and backs off.
+                served_s = math.inf if before is None else time.time() - before.at - before.seconds["serving"]
+                await asyncio.sleep(max(0.0, SHORT_LIFE_S + 0.1 - served_s))
                 if before is not None:
                     if spare is not None:
                         before.seconds["spare"] = _spare_ready_at(log, before.at) - before.at

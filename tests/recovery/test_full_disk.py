@@ -1,5 +1,5 @@
-"""A rank dies while the disk of the run folder takes nothing more. A hot spare takes over; without a spare no world can
-be started, nothing is given up, and the next one starts when there is room again."""
+"""A rank dies while the disk of the run folder takes nothing more. A hot spare takes over; without a spare no world
+can be started, nothing is given up, and the next one starts when there is room again."""
 
 from __future__ import annotations
 
