@@ -1,6 +1,6 @@
 """The peer of benchmarks.front: one route of FastAPI that reads a body and answers a fixed one, and nothing else.
 
-`python -m benchmarks.bare_http FD BYTES` serves on the listening socket FD, with the loop and the parser of the front.
+`python -m benchmarks.bare_http FD BYTES` serves on the listening socket FD, with loop and parser of the front.
 """
 
 from __future__ import annotations

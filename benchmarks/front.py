@@ -206,9 +206,9 @@ def _completion(new_tokens: int, stream: bool = False) -> bytes:
 
 
 def overhead(cores: Cores) -> dict[str, object]:
-    """Milliseconds that the front adds, with one stream. Of a token: the same steps of rank 0 bring one to a client of
-    the front over HTTP and one to a client of rank 0 itself, both in this process; how much later does the first one
-    come? Of a whole request of one token: its time over HTTP, less that at rank 0."""
+    """Milliseconds that the front adds, with one stream. Of a token: the same steps of rank 0 bring one to a client
+    of the front over HTTP and one to a client of rank 0 itself, both in this process; how much later does the first
+    one come? Of a whole request of one token: its time over HTTP, less that at rank 0."""
     with echo(cores, STREAM_STEP_S) as target:
         later = [1e3 * (http - rank) for http, rank in uvloop.run(_token_pairs(target))]
     with echo(cores, 0.0) as target:

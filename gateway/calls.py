@@ -165,6 +165,7 @@ class Calls:
         self.journal = journal
         self._log = log
         self._live: dict[str, Call] = {}
+        self._uncommitted: list[Call] = []
         journal.on_restored = self._restore
         self._restore(journal.unfinished_calls())
 
@@ -173,8 +174,12 @@ class Calls:
         record: JournalCall,
         wanted: list[Wanted],
         conditions: Conditions,
+        *,
+        commit_soon: bool = False,
     ) -> Call:
-        """Takes a call on, all of its requests or none. When it returns, the journal has it. Raises RequestFailed."""
+        """Takes a call on, all of its requests or none. When it returns, the journal has it; with `commit_soon` it
+        has it in the next turn of the loop, with all others of this one, and always before an output comes: for
+        callers that tell nobody before. If that fails, the call fails. Raises RequestFailed."""
         tokens = sum(len(one.prompt_token_ids) + len(one.output_token_ids) for one in wanted)
         self.requests.check_admission(len(wanted), tokens)
         try:
@@ -196,7 +201,10 @@ class Calls:
                         record,
                     )
                 )
-            self.journal.commit(record)
+            if commit_soon:
+                self._commit_soon(call)
+            else:
+                self.journal.commit(record)
         except RequestFailed:
             self._give_up(call)
             raise
@@ -238,6 +246,23 @@ class Calls:
             return None
         # One that has ended has no requests any more: what it brought is in the record.
         return self._live.get(record.call_id) or Call(record, self.requests)
+
+    def _commit_soon(self, call: Call) -> None:
+        if not self._uncommitted:
+            asyncio.get_running_loop().call_soon(self._commit)
+        self._uncommitted.append(call)
+
+    def _commit(self) -> None:
+        """What came in the last turn of the loop is one commit."""
+        calls, self._uncommitted = self._uncommitted, []
+        for call in calls:
+            if call.ended:
+                continue
+            try:
+                self.journal.commit(call.record)
+            except JournalUnavailable as error:
+                call.fail(self.requests.refused("unavailable", str(error)))
+                self._give_up(call)
 
     def _give_up(self, call: Call) -> None:
         call.cancel()

@@ -192,18 +192,20 @@ class SqliteStore:
                 execute("INSERT INTO steps VALUES (?, ?)", batch.step)
                 return
             with self._transaction():
-                many = self._connection.executemany
-                many("INSERT INTO calls (id, key, content) VALUES (?, ?, ?)", batch.calls)
-                many(
-                    "INSERT INTO requests (number, call, content, crashes) VALUES (?, ?, ?, ?)",
-                    batch.requests,
-                )
-                if batch.step is not None:
-                    execute("INSERT INTO steps VALUES (?, ?)", batch.step)
-                many("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?)", batch.chunks)
-                many("UPDATE requests SET ending = ? WHERE number = ?", batch.endings)
-                many("UPDATE requests SET crashes = ? WHERE number = ?", batch.crashes)
-                many("UPDATE calls SET ended_at = ?, key = ? WHERE id = ?", batch.ended_calls)
+                for statement, rows in (
+                    ("INSERT INTO calls (id, key, content) VALUES (?, ?, ?)", batch.calls),
+                    (
+                        "INSERT INTO requests (number, call, content, crashes) VALUES (?, ?, ?, ?)",
+                        batch.requests,
+                    ),
+                    ("INSERT INTO steps VALUES (?, ?)", [batch.step] if batch.step is not None else []),
+                    ("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?)", batch.chunks),
+                    ("UPDATE requests SET ending = ? WHERE number = ?", batch.endings),
+                    ("UPDATE requests SET crashes = ? WHERE number = ?", batch.crashes),
+                    ("UPDATE calls SET ended_at = ?, key = ? WHERE id = ?", batch.ended_calls),
+                ):
+                    if rows:  # also a statement for no row is prepared
+                        self._connection.executemany(statement, rows)
 
     def forget_steps(self) -> None:
         """All steps are in chunks."""

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.http.batches.routes import Batches
 from gateway.http.compat import Compat, package_version
 from gateway.http.description import description_router
+from gateway.http.direct import DirectRoutes
 from gateway.http.embeddings import Embeddings
 from gateway.http.errors import ApiError
 from gateway.http.openai import OpenAI
@@ -91,7 +92,15 @@ def make_app(
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, server_error)
     batches.start(app)
-    return RequestIds(app, metrics)
+    endpoints = {
+        prefix + path: endpoint
+        for prefix in ("", KSERVE_PREFIX)
+        for path, endpoint in (
+            ("/v1/chat/completions", openai.chat_completions),
+            ("/v1/completions", openai.completions),
+        )
+    }
+    return RequestIds(DirectRoutes(app, endpoints, api_error, server_error), metrics)
 
 
 def _is_inference_v2(path: str) -> bool:
@@ -110,10 +119,11 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = next(
-            (value[:MAX_REQUEST_ID] for name, value in scope["headers"] if name == b"x-request-id"),
-            None,
-        )
+        request_id = b""
+        for name, value in scope["headers"]:
+            if name == b"x-request-id":
+                request_id = value[:MAX_REQUEST_ID]
+                break
         header = (b"x-request-id", request_id or uuid.uuid4().hex.encode())
 
         async def send_with_id(message: Message) -> None:

@@ -130,7 +130,8 @@ class ResumableCalls:
         ApiError."""
         default = OnDisconnect.GRACE if content.stream else OnDisconnect.CANCEL
         call_id = f"{_ANSWERS[claim.kind].prefix}-{uuid.uuid4().hex}"
-        call = self.open_call(claim, call_id, prompts, params, conditions, _encode_content(content), default)
+        encoded = _encode_content(content)
+        call = self.open_call(claim, call_id, prompts, params, conditions, encoded, default, commit_soon=True)
         return await self._respond(call, content, http, None)
 
     def open_call(
@@ -142,9 +143,11 @@ class ResumableCalls:
         conditions: Conditions,
         content: bytes,
         on_disconnect: OnDisconnect,
+        *,
+        commit_soon: bool = False,
     ) -> Call:
-        """A new call, which runs from now on. `on_disconnect`: if the client did not say, and sent no key. Raises
-        ApiError."""
+        """A new call, which runs from now on. `on_disconnect`: if the client did not say, and sent no key.
+        `commit_soon`: see Calls.begin. Raises ApiError."""
         if claim.key is not None:
             on_disconnect = OnDisconnect.CONTINUE
         record = JournalCall(
@@ -159,7 +162,7 @@ class ResumableCalls:
         per_prompt = len(params) // len(prompts)
         wanted = [Wanted(prompts[index // per_prompt], one) for index, one in enumerate(params)]
         try:
-            return self.calls.begin(record, wanted, conditions)
+            return self.calls.begin(record, wanted, conditions, commit_soon=commit_soon)
         except RequestFailed as error:
             raise from_failure(error) from None
 

@@ -270,11 +270,14 @@ async def wait_for(done: asyncio.Future[None], group: Group | Reader, receive: R
     """Waits until an answer is complete, or its client is gone. Raises ApiError, or ClientGone; whatever still
     runs of a group is cancelled."""
     watcher = asyncio.ensure_future(disconnected(receive))
+
+    def give_up(watcher: asyncio.Future[None]) -> None:
+        if not watcher.cancelled() and not done.done():
+            done.set_exception(ClientGone())
+
+    watcher.add_done_callback(give_up)
     try:
-        await asyncio.wait((done, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            raise ClientGone
-        done.result()
+        await done
     except RequestFailed as error:
         raise from_failure(error) from None
     finally:
