@@ -21,6 +21,8 @@ from gateway.protocol import Output, SamplingParams
 from gateway.requests import Requests
 
 GRACE_S = 2.0
+COMMIT_WITHIN_S = 0.005
+"""How long a call may wait for its commit, which is shared with what comes in this time, or with the first output."""
 MAX_KEY_LENGTH = 255
 
 
@@ -178,8 +180,8 @@ class Calls:
         commit_soon: bool = False,
     ) -> Call:
         """Takes a call on, all of its requests or none. When it returns, the journal has it; with `commit_soon` it
-        has it in the next turn of the loop, with all others of this one, and always before an output comes: for
-        callers that tell nobody before. If that fails, the call fails. Raises RequestFailed."""
+        has it within COMMIT_WITHIN_S, and always before an output is heard: for callers that tell nobody before. If
+        that fails, the call fails. Raises RequestFailed."""
         tokens = sum(len(one.prompt_token_ids) + len(one.output_token_ids) for one in wanted)
         self.requests.check_admission(len(wanted), tokens)
         try:
@@ -249,14 +251,14 @@ class Calls:
 
     def _commit_soon(self, call: Call) -> None:
         if not self._uncommitted:
-            asyncio.get_running_loop().call_soon(self._commit)
+            asyncio.get_running_loop().call_later(COMMIT_WITHIN_S, self._commit)
         self._uncommitted.append(call)
 
     def _commit(self) -> None:
-        """What came in the last turn of the loop is one commit."""
+        """What came lately is one commit, if the commit of an output has not written it already."""
         calls, self._uncommitted = self._uncommitted, []
         for call in calls:
-            if call.ended:
+            if call.ended or any(entry.output_token_ids for entry in call.record.entries):
                 continue
             try:
                 self.journal.commit(call.record)

@@ -60,12 +60,15 @@ class ByteTable:
             return token.encode()
 
 
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
+
 class ByteLevelDetokenizer:
     """For byte-level BPE (SmolLM2, Llama 3, Qwen, GPT-2): one table look-up a token."""
 
     def __init__(self, table: ByteTable) -> None:
         self._table = table
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = _Utf8Decoder("replace")
 
     def push(self, token_id: int) -> str:
         return self._decoder.decode(self._table[token_id])

@@ -140,8 +140,9 @@ class Journal:
         """Raises JournalUnavailable if no new request may be accepted."""
 
     def open_call(self, call: JournalCall) -> None:
-        """A new call, whose entries are to follow. Raises ValueError for an id or a key that is there already."""
-        if self.find(call.call_id) is not None:
+        """A new call, whose entries are to follow. Raises ValueError for an id or a key that is there already (of
+        calls that have ended, where they are on disk only, the id is not looked up: ids are made at random)."""
+        if call.call_id in self._live or call.call_id in self._ended:
             raise ValueError(f"call {call.call_id} is in the journal already")
         if call.key is not None and self.find_key(call.key) is not None:
             raise ValueError(f"a call with the key {call.key!r} is in the journal already")

@@ -6,7 +6,7 @@ Called by the step loop of rank 0, in its own thread: no threads, no asyncio. No
 
 from __future__ import annotations
 
-import secrets
+import random
 import time
 
 import msgspec
@@ -175,4 +175,4 @@ def with_seed(params: SamplingParams) -> SamplingParams:
     """The same parameters, with a random seed if they have none."""
     if params.seed is not None:
         return params
-    return msgspec.structs.replace(params, seed=secrets.randbits(63))
+    return msgspec.structs.replace(params, seed=random.getrandbits(63))

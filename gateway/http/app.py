@@ -5,6 +5,7 @@ Made by front.py, served by uvicorn. Nothing here runs once a token.
 
 from __future__ import annotations
 
+import itertools
 import uuid
 
 from fastapi import FastAPI, Request, Response
@@ -114,6 +115,8 @@ class RequestIds:
     def __init__(self, app: ASGIApp, metrics: FrontMetrics) -> None:
         self._app = app
         self._metrics = metrics
+        front = uuid.uuid4().hex[:16].encode()
+        self._own_ids = (b"%b%016x" % (front, number) for number in itertools.count(1))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -124,7 +127,7 @@ class RequestIds:
             if name == b"x-request-id":
                 request_id = value[:MAX_REQUEST_ID]
                 break
-        header = (b"x-request-id", request_id or uuid.uuid4().hex.encode())
+        header = (b"x-request-id", request_id or next(self._own_ids))
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

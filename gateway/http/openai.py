@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from starlette.requests import ClientDisconnect
 
 from gateway.calls import Conditions
 from gateway.chat_template import ChatTemplateError
@@ -217,6 +218,8 @@ class OpenAI:
 
     async def limits(self, deadline: Deadline) -> Limits:
         """What the world allows; waits for the first one, up to the deadline. Raises ApiError."""
+        if self.requests.welcome is not None:
+            return self.requests.welcome.limits
         try:
             async with asyncio.timeout(deadline.left_s()):
                 return (await self.requests.known_welcome()).limits
@@ -322,16 +325,18 @@ def _params_of_choices(
 
 async def read_body(http: Request, limit: int) -> bytes:
     """The body of a request. Raises ApiError (413) as soon as it is known to be too long."""
-    too_long = ApiError(413, f"the body is longer than {limit} bytes", code="body_too_large")
     announced = http.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit:
-        raise too_long
-    parts, size = [], 0
-    async for part in http.stream():
-        size += len(part)
-        if size > limit:
-            raise too_long
-        parts.append(part)
+    size, parts = 0, []
+    ends = announced.isdigit() and int(announced) > limit
+    while not ends:
+        message = await http.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        ends = size > limit or not message.get("more_body", False)
+    if not parts or size > limit:
+        raise ApiError(413, f"the body is longer than {limit} bytes", code="body_too_large")
     return b"".join(parts)
 
 
