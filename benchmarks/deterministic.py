@@ -1,7 +1,8 @@
-"""What `--deterministic` costs: sums over the ranks as MPI takes them and in rank order, in turn, in one world.
+"""What `--deterministic` costs: whole worlds with and without it, in pairs, and by themselves the sums over ranks, as
+MPI takes them and in rank order.
 
-`python -m benchmarks.deterministic [--calls N] [--cores N] [--tp N ...]`. Nothing else differs: the kernels are the
-same with and without the flag, and two ranks' sums are, too. A layer has two such sums.
+`python -m benchmarks.deterministic [--calls N] [--rounds N] [--cores N] [--tp N ...]`. Only these sums differ: the
+kernels are the same with and without the flag, and two ranks' sums are, too. A layer has two of them.
 """
 
 from __future__ import annotations
@@ -13,11 +14,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 
 import torch
 
-from benchmarks.common import ROOT, machine, median, mpi_environment, mpirun, pin, show, write
+from benchmarks.common import (
+    ROOT,
+    bare_world,
+    machine,
+    median,
+    model_folder,
+    mpi_environment,
+    mpirun,
+    pin,
+    show,
+    write,
+)
+from benchmarks.offline import measure, phalanx_generate
 from engine.collectives.mpi import MpiTensorGroup, join_world
+from gateway.client import Client
 
 HIDDEN_SIZE, LAYERS = 576, 30  # of SmolLM2-135M
 ROWS = (1, 8, 32, 1024)
@@ -28,6 +43,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=200)
     parser.add_argument("--cores", type=int, default=4)
     parser.add_argument("--tp", type=int, nargs="+", default=[3, 4])
+    parser.add_argument("--rounds", type=int, default=5, help="of whole worlds")
     parser.add_argument("--inside", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
@@ -52,7 +68,44 @@ def main() -> None:
             rows.append([f"tp {tp}, {count} rows", plain * 1e6, ordered * 1e6, ratio, step_ms])
     columns = ["one sum", "MPI, us", "rank order, us", "ratio", "a step of 30 layers, ms more"]
     show("Sums over ranks, medians", columns, rows)
-    write("deterministic", {"machine": machine(cores), "seconds_and_ratio": results})
+    worlds = {f"tp {tp}": _compare_worlds(tp, arguments.rounds) for tp in arguments.tp}
+    rows = [
+        [f"{tp}, {work}", *(median([pair[at] for pair in pairs]) for at in (0, 1)), _cost(pairs)]
+        for tp, works in worlds.items()
+        for work, pairs in works.items()
+    ]
+    title = f"bfloat16, tokens/s, {len(cores)} cores, medians of {arguments.rounds} pairs"
+    show(title, ["", "without", "--deterministic", "slower by, %"], rows)
+    result = {"machine": machine(cores), "seconds_and_ratio": results, "tokens_per_second": worlds}
+    write("deterministic", result)
+
+
+Pairs = list[tuple[float, float]]
+
+
+def _cost(pairs: Pairs) -> float:
+    """Median of the pairs' differences, in percent."""
+    return 100 * (1 - median([ordered / plain for plain, ordered in pairs]))
+
+
+def _compare_worlds(tp: int, rounds: int) -> dict[str, Pairs]:
+    """By piece of work, tokens per second without and with the flag; both worlds live, one works at a time."""
+    found: dict[str, Pairs] = {}
+    folder = model_folder()
+    with ExitStack() as stack:
+        generate = []
+        for flags in ((), ("--deterministic",)):
+            endpoint = stack.enter_context(bare_world(folder, tp, 1, *flags))
+            generate.append(phalanx_generate(stack.enter_context(Client(endpoint))))
+            generate[-1](2, 64, 4)  # warm-up
+        for number in range(rounds):
+            speeds: dict[int, dict[str, float]] = {}
+            for which in (0, 1) if number % 2 else (1, 0):
+                speeds[which] = measure(generate[which])
+            for work, plain in speeds[0].items():
+                found.setdefault(work, []).append((plain, speeds[1][work]))
+            print(f"tp {tp}: round {number + 1} of {rounds} done", file=sys.stderr)
+    return found
 
 
 def _measure(tp: int, calls: int) -> None:

@@ -119,24 +119,71 @@ def _control_plane(result: Result) -> str:
 
 
 def _recovery(result: Result) -> str:
-    spares = result["spares"]
+    kinds = result["kinds"]
     rows = []
     for part, what in result["parts"].items():
         row = [f"{part}: {what}"]
-        for spare in spares.values():
-            seconds = spare["seconds"].get(part)
-            row.append(f"{_number(seconds['p50'])} / {_number(seconds['max'])}" if seconds else "")
+        for kind in kinds.values():
+            seconds = kind["seconds"].get(part)
+            row.append(f"{_number(seconds['p50'])} / {_number(seconds['p99'])}" if seconds else "")
         rows.append(row)
     rows.append(
-        ["tokens lost, repeated", *(f"{spare['lost']}, {spare['repeated']}" for spare in spares.values())]
+        ["tokens lost, repeated", *(f"{kind['lost']}, {kind['repeated']}" for kind in kinds.values())]
     )
     rows.append(
         [
             "memory of the spare, MB",
-            *(_number(s["spare_mb"]) if s["spare_mb"] else "" for s in spares.values()),
+            *(_number(s["spare_mb"]) if s["spare_mb"] else "" for s in kinds.values()),
         ]
     )
-    return _table(["seconds from the kill, p50 / max", *(f"--spare {name}" for name in spares)], rows)
+    columns = [f"{_KINDS[name]}, {kind['hits']} times" for name, kind in kinds.items()]
+    targets = []
+    for name, verdict in result["targets"].items():
+        met = "" if verdict["measured_s"] <= verdict["target_s"] else " (**missed**)"
+        targets.append(f"{name}: {_number(verdict['measured_s'])} for {verdict['target_s']:g}{met}")
+    table = _table(["seconds from the fault, p50 / p99", *columns], rows)
+    return f"{table}\n\nMeasured for the target, seconds: {'; '.join(targets)}."
+
+
+_KINDS = {
+    "hot": "killed, `--spare hot`",
+    "warm": "killed, `--spare warm`",
+    "none": "killed, `--spare none`",
+    "freeze": "stopped, `--spare hot`",
+}
+
+
+def _hosts(result: Result) -> str:
+    parts = {"detected": "known", "dead behind": "no rank lives behind the cut", "fenced": "certain of it"}
+    rows = [[what, *(_number(result["seconds"][part][at]) for at in _CUT)] for part, what in parts.items()]
+    table = _table(["seconds from the cut", *_CUT], rows)
+    return f"{table}\n\nThe target is {result['target_s']:g} s at p99."
+
+
+_CUT = ("p50", "p99", "max")
+
+
+def _journal(result: Result) -> str:
+    rows = []
+    for name, what in (("spread_disk_to_off", "the journal"), ("guards", "guards and supervisor")):
+        spread = result.get(name, {})
+        spread = spread.get("spread", spread)
+        if spread:
+            quartiles = f"{_ratio(spread['quartile_low'])} to {_ratio(spread['quartile_high'])}"
+            rows.append(
+                [f"with {what} over without", f"{spread['median']:.3f}", quartiles, str(spread["pairs"])]
+            )
+    return _table(["tokens per second", "median of the pairs", "half of them within", "pairs"], rows)
+
+
+def _deterministic(result: Result) -> str:
+    rows = []
+    for tp, works in result["tokens_per_second"].items():
+        for work, pairs in works.items():
+            plain, ordered = (median([pair[at] for pair in pairs]) for at in (0, 1))
+            ratio = median([with_flag / without for without, with_flag in pairs])
+            rows.append([f"{tp}, {work}", _number(plain), _number(ordered), _ratio(ratio)])
+    return _table(["tokens per second", "without", "`--deterministic`", "ratio, median of pairs"], rows)
 
 
 def _interference(result: Result) -> str:
@@ -174,11 +221,23 @@ SECTIONS: dict[str, tuple[Callable[[Result], str], Callable[[Result], str]]] = {
     "startup": (lambda result: f"Start of `phalanx serve`, tp {result['tp']}.", _startup),
     "recovery": (
         lambda result: (
-            f"A rank is killed in the middle of {result['streams']} streams of {result['new_tokens']} tokens, "
-            f"tp {result['tp']}, {result['kills']} kills each, at a load average of {result['load_average']:.0f}."
+            f"A rank is killed, or stopped, in the middle of {result['streams']} streams of {result['new_tokens']} "
+            f"tokens, tp {result['tp']}."
         ),
         _recovery,
     ),
+    "hosts": (
+        lambda result: f"A host is cut off without a word, {result['cuts']} times, over network namespaces.",
+        _hosts,
+    ),
+    "journal": (
+        lambda result: (
+            f"What journal and guards cost, {result['sequences']} streams of {result['new_tokens']} tokens, "
+            f"tp {result['tp']}, in pairs."
+        ),
+        _journal,
+    ),
+    "deterministic": (lambda result: "What `--deterministic` costs, bfloat16, in pairs.", _deterministic),
     "interference": (
         lambda result: (
             f"Time between tokens of 8 streams while a prompt of 6,000 tokens comes in, tp {result['tp']}, "

@@ -227,6 +227,22 @@ def test_a_request_that_never_finishes() -> None:
     assert changed(hang) == {Rule.UNFINISHED}
 
 
+@pytest.mark.parametrize("worlds", [2, 3])
+def test_only_after_three_worlds_may_a_request_be_given_up(worlds: int) -> None:
+    def give_up(history: History) -> None:
+        for number in range(worlds):
+            at, epoch = START + 20 + number, 10 + number
+            kill = Injection(10 + number, at, "kill", "rank", Expects.WORLD_FAULT, epoch=epoch)
+            history.injections.append(kill)
+            history.detections.append(Detection(at + 0.1, epoch, "killed"))
+        history.recoveries.append(Recovery(START + 24, 20))
+        error = "poisoned: this request ran in 3 worlds when they died"
+        lost = Request("zmq-9", "plain", START + 19, START + 19.1, error=error, error_at=START + 23)
+        history.requests.append(lost)
+
+    assert changed(give_up) == (set() if worlds == 3 else {Rule.FAILED})
+
+
 def test_a_choice_that_never_finishes() -> None:
     def hang(history: History) -> None:
         del history.requests[1].ends[1]

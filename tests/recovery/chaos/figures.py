@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from benchmarks.common import percentile
 from benchmarks.targets import TARGETS
-from tests.recovery.chaos.checker import Rule, Violation
+from tests.recovery.chaos.checker import Rule, Violation, was_given_up
 from tests.recovery.chaos.history import Expects, History, Injection, Request
 from tests.recovery.chaos.schedule import FREEZES, HANGS, Kind, Target
 
@@ -195,6 +195,8 @@ class Counts(Struct, frozen=True):
     """Tokens, or characters where a client sees only those."""
     tokens_lost_or_repeated: int
     false_alarms: int
+    given_up: int
+    """Requests that were taken for what killed the worlds: see checker.was_given_up."""
     violations: int
     seconds: float
 
@@ -207,6 +209,7 @@ def counts(histories: Sequence[History], violations: Sequence[Violation], second
         units=sum(len(d.content) for h in histories for r in h.requests for d in r.deliveries),
         tokens_lost_or_repeated=sum(violation.rule in broken for violation in violations),
         false_alarms=sum(violation.rule is Rule.FALSE_ALARM for violation in violations),
+        given_up=sum(was_given_up(request, history) for history in histories for request in history.requests),
         violations=len(violations),
         seconds=seconds,
     )

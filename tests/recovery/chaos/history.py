@@ -47,6 +47,7 @@ class Request(Struct):
     """What the server said instead of accepting."""
     error: str | None = None
     """What ended it after it was accepted, or instead of an answer."""
+    error_at: float | None = None
     left_at: float | None = None
     """When the client went away on purpose: nothing is owed to it any more."""
     reconnects: int = 0

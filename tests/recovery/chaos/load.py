@@ -212,6 +212,7 @@ class _EventReader:
         request, now = self._request, time.time()
         if "error" in event:
             request.error = request.error or json.dumps(event["error"])
+            request.error_at = request.error_at or now
         if event.get("usage") is not None:
             request.completion_tokens = event["usage"]["completion_tokens"]
         for choice in event.get("choices", []):
@@ -372,5 +373,5 @@ class _Live:
         if self.request.accepted_at is None:
             self.request.refused = text
         else:
-            self.request.error = text
+            self.request.error, self.request.error_at = text, time.time()
         self.ended.set()

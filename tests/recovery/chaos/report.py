@@ -145,6 +145,7 @@ def _tiles(total: Counts) -> str:
         (f"{total.requests:,}", "requests", ""),
         (f"{total.tokens_lost_or_repeated}", "tokens lost or repeated", "zero"),
         (f"{total.false_alarms}", "false alarms", "zero"),
+        (f"{total.given_up}", "requests given up after three worlds", ""),
         (f"{total.violations}", "violations in all", "zero"),
         (f"{total.seconds / 3600:.1f} h", "under load", ""),
     ]
