@@ -147,8 +147,8 @@ async def _measure(name: str, arguments: argparse.Namespace, cores: int, ends_at
                 served_s = math.inf if before is None else time.time() - before.at - before.seconds["serving"]
                 await asyncio.sleep(max(0.0, SHORT_LIFE_S + 0.1 - served_s))
                 if before is not None:
-                    if spare is not None:
-                        before.seconds["spare"] = _spare_ready_at(log, before.at) - before.at
+                    if spare is not None and (ready_at := _spare_ready_at(log, before.at)) is not None:
+                        before.seconds["spare"] = ready_at - before.at
                     _keep(arguments.state, before)
                 if time.monotonic() >= ends_at:
                     return
@@ -291,8 +291,9 @@ def _moments(log: Path, epoch: int, killed_at: float) -> dict[str, float]:
     return moments
 
 
-def _spare_ready_at(log: Path, killed_at: float) -> float:
-    return next(event.at for event in events(log, killed_at) if event.name == "spare ready")
+def _spare_ready_at(log: Path, since: float) -> float | None:
+    """When the spare was ready that was started after this time; None if the log does not say so."""
+    return next((event.at for event in events(log, since) if event.name == "spare ready"), None)
 
 
 def _take(hit: Hit, streams: _Streams, moments: dict[str, float]) -> None:
