@@ -20,6 +20,7 @@ from launcher.display import Display, choose_display
 from launcher.errors import LauncherError, SettingsError
 from launcher.http_client import first_model, key_or_default, reason_of
 from launcher.http_stream import HttpPool, StreamBroken
+from launcher.watch import die_with_parent
 
 RETRIED = (429, 500, 502, 503, 504)
 FIRST_RETRY_S = 0.5
@@ -172,9 +173,13 @@ def _own_server(model: str, arguments: Sequence[str]) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="phalanx-batch-") as folder:
         command = [sys.executable, "-m", "launcher.cli", "serve", model, "--port", "0", "--grpc-port", "0"]
         command += ["--zmq", "tcp://127.0.0.1:*", "--run-dir", f"{folder}/run", *arguments]
-        # A session of its own: Ctrl-C ends the batch first, then the server is told.
         server = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C ends the batch first, then the server is told
+            preexec_fn=die_with_parent,  # what the supervisor leaves then waits for another one, and ends
         )
         try:
             assert server.stdout is not None

@@ -15,6 +15,7 @@ from launcher.client_commands import (
     add_client_commands,
     add_server,
     run_client_command,
+    split_serve_arguments,
 )
 from launcher.errors import LauncherError
 from launcher.settings import BACKENDS, Settings
@@ -86,7 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit code: 0, 1 for what went wrong, 2 for what was asked wrongly."""
-    options = build_parser().parse_args(arguments)
+    own, for_serve = split_serve_arguments(sys.argv[1:] if arguments is None else arguments)
+    options = build_parser().parse_args(own)
+    options.serve_arguments = for_serve
     try:
         return _run(options)
     except LauncherError as error:

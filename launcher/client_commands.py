@@ -4,6 +4,7 @@ them; imports what a command needs only when it runs."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -201,6 +202,12 @@ def _add_batch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument(
         "--retries", type=int, default=8, metavar="N", help="further attempts of a request (default: 8)"
     )
-    run.add_argument(
-        "serve_arguments", nargs="*", metavar="-- FLAGS", help="flags of phalanx serve for --model"
-    )
+
+
+def split_serve_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands behind -- in `batch run FILE --model MODEL -- FLAGS`, which is for `serve`, taken apart."""
+    given = list(arguments)
+    if given[:2] != ["batch", "run"] or "--" not in given:
+        return given, []
+    place = given.index("--")
+    return given[:place], given[place + 1 :]
