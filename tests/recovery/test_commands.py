@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.recovery.run_processes import of_run
 from tests.recovery.served import Served
 from tests.terminal import Terminal
 from tests.tiny_models import make_tiny_llama
@@ -86,49 +84,6 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(served: Served) -> None:
     terminal.read_until(r"> ")
     terminal.type("\x04")
     assert terminal.wait() == 0
-
-
-def test_a_batch_with_a_server_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
-    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
-    line = {"method": "POST", "url": "/v1/chat/completions", "body": body}
-    lines = [json.dumps({"custom_id": str(number), **line}) + "\n" for number in range(3)]
-    (tmp_path / "in.jsonl").write_text("".join(lines))
-    flags = ("--tp", "2", "--kv-cache-memory", "16MiB", "--spare", "none")
-    answer = phalanx("batch", "run", str(tmp_path / "in.jsonl"), "--model", str(tiny_model), "--", *flags)
-    assert answer.returncode == 0, answer.stderr
-    assert "3 of 3 requests answered" in answer.stdout
-    entries = [json.loads(text) for text in (tmp_path / "in.out.jsonl").read_text().splitlines()]
-    assert {entry["response"]["body"]["usage"]["completion_tokens"] for entry in entries} == {5}
-    wrong = phalanx("batch", "run", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "new.jsonl"),
-                    "--model", str(tiny_model), "--", "--tp", "0")  # fmt: skip
-    assert wrong.returncode == 1 and "--tp 0: must be 1 or more" in wrong.stderr
-
-
-def test_a_batch_that_is_killed_leaves_no_server(tiny_model: Path, tmp_path: Path) -> None:
-    body = {"prompt": "hello", "max_tokens": 3000, "ignore_eos": True}
-    line = {"custom_id": "one", "url": "/v1/completions", "body": body}
-    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
-    command = [*COMMAND, "batch", "run", str(tmp_path / "in.jsonl"), "--model", str(tiny_model), "--"]
-    environment = {**os.environ, "PHALANX_ADOPTION_WAIT_S": "1", "TMPDIR": str(tmp_path)}
-    with (tmp_path / "errors").open("w") as errors:
-        batch = subprocess.Popen(
-            [*command, "--run-dir", str(tmp_path / "own"), "--spare", "none"],
-            env=environment,
-            stdout=errors,
-            stderr=errors,
-        )
-    deadline = time.monotonic() + 60
-    while not re.search("batch: 0 of 1", (tmp_path / "errors").read_text()):
-        assert time.monotonic() < deadline and batch.poll() is None, (tmp_path / "errors").read_text()
-        time.sleep(0.05)
-    run_id = json.loads((tmp_path / "own" / "processes.json").read_text())["run_id"]
-    assert of_run(run_id)
-    batch.kill()
-    batch.wait()
-    deadline = time.monotonic() + 30
-    while left := of_run(run_id):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
 
 
 def test_pull(tiny_model: Path) -> None:
