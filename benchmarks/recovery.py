@@ -193,7 +193,8 @@ async def _wait_ready(url: str, kind: str, above: int) -> tuple[dict[str, Any], 
 
 def _is_parked(world: dict[str, Any]) -> bool:
     ranks = world["ranks"]
-    return len(ranks) == world["tp"] * world["pp"] and all(rank["memory_bytes"] for rank in ranks)
+    parked = all(rank["state"] == "parked" and rank["memory_bytes"] for rank in ranks)
+    return parked and len(ranks) == world["tp"] * world["pp"]
 
 
 def _cluster(url: str) -> dict[str, Any]:
