@@ -32,6 +32,8 @@ class LogitShaping(msgspec.Struct, frozen=True, array_like=True):
     ending_token_ids: list[int] = []
     bad_words: list[list[int]] = []
     """Token sequences that are never completed."""
+    allowed_token_ids: list[int] | None = None
+    """No other token is drawn."""
 
 
 class PoolingKind(StrEnum):

@@ -278,6 +278,7 @@ class _GatewayPort:
             min_tokens=params.min_tokens,
             ending_token_ids=sorted(end_token_ids | stop_token_ids) if params.min_tokens else [],
             bad_words=params.bad_words,
+            allowed_token_ids=params.allowed_token_ids,
         )
         return Sequence(
             key=key,

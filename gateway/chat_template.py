@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.parser import Parser
 
@@ -34,6 +35,8 @@ class ChatTemplate:
         """Raises ModelFilesError for a template that does not compile."""
         self.source = source
         self._special_tokens = special_tokens
+        self.variables: frozenset[str] = frozenset()
+        """The names that it reads and does not set itself."""
         environment = BoundedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -44,6 +47,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
         except (jinja2.TemplateError, RecursionError) as error:
             raise ModelFilesError(f"the chat template does not compile: {error}") from None
 
@@ -52,14 +56,16 @@ class ChatTemplate:
         messages: list[Message],
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> str:
         """The prompt of a conversation. `variables`: what else the template may read, plain JSON types only; they
-        replace nothing that is the template's anyway. Raises ChatTemplateError."""
+        replace nothing that is the template's anyway. `tools`: as OpenAI's clients describe them. Raises
+        ChatTemplateError."""
         names = {
             **(variables or {}),
             **self._special_tokens,
             "messages": messages,
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }

@@ -136,6 +136,7 @@ def check_params(params: SamplingParams, limits: Limits, num_prompt_tokens: int)
     for field, token_ids in (
         ("logit_bias", params.logit_bias),
         ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids or []),
         ("bad_words", [token_id for word in params.bad_words for token_id in word]),
     ):
         for token_id in token_ids:

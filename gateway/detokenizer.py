@@ -44,6 +44,10 @@ class ByteTable:
         self._bytes: dict[int, bytes] = {}
         self._byte_of = {character: byte for byte, character in enumerate(_byte_level_alphabet())}
 
+    def name(self, token_id: int) -> bytes:
+        """What a special token is called."""
+        return str(self._tokenizer.id_to_token(token_id)).encode()
+
     def __getitem__(self, token_id: int) -> bytes:
         found = self._bytes.get(token_id)
         if found is None:
@@ -66,11 +70,15 @@ _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 class ByteLevelDetokenizer:
     """For byte-level BPE (SmolLM2, Llama 3, Qwen, GPT-2): one table look-up a token."""
 
-    def __init__(self, table: ByteTable) -> None:
+    def __init__(self, table: ByteTable, shown: frozenset[int] = frozenset()) -> None:
+        """`shown`: special tokens that have text."""
         self._table = table
         self._decoder = _Utf8Decoder("replace")
+        self._shown = shown
 
     def push(self, token_id: int) -> str:
+        if token_id in self._shown:
+            return self._decoder.decode(self._table.name(token_id))
         return self._decoder.decode(self._table[token_id])
 
     def finish(self) -> str:
@@ -85,26 +93,33 @@ class WindowDetokenizer:
     """For every other kind of tokenizer: decodes a short window of tokens with and without the new one and
     takes the difference, since the text of a token may depend on its neighbours (spaces, byte fallback)."""
 
-    def __init__(self, tokenizer: Tokenizer, special: frozenset[int], context: Sequence[int] = ()) -> None:
-        """`context`: the tokens before the first one, of which the last few count. SentencePiece drops the space
-        before the first word of a text: an answer that goes on with a text has to keep it."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        special: frozenset[int],
+        context: Sequence[int] = (),
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """`shown`: special tokens that have text. `context`: the tokens before the first one, of which the last few
+        count. SentencePiece drops the space before the first word of a text: an answer that goes on with one has to
+        keep it."""
         self._tokenizer = tokenizer
-        self._special = special
+        self._special = special - shown
         self._window = self._context(context)
-        self._text = tokenizer.decode(self._window)  # text of the window's tokens that is out
+        self._text = self._decode(self._window)  # text of the window's tokens that is out
         self._emitted = len(self._window)  # tokens of the window whose text is out
 
     def push(self, token_id: int) -> str:
         if token_id in self._special or self._tokenizer.id_to_token(token_id) is None:
             return ""
         self._window.append(token_id)
-        text: str = self._tokenizer.decode(self._window)
+        text = self._decode(self._window)
         if text.endswith(REPLACEMENT) and len(self._window) - self._emitted < MAX_HELD_TOKENS:
             return ""
         return self._emit(text)
 
     def finish(self) -> str:
-        return self._emit(self._tokenizer.decode(self._window)) if self._window else ""
+        return self._emit(self._decode(self._window)) if self._window else ""
 
     @property
     def is_holding(self) -> bool:
@@ -114,7 +129,7 @@ class WindowDetokenizer:
         """The last tokens of these that begin and end with whole characters; none if they end inside one."""
         for length in range(MAX_HELD_TOKENS, 0, -1):
             window = [token_id for token_id in token_ids[-length:] if token_id not in self._special]
-            if REPLACEMENT not in self._tokenizer.decode(window):
+            if REPLACEMENT not in self._decode(window):
                 return window
         return []
 
@@ -123,8 +138,12 @@ class WindowDetokenizer:
         # The tokens just emitted stay as context of the next ones; those before them have done their work.
         self._window = self._window[self._emitted :]
         self._emitted = len(self._window)
-        self._text = self._tokenizer.decode(self._window)
+        self._text = self._decode(self._window)
         return new
+
+    def _decode(self, token_ids: list[int]) -> str:
+        """The special tokens among them are those that are shown."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
 
 class StopStrings:
@@ -134,7 +153,9 @@ class StopStrings:
     not depend on how the text arrives. The text from the beginning of the match on is never given out.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], shows_match: bool = False) -> None:
+        """`shows_match`: the text ends with the match."""
+        self._shows_match = shows_match
         if not all(stops):
             raise ValueError("a stop string is empty")
         self._stops = stops
@@ -153,7 +174,7 @@ class StopStrings:
         if ends:
             _, start, self.matched = min(ends)
             self._held = ""
-            return text[:start]
+            return text[: start + len(self.matched)] if self._shows_match else text[:start]
         keep = next(
             (
                 length
@@ -178,9 +199,9 @@ HELD = -1
 class TextStream:
     """The text of one request as it grows: detokenizer, then stop strings."""
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = (), shows_stop: bool = False) -> None:
         self._detokenizer = detokenizer
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops, shows_stop)
         self._trace: list[int] | None = None
         self._num_characters = 0
 

@@ -29,6 +29,7 @@ from gateway.admission import MAX_WAITING, MAX_WAITING_TOKENS
 from gateway.calls import GRACE_S, Calls
 from gateway.control import Control
 from gateway.control_messages import FrontState, WorldTable
+from gateway.dialect import Dialect
 from gateway.disk_journal import MAX_BYTES, DiskJournal
 from gateway.errors import EndpointError, GatewayError
 from gateway.http.app import make_app
@@ -86,6 +87,8 @@ class FrontConfig:
     """Address and port for gRPC; None for none."""
     page: bool = True
     """Whether there is a page at `/`."""
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,9 @@ class Front:
         )
         self._requests.on_resumed = self._control.send_state
         self._log = log
-        openai = OpenAI(config.model, self._requests, text, ResumableCalls(self._calls, text))
+        resumable = ResumableCalls(self._calls, text)
+        dialect = Dialect.of_model(text, config.tool_call_parser, config.reasoning_parser)
+        openai = OpenAI(config.model, self._requests, text, resumable, dialect)
         metrics.journal = journal
         operations = Operations(self._worlds, self._requests, metrics, self._supervision)
         language_model = LanguageModel(openai, self._calls, operations.why_not_ready)
@@ -328,6 +333,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
     parser.add_argument(
         "--drain-timeout-s", type=float, default=0.0, help="how long SIGTERM lets running requests finish"
     )
+    parser.add_argument("--tool-call-parser", default="auto", help="see phalanx serve --help")
+    parser.add_argument("--reasoning-parser", default="auto", help="see phalanx serve --help")
     parser.add_argument("--journal", choices=("off", "disk"), default="disk", help="see phalanx serve --help")
     parser.add_argument("--journal-sync", action="store_true")
     parser.add_argument("--journal-retention-s", type=float, default=RETENTION_S)
@@ -348,6 +355,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
         max_waiting=options.max_waiting,
         max_waiting_tokens=options.max_waiting_tokens,
         drain_timeout_s=options.drain_timeout_s,
+        tool_call_parser=options.tool_call_parser,
+        reasoning_parser=options.reasoning_parser,
         journal=JournalConfig(
             on_disk=options.journal == "disk",
             sync=options.journal_sync,

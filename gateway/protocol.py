@@ -83,6 +83,14 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     """The end token is sampled and fed back like any other, and ends nothing."""
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = field(default_factory=list)
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    """No other token is drawn."""
+    skip_special_tokens: bool = True
+    """Special tokens have no text. This and the next two are for the front, which makes the text."""
+    shown_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = field(default_factory=list)
+    """Special tokens that have text all the same."""
+    include_stop_str_in_output: bool = False
+    """The text ends with the stop string that ended it, not before."""
     pooling: Pooling | None = None
     """Asks for numbers about the prompt. Nothing is generated: every other option but `seed` stays as it is here."""
 

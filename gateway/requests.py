@@ -182,7 +182,7 @@ class Requests:
         return self._take_on(entry, sink, restored=True)
 
     def _take_on(self, entry: JournalEntry, sink: Sink, *, restored: bool = False) -> Request:
-        request = Request(entry, sink, self._text.stream(entry.stop, entry.prompt_token_ids))
+        request = Request(entry, sink, self._text.stream(entry.stop, entry.prompt_token_ids, entry.params))
         for token_id in entry.output_token_ids:
             request.text.push(token_id)
         now = time.time()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from gateway.detokenizer import (
     special_token_ids,
 )
 from gateway.errors import ModelFilesError
+from gateway.protocol import SamplingParams
 
 LONG_TEXT = 8192
 """Characters; longer texts are encoded in a thread, since the front's loop has streams to serve."""
 
+_PLAIN = SamplingParams()
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -112,10 +114,14 @@ class TextModel:
         the template. Raises ChatTemplateError, and what `encode` raises.
 
         The template writes its special tokens itself, so that none are added unless `add_special_tokens`."""
+        text = self.template().render(messages, add_generation_prompt, variables)
+        return self.encode(text, add_special_tokens=add_special_tokens, at_most=at_most)
+
+    def template(self) -> ChatTemplate:
+        """Raises ModelFilesError for a model that has none."""
         if self.chat_template is None:
             raise ModelFilesError("this model has no chat template; use /v1/completions")
-        text = self.chat_template.render(messages, add_generation_prompt, variables)
-        return self.encode(text, add_special_tokens=add_special_tokens, at_most=at_most)
+        return self.chat_template
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for by itself; of a special token its name. Empty for an id that the tokenizer
@@ -138,10 +144,25 @@ class TextModel:
             return bytes([int(byte[1], 16)])
         return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
-    def stream(self, stops: Sequence[str] = (), context: Sequence[int] = ()) -> TextStream:
+    def stream(
+        self,
+        stops: Sequence[str] = (),
+        context: Sequence[int] = (),
+        params: SamplingParams = _PLAIN,
+    ) -> TextStream:
         """The text of a request's output, behind the tokens of its prompt. Raises ValueError for an empty stop
         string."""
-        return TextStream(self._detokenizer(context), stops)
+        shown = (
+            self._special.intersection(params.shown_token_ids)
+            if params.skip_special_tokens
+            else self._special
+        )
+        return TextStream(self._detokenizer(context, shown), stops, params.include_stop_str_in_output)
+
+    def special_ids(self, texts: Iterable[str]) -> dict[str, int]:
+        """The ids of those texts that are special tokens."""
+        ids = {text: self._tokenizer.token_to_id(text) for text in texts}
+        return {text: token_id for text, token_id in ids.items() if token_id in self._special}
 
     @cached_property
     def _longest_token(self) -> float:
@@ -151,10 +172,10 @@ class TextModel:
         # In a byte-level vocabulary a token has a character for each byte of text.
         return max(map(len, self._tokenizer.get_vocab()), default=math.inf)
 
-    def _detokenizer(self, context: Sequence[int]) -> Detokenizer:
+    def _detokenizer(self, context: Sequence[int], shown: frozenset[int]) -> Detokenizer:
         if self._byte_table is not None:
-            return ByteLevelDetokenizer(self._byte_table)
-        return WindowDetokenizer(self._tokenizer, self._special, context)
+            return ByteLevelDetokenizer(self._byte_table, shown)
+        return WindowDetokenizer(self._tokenizer, self._special, context, shown)
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

@@ -244,7 +244,7 @@ class ZmqServer:
             self.fail(live, RequestFailed("invalid_request", text))
             return True
         eos = self._requests.welcome.eos_token_ids if self._requests.welcome is not None else ()
-        stream = self._text.stream(entry.stop, entry.prompt_token_ids)
+        stream = self._text.stream(entry.stop, entry.prompt_token_ids, entry.params)
         live.reader = TextReader(entry, stream, eos, len(known))
         live.call = call
         if entry.error is not None:  # it gave up its key, or will in this turn

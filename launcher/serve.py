@@ -232,6 +232,8 @@ def front_command(
     command += ["--journal", settings.journal, "--journal-max-bytes", str(settings.journal_max_size)]
     command += ["--journal-retention-s", f"{settings.journal_retention_s:g}"]
     command += ["--disconnect-grace-s", f"{settings.disconnect_grace_s:g}"]
+    command += ["--tool-call-parser", settings.tool_call_parser]
+    command += ["--reasoning-parser", settings.reasoning_parser]
     if settings.journal_sync:
         command.append("--journal-sync")
     if not settings.page:

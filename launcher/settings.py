@@ -111,6 +111,18 @@ class Settings:
     )
     kv_cache_memory: int = _flag(0, "KV cache of a rank, like 2GiB; 0: a share of the free memory", "SIZE")
     served_model_name: str = _flag("", "name that clients call the model by; default: its own", "NAME")
+    tool_call_parser: str = _flag(
+        "auto",
+        "how the model writes tool calls: hermes, llama3_json, mistral, phi4_mini_json, granite, pythonic, gemma, "
+        "qwen3_coder (docs/openai.md); auto: what its chat template says",
+        "NAME",
+    )
+    reasoning_parser: str = _flag(
+        "auto",
+        "how the model marks its thoughts: think, deepseek_r1, granite, mistral, seed_oss, or none; auto: what its "
+        "chat template says",
+        "NAME",
+    )
     spare: str = _flag(
         "warm",
         "what is kept ready for when a world dies. none: nothing, a new one is started in seconds; warm: its "

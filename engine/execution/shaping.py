@@ -20,6 +20,11 @@ def shape(logits: torch.Tensor, shaping: LogitShaping, history: list[int], num_p
     if shaping.logit_bias:
         ids = torch.tensor(list(shaping.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(shaping.logit_bias.values()), device=logits.device)
+    if shaping.allowed_token_ids is not None:
+        allowed = torch.tensor(shaping.allowed_token_ids, device=logits.device)
+        kept = logits[allowed]
+        logits.fill_(float("-inf"))
+        logits[allowed] = kept
     if len(output) < shaping.min_tokens and shaping.ending_token_ids:
         logits[torch.tensor(shaping.ending_token_ids, device=logits.device)] = float("-inf")
     for word in shaping.bad_words:

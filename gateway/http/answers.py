@@ -12,7 +12,9 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from gateway.http.logprobs import ChatLogprobs, Namer, Placed, PromptLogprobs, PromptText, TextLogprobs
+from gateway.message_parser import MessageParser, Parsing
 from gateway.protocol import Output, TokenLogprobs
+from gateway.tool_calls.pieces import Kind, Piece
 
 DONE = b"[DONE]"
 KEEP_ALIVE = b": keep-alive\n"
@@ -27,9 +29,25 @@ class Usage(Struct):
     total_tokens: int
 
 
+class FunctionDelta(Struct, omit_defaults=True):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(Struct, omit_defaults=True):
+    index: int | UnsetType = UNSET
+    id: str | None = None
+    type: str | None = None
+    function: FunctionDelta | None = None
+
+
 class Delta(Struct, omit_defaults=True):
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    """vLLM's newer name of the same."""
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(Struct):
@@ -51,8 +69,11 @@ class ChatChunk(Struct, kw_only=True):
 
 class AnswerMessage(Struct, kw_only=True):
     role: str = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType | None = UNSET
+    reasoning: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):
@@ -144,6 +165,8 @@ class AnswerOptions:
     only_echo: bool = False
     """max_tokens is 0: the one token that the engine made is not shown."""
     choices_per_prompt: int = 1
+    parsing: Parsing | None = None
+    """What is found in the text of a chat, if it is more than content."""
 
 
 class Answer:
@@ -168,6 +191,24 @@ class Answer:
         self._options = options
         self._namer = namer
         self._begun: set[int] = set()
+        self._parsers: dict[int, MessageParser] = {}
+
+    def known(self, index: int, text: str) -> None:
+        """Text of a choice that the client has: what comes behind it goes on from there."""
+        if self._options.parsing is not None:
+            self._parser(index, self._options.parsing).feed(text)
+
+    def _parser(self, index: int, parsing: Parsing) -> MessageParser:
+        found = self._parsers.get(index)
+        if found is None:
+            found = self._parsers[index] = MessageParser(parsing)
+        return found
+
+    def _pieces(self, index: int, parsing: Parsing, output: Output) -> list[Piece]:
+        """What an output brings."""
+        parser = self._parser(index, parsing)
+        pieces = parser.feed(output.text) if output.text else []
+        return pieces + parser.finish() if output.finish_reason is not None else pieces
 
     def go_on(self, begun: Iterable[int], completion_tokens: int) -> None:
         """For a stream whose client has the first event of these choices, and so many tokens."""
@@ -216,9 +257,15 @@ class ChatAnswerBuilder(Answer):
             begin = self._event([ChatChunkChoice(index, Delta("assistant", ""))])
         if not output.text and not placed and output.finish_reason is None:
             return begin, b""
-        choice = ChatChunkChoice(
-            index, Delta(content=output.text or ""), finish_reason=finish_reason(output.finish_reason)
-        )
+        reason = finish_reason(output.finish_reason)
+        if self._options.parsing is None:
+            choice = ChatChunkChoice(index, Delta(content=output.text or ""), finish_reason=reason)
+        else:
+            pieces = self._pieces(index, self._options.parsing, output)
+            if not pieces and not placed and reason is None:
+                return begin, b""
+            delta = self._delta(index, self._options.parsing, pieces)
+            choice = ChatChunkChoice(index, delta, finish_reason=self._reason(index, reason))
         if placed:
             choice.logprobs = self._namer.chat(placed)
         if output.finish_reason is not None:
@@ -233,9 +280,9 @@ class ChatAnswerBuilder(Answer):
         answers = [
             ChatChoice(
                 index=choice.index,
-                message=AnswerMessage(content=choice.text),
+                message=self._message(choice),
                 logprobs=self._namer.chat(choice.placed) if self._options.logprobs else None,
-                finish_reason=finish_reason(choice.finish_reason) or "stop",
+                finish_reason=self._reason(choice.index, finish_reason(choice.finish_reason)) or "stop",
                 stop_reason=choice.stop_reason,
             )
             for choice in choices
@@ -250,6 +297,55 @@ class ChatAnswerBuilder(Answer):
                 prompt_logprobs=self._prompt_logprobs(choices[0]),
             )
         )
+
+    def _reason(self, index: int, reason: str | None) -> str | None:
+        """An answer that calls tools ends for them; one that was cut off was cut off."""
+        calls = reason == "stop" and index in self._parsers and self._parsers[index].num_calls > 0
+        return "tool_calls" if calls else reason
+
+    def _message(self, choice: Choice) -> AnswerMessage:
+        parsing = self._options.parsing
+        if parsing is None:
+            return AnswerMessage(content=choice.text)
+        parser = self._parsers[choice.index] = MessageParser(parsing)
+        delta = self._delta(choice.index, parsing, parser.feed(choice.text) + parser.finish())
+        calls = delta.tool_calls or []
+        for call in calls:
+            call.index = UNSET
+            assert call.function is not None
+            call.function.arguments = call.function.arguments or ""
+        message = AnswerMessage(content=delta.content if calls else delta.content or "")
+        if calls:
+            message.tool_calls = calls
+        if parsing.reasoning is not None:
+            message.reasoning_content = message.reasoning = delta.reasoning_content
+        return message
+
+    def _delta(self, index: int, parsing: Parsing, pieces: list[Piece]) -> Delta:
+        texts: dict[Kind, list[str]] = {Kind.CONTENT: [], Kind.REASONING: []}
+        calls: dict[int, ToolCallDelta] = {}
+        arguments: dict[int, list[str]] = {}
+        for kind, text, number in pieces:
+            if kind is Kind.CALL:
+                call_id = parsing.call_id(self.id, index, number)
+                calls[number] = ToolCallDelta(number, call_id, "function", FunctionDelta(text))
+                arguments[number] = [""]
+            elif kind is Kind.ARGUMENTS:
+                calls.setdefault(number, ToolCallDelta(number, function=FunctionDelta()))
+                arguments.setdefault(number, []).append(text)
+            else:
+                texts[kind].append(text)
+        delta = Delta()
+        if texts[Kind.CONTENT] or not (calls or texts[Kind.REASONING]):
+            delta.content = "".join(texts[Kind.CONTENT])
+        if texts[Kind.REASONING]:
+            delta.reasoning_content = delta.reasoning = "".join(texts[Kind.REASONING])
+        if calls:
+            for number, call in calls.items():
+                assert call.function is not None
+                call.function.arguments = "".join(arguments[number])
+            delta.tool_calls = list(calls.values())
+        return delta
 
     def _event(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> bytes:
         chunk = ChatChunk(

@@ -17,13 +17,13 @@ from msgspec import Struct
 
 from gateway.chat_template import ChatTemplateError
 from gateway.errors import ModelFilesError
+from gateway.http.chat import Chat
 from gateway.http.errors import ApiError
 from gateway.http.openai import Deadline, OpenAI, read_body
 from gateway.http.operations import Operations
 from gateway.http.schema import (
     ChatMessage,
     ChatRequest,
-    chat_messages,
     check_model,
     decode_body,
     decode_request,
@@ -96,18 +96,13 @@ class Compat:
                 len(prompt), "prompt", lambda: text.encode(prompt, add_special_tokens=special)
             )
         else:
-            chat = decode_request(body, ChatRequest)  # with its refusals of what the template does not get
-            messages = chat_messages(chat)
-            size = sum(len(message["content"]) for message in messages)
+            # With its refusals of what the template does not get.
+            chat = Chat.read(decode_request(body, ChatRequest), text.chat_template)
+            special = bool(request.add_special_tokens)
             token_ids = await _in_time(
-                size,
+                chat.num_characters,
                 "messages",
-                lambda: text.encode_chat(
-                    messages,
-                    add_generation_prompt=chat.add_generation_prompt is not False,
-                    variables=chat.chat_template_kwargs,
-                    add_special_tokens=bool(request.add_special_tokens),
-                ),
+                lambda: text.encode(chat.prompt(text.template()), add_special_tokens=special),
             )
         strings = [text.token(token_id) for token_id in token_ids] if request.return_token_strs else None
         answer = TokenizeAnswer(

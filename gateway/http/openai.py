@@ -19,8 +19,10 @@ from starlette.requests import ClientDisconnect
 from gateway.calls import Conditions
 from gateway.chat_template import ChatTemplateError
 from gateway.checks import check_params, check_prompt
+from gateway.dialect import Dialect
 from gateway.errors import ModelFilesError, RequestFailed
 from gateway.http.answers import AnswerOptions
+from gateway.http.chat import Chat
 from gateway.http.errors import ApiError, from_failure
 from gateway.http.logprobs import lay_out
 from gateway.http.resumable import AnswerContent, Claim, ResumableCalls
@@ -34,6 +36,7 @@ from gateway.http.sampling import (
     sampling_params,
     stop_strings,
     timeout_s,
+    truncated,
 )
 from gateway.http.schema import (
     COMPLETION_MAX_TOKENS,
@@ -41,7 +44,6 @@ from gateway.http.schema import (
     CommonRequest,
     CompletionRequest,
     asked_max_tokens,
-    chat_messages,
     check_common,
     completion_prompts,
     decode_request,
@@ -58,6 +60,7 @@ STARTED_AT = int(time.time())
 
 _T = TypeVar("_T")
 _PLAIN = AnswerOptions()
+_NO_DIALECT = Dialect()
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class OpenAI:
     requests: Requests
     text: TextModel
     resumable: ResumableCalls
+    dialect: Dialect = _NO_DIALECT
     max_body_bytes: int = MAX_BODY_BYTES
 
     def router(self) -> APIRouter:
@@ -101,28 +105,35 @@ class OpenAI:
     async def prepare_chat(self, request: ChatRequest) -> Prepared:
         """Checks a chat and makes its prompt. Waits for the first world. Raises ApiError."""
         check_common(request, self.model)
-        messages = chat_messages(request)
+        chat = Chat.read(request, self.text.chat_template)
         limit = asked_max_tokens(request.max_completion_tokens, "max_completion_tokens")
         if limit is None:
             limit = asked_max_tokens(request.max_tokens, "max_tokens")
         check_sampling(request)
-        grammar = await _grammar(request)
-        deadline = Deadline(timeout_s(request))
-        limits = await self.limits(deadline)
-        size = sum(len(message["content"]) for message in messages)
-        prompt = await self._encode(
-            size,
-            "messages",
-            lambda: self.text.encode_chat(
-                messages,
-                at_most=limits.max_model_len,
-                add_generation_prompt=request.add_generation_prompt is not False,
-                variables=request.chat_template_kwargs,
-            ),
-        )
+        wanted = constraint(request)
+        text, prompt, limits, deadline = await self.encode_chat(chat, request)
+        parsing = chat.parsing(self.dialect, text)
+        grammar = None
+        if wanted is not None or chat.tools.functions:
+            grammar = await asyncio.to_thread(chat.grammar, self.dialect, parsing, wanted)
         if limit is None:
             limit = max(1, min(limits.max_model_len, limits.kv_cache_tokens) - len(prompt))
-        return self._prepare(request, [prompt], limit, limits, deadline, grammar, "messages")
+        shape = AnswerOptions(parsing=parsing)
+        return self._prepare(request, [prompt], limit, limits, deadline, grammar, "messages", shape)
+
+    async def encode_chat(self, chat: Chat, request: ChatRequest) -> tuple[str, list[int], Limits, Deadline]:
+        """The prompt of a chat, as text and as tokens, what the world allows, and the end of its time. Raises
+        ApiError."""
+        deadline = Deadline(timeout_s(request))
+        limits = await self.limits(deadline)
+        at_most = limits.max_model_len if request.truncate_prompt_tokens is None else None
+
+        def encode() -> tuple[str, list[int]]:
+            text = chat.prompt(self.text.template())
+            return text, self.text.encode(text, add_special_tokens=False, at_most=at_most)
+
+        text, prompt = await self._encode(chat.num_characters, "messages", encode)
+        return text, truncated(request, prompt, limits.max_model_len), limits, deadline
 
     async def completions(self, http: Request) -> Response:
         """POST /v1/completions."""
@@ -145,6 +156,7 @@ class OpenAI:
         limits = await self.limits(deadline)
 
         encoded = await self.encode_prompts(prompts, "prompt", limits)
+        encoded = [truncated(request, prompt, limits.max_model_len) for prompt in encoded]
         echo = []
         if request.echo:
             pairs = zip(prompts, encoded, strict=True)
@@ -198,7 +210,10 @@ class OpenAI:
                 code = "context_length_exceeded" if too_long else "invalid_value"
                 raise ApiError(400, problem, param=prompt_param, code=code)
         base = sampling_params(request, max_tokens)
-        base = msgspec.structs.replace(base, bad_words=bad_words(request, self.text), grammar=grammar)
+        shown = [] if shape.parsing is None else sorted(self.dialect.special.values())
+        base = msgspec.structs.replace(
+            base, bad_words=bad_words(request, self.text), grammar=grammar, shown_token_ids=shown
+        )
         shape = _answer_options(request, base, shape)
         base = _ask_more(base, shape, needs_scores=num_candidates(request) > num_choices(request))
         found = check_params(base, limits, max(map(len, prompts)))

@@ -7,7 +7,7 @@ alone, never on how they came: on their batches, on the front that sends them, o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -124,9 +124,11 @@ class _ChoiceReader:
         self._reader = TextReader(entry, text, eos_token_ids, place.tokens)
         self._logprobs = LogprobStream(text) if shows_logprobs else None
 
-    def read(self, output: Output) -> tuple[Output, list[Placed]] | None:
+    def read(
+        self, output: Output, on_known: Callable[[str], None] | None = None
+    ) -> tuple[Output, list[Placed]] | None:
         """An output as the client reads it, with the log-probabilities that come with its text; None if the client
-        has all of it."""
+        has all of it. `on_known` gets the text of what the client has."""
         if self._ended:
             return None
         found = None
@@ -134,6 +136,8 @@ class _ChoiceReader:
             placed = _NOTHING if self._logprobs is None else self._logprobs.take(shown)
             if is_new:
                 found = shown, placed
+            elif on_known is not None and shown.text:
+                on_known(shown.text)
         return found
 
 
@@ -150,8 +154,11 @@ class Reading:
         *,
         shows_logprobs: bool,
         places: Sequence[Place] | None = None,
+        on_known: Callable[[int, str], None] | None = None,
     ) -> None:
-        """`places`: where the client goes on; None for a call that has just begun."""
+        """`places`: where the client goes on; None for a call that has just begun. `on_known` gets the text of
+        each choice that is not handed on, since the client has it."""
+        self._on_known = on_known
         self._record = record
         self._target = target
         self._readers: list[_ChoiceReader] | None = None
@@ -159,7 +166,7 @@ class Reading:
             self._readers = [
                 _ChoiceReader(
                     entry,
-                    text.stream(entry.stop, entry.prompt_token_ids),
+                    text.stream(entry.stop, entry.prompt_token_ids, entry.params),
                     eos_token_ids,
                     places[index] if places is not None else Place(),
                     shows_logprobs=shows_logprobs,
@@ -180,8 +187,12 @@ class Reading:
     def put(self, index: int, output: Output) -> None:
         if self._readers is None:
             self._target.put(index, output, _NOTHING)
-        elif (found := self._readers[index].read(output)) is not None:
+        elif (found := self._readers[index].read(output, self._known_of(index))) is not None:
             self._target.put(index, *found)
 
     def fail(self, error: RequestFailed) -> None:
         self._target.fail(error)
+
+    def _known_of(self, index: int) -> Callable[[str], None] | None:
+        on_known = self._on_known
+        return None if on_known is None else lambda text: on_known(index, text)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -263,7 +264,7 @@ class ResumableCalls:
         begun = [index for index, place in enumerate(at.places) if place.begun]
         answer.go_on(begun, sum(place.tokens for place in at.places))
         queue = EventQueue()
-        stream = EventStream(self._read(call, content, queue, places), queue, answer, at)
+        stream = EventStream(self._read(call, content, queue, places, answer.known), queue, answer, at)
         stream.headers[ID_HEADER] = call.record.call_id
         return stream
 
@@ -273,8 +274,10 @@ class ResumableCalls:
         content: AnswerContent,
         target: Collector | EventQueue,
         places: list[Place] | None,
+        on_known: Callable[[int, str], None] | None = None,
     ) -> Reader:
-        """A client comes to a call; with `places` to one that may have brought something already."""
+        """A client comes to a call; with `places` to one that may have brought something already. `on_known` gets
+        the text that the client has."""
         welcome = self.calls.requests.welcome
         reading = Reading(
             call.record,
@@ -283,6 +286,7 @@ class ResumableCalls:
             welcome.eos_token_ids if welcome is not None else (),
             shows_logprobs=content.options.logprobs,
             places=places,
+            on_known=on_known,
         )
         call.listen(reading)
         if places is not None:

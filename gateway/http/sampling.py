@@ -18,6 +18,7 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKEN_IDS = 256
+MAX_ALLOWED_TOKEN_IDS = 4096
 MAX_BAD_WORDS = 128
 """Each may be two token sequences, with and without a space before it."""
 MAX_BAD_WORD_CHARACTERS = 256
@@ -62,6 +63,9 @@ def sampling_params(request: CommonRequest, max_tokens: int) -> SamplingParams:
         stop_token_ids=stop_token_ids,
         logprobs=asked_logprobs(request),
         prompt_logprobs=asked_prompt_logprobs(request),
+        allowed_token_ids=_allowed_token_ids(request),
+        skip_special_tokens=request.skip_special_tokens is not False,
+        include_stop_str_in_output=bool(request.include_stop_str_in_output),
     )
 
 
@@ -204,6 +208,25 @@ def _logit_bias(request: CommonRequest) -> dict[int, float]:
         check(math.fabs(value) <= 100, "logit_bias", f"{value} for token {name}", "from -100 to 100")
         result[int(name)] = value
     return result
+
+
+def _allowed_token_ids(request: CommonRequest) -> list[int] | None:
+    allowed = request.allowed_token_ids
+    if allowed is not None:
+        text = f"up to {MAX_ALLOWED_TOKEN_IDS} token ids, at least one"
+        check(0 < len(allowed) <= MAX_ALLOWED_TOKEN_IDS, "allowed_token_ids", f"{len(allowed)} ids", text)
+        check(all(0 <= token < 2**31 for token in allowed), "allowed_token_ids", "an id", "token ids")
+    return allowed
+
+
+def truncated(request: CommonRequest, prompt: list[int], max_model_len: int) -> list[int]:
+    """The end of a prompt that `truncate_prompt_tokens` leaves; -1: as much as the model's length. Raises
+    ApiError."""
+    most = request.truncate_prompt_tokens
+    if most is None:
+        return prompt
+    check(most == -1 or 1 <= most < 2**31, "truncate_prompt_tokens", most, "at least 1, or -1")
+    return prompt[-(max_model_len - 1 if most == -1 else most) :]
 
 
 def _min_tokens(request: CommonRequest, max_tokens: int) -> int:

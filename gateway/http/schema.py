@@ -15,6 +15,7 @@ from msgspec import Struct
 from gateway.chat_template import Message
 from gateway.http.errors import ApiError
 from gateway.http.structured import StructuredFields
+from gateway.http.tools import MessageToolCall, Tool, template_tool_calls
 
 MAX_PROMPTS = 1024
 COMPLETION_MAX_TOKENS = 16
@@ -53,16 +54,16 @@ class CommonRequest(StructuredFields, kw_only=True):
     priority: int | None = None
     timeout: float | None = None
     prompt_logprobs: int | None = None
-    allowed_token_ids: Any = None
+    allowed_token_ids: list[int] | None = None
     custom_logit_processor: Any = None
-    include_stop_str_in_output: Any = None
+    include_stop_str_in_output: bool | None = None
     logits_processors: Any = None
     lora_path: Any = None
     no_stop_trim: Any = None
     return_token_ids: Any = None
     return_tokens_as_token_ids: Any = None
-    skip_special_tokens: Any = None
-    truncate_prompt_tokens: Any = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
     typical_p: Any = None
     use_beam_search: Any = None
 
@@ -76,7 +77,10 @@ class ChatMessage(Struct):
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: Any = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     function_call: Any = None
 
 
@@ -88,10 +92,13 @@ class ChatRequest(CommonRequest, kw_only=True):
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template: Any = None
-    continue_final_message: Any = None
+    continue_final_message: bool | None = None
     documents: Any = None
-    tools: Any = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -110,8 +117,6 @@ class CompletionRequest(CommonRequest, kw_only=True):
 
 # What each unserved field may be without asking for anything, besides null.
 _UNSERVED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"], []),
@@ -120,19 +125,14 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     # Of vLLM and SGLang: what asks for other tokens or another text than the answer would have without it.
     "add_special_tokens": (True,),
-    "allowed_token_ids": (),
     "chat_template": (),
-    "continue_final_message": (False,),
     "custom_logit_processor": (),
     "documents": ([],),
-    "include_stop_str_in_output": (False,),
     "logits_processors": ([],),
     "lora_path": (),
     "no_stop_trim": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
     "typical_p": (1.0,),
     "use_beam_search": (False,),
 }
@@ -219,25 +219,24 @@ def chat_messages(request: ChatRequest) -> list[Message]:
     """The conversation as the chat template reads it. Raises ApiError."""
     if not request.messages:
         raise ApiError(400, "messages is empty; at least one message is needed", param="messages")
-    return [_template_message(message, index) for index, message in enumerate(request.messages)]
+    messages: list[Message] = []
+    for index, message in enumerate(request.messages):
+        messages.append(_template_message(message, index, messages))
+    return messages
 
 
-def _template_message(message: ChatMessage, index: int) -> Message:
+def _template_message(message: ChatMessage, index: int, earlier: list[Message]) -> Message:
     place = f"messages[{index}]"
     role = "system" if message.role == "developer" else message.role
-    if role not in ("system", "user", "assistant"):
+    if role not in ("system", "user", "assistant", "tool"):
         raise ApiError(
             400,
-            f"{place}.role is {message.role!r}; allowed: system, developer, user, assistant",
+            f"{place}.role is {message.role!r}; allowed: system, developer, user, assistant, tool",
             param=f"{place}.role",
         )
-    if message.tool_calls or message.function_call:
-        raise ApiError(
-            400,
-            f"{place}.tool_calls is not supported by this server yet",
-            param=f"{place}.tool_calls",
-            code="unsupported_parameter",
-        )
+    if message.function_call:
+        text = f"{place}.function_call is not supported by this server; use tool_calls"
+        raise ApiError(400, text, param=f"{place}.function_call", code="unsupported_parameter")
     if message.content is None and role != "assistant":
         raise ApiError(
             400, f"{place}.content is missing; give a string or text parts", param=f"{place}.content"
@@ -245,7 +244,29 @@ def _template_message(message: ChatMessage, index: int) -> Message:
     result: Message = {"role": role, "content": _text(message.content, f"{place}.content")}
     if message.name is not None:
         result["name"] = message.name
+    if message.tool_calls:
+        if role != "assistant":
+            text = f"{place}.tool_calls is only allowed in messages of the assistant"
+            raise ApiError(400, text, param=f"{place}.tool_calls")
+        result["tool_calls"] = template_tool_calls(message.tool_calls, f"{place}.tool_calls")
+    if role == "tool":
+        _describe_answer(message, result, earlier, place)
+    if role == "assistant" and (thoughts := message.reasoning_content or message.reasoning):
+        result["reasoning_content"] = thoughts
     return result
+
+
+def _describe_answer(message: ChatMessage, result: Message, earlier: list[Message], place: str) -> None:
+    """What templates read of a tool's answer: which call it is to, and of which function. Raises ApiError."""
+    if message.tool_call_id is None:
+        text = f"{place}.tool_call_id is missing; give the id of the call that this answers"
+        raise ApiError(400, text, param=f"{place}.tool_call_id")
+    result["tool_call_id"] = message.tool_call_id
+    for before in reversed(earlier):
+        for call in before.get("tool_calls", ()):
+            if call["id"] == message.tool_call_id:
+                result.setdefault("name", call["function"]["name"])
+                return
 
 
 def _text(content: str | list[ContentPart] | None, place: str) -> str:
