@@ -169,7 +169,7 @@ def test_errors_are_the_sdk_s_own_exceptions(api: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature"):
         api.completions.create(model=MODEL, prompt=STORY, temperature=-1)
     with pytest.raises(openai.BadRequestError, match="tools"):
-        greedy_chat(api, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
+        greedy_chat(api, tools=[{"type": "custom", "custom": {"name": "f"}}])
 
 
 def test_models(api: openai.OpenAI) -> None:

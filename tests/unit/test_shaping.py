@@ -88,6 +88,13 @@ def test_bias_is_added() -> None:
     assert result[3] == logits[3] - 2.5
 
 
+def test_no_other_token_is_allowed() -> None:
+    logits = torch.randn(VOCAB)
+    result = shaped(LogitShaping(allowed_token_ids=[6, 3], logit_bias={3: 1.0}), logits)
+    assert result.isfinite().nonzero().flatten().tolist() == [3, 6]
+    assert (result[6], result[3]) == (logits[6], logits[3] + 1.0)
+
+
 def test_min_p_keeps_what_transformers_keeps() -> None:
     from transformers import MinPLogitsWarper
 
