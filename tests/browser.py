@@ -4,6 +4,7 @@ in the page answers. Uses the Chromium that the machine has (CHROMIUM names anot
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -52,6 +53,7 @@ class Browser:
         self.console: list[str] = []
         """What the page logged, its errors and what its security policy refused."""
         self._number = 0
+        self._connections = contextlib.ExitStack()
         self._socket = self._connect(profile / "DevToolsActivePort")
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
@@ -66,7 +68,8 @@ class Browser:
             browser.send(json.dumps({"id": 1, "method": "Target.getTargets"}))
             targets = json.loads(browser.recv())["result"]["targetInfos"]
         [page] = [target["targetId"] for target in targets if target["type"] == "page"]
-        return connect(f"ws://127.0.0.1:{port}/devtools/page/{page}", max_size=None, compression=None)
+        address = f"ws://127.0.0.1:{port}/devtools/page/{page}"
+        return self._connections.enter_context(connect(address, max_size=None, compression=None))
 
     def __enter__(self) -> Browser:
         return self
@@ -74,7 +77,7 @@ class Browser:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._socket.close()
+        self._connections.close()
         self._process.terminate()
         try:
             self._process.wait(20)
@@ -105,6 +108,10 @@ class Browser:
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def before_pages(self, script: str) -> None:
+        """Runs a script in every page that is opened from now on, before its own."""
+        self.call("Page.addScriptToEvaluateOnNewDocument", source=script)
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; promises are awaited."""
