@@ -103,6 +103,17 @@ class ChatRequest(CommonRequest, kw_only=True):
     function_call: Any = None
     modalities: Any = None
     audio: Any = None
+    moderation: Any = None
+    service_tier: Any = None
+    store: Any = None
+    verbosity: Any = None
+    # Hints and labels of the client's own: no answer depends on them.
+    metadata: dict[str, Any] | None = None
+    prediction: Any = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
     web_search_options: Any = None
 
 
@@ -120,6 +131,10 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"], []),
+    "moderation": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "verbosity": ("medium",),
     "audio": (),
     "web_search_options": (),
     "suffix": ("",),

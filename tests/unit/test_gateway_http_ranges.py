@@ -136,6 +136,16 @@ CHAT_FIELDS: dict[str, list[tuple[Any, str]]] = {
     "function_call": [("f", 'allowed: null, "none", "auto"')],
     "modalities": [(["audio"], 'allowed: null, ["text"], []')],
     "audio": [({"voice": "x"}, "allowed: null")],
+    "moderation": [({"model": "x"}, "allowed: null")],
+    "service_tier": [("flex", 'allowed: null, "auto", "default"')],
+    "store": [(True, "allowed: null, false")],
+    "verbosity": [("low", 'allowed: null, "medium"')],
+    "metadata": [("x", "Expected `object | null`")],
+    "prediction": [],
+    "prompt_cache_key": [(5, "Expected `str | null`")],
+    "prompt_cache_options": [],
+    "prompt_cache_retention": [(5, "Expected `str | null`")],
+    "safety_identifier": [(5, "Expected `str | null`")],
     "web_search_options": [({}, "allowed: null")],
 }
 TEXT_FIELDS: dict[str, list[tuple[Any, str]]] = {

@@ -309,7 +309,10 @@ def _shown(request: ResponseRequest, prepared: Prepared) -> dict[str, Any]:
         "temperature": params.temperature,
         "text": text,
         "tool_choice": request.tool_choice or "auto",
-        "tools": [msgspec.to_builtins(tool) for tool in request.tools or ()],
+        "tools": [
+            {name: getattr(tool, name) for name in ("type", "name", "description", "parameters", "strict")}
+            for tool in request.tools or ()
+        ],
         "top_logprobs": request.top_logprobs or 0,
         "top_p": params.top_p,
         "truncation": request.truncation or "disabled",

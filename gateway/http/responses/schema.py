@@ -56,6 +56,10 @@ class FunctionTool(Struct, kw_only=True):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    allowed_callers: list[str] | None = None
+    defer_loading: bool | None = None
+    output_schema: Any = None
+    is_async: bool | None = msgspec.field(default=None, name="async")
 
 
 class ResponseStreamOptions(Struct, kw_only=True):
@@ -173,6 +177,14 @@ def decode_response_request(body: bytes) -> ResponseRequest:
             raise unsupported(f"tools[{index}].type", ("function",), tool.type)
         if not tool.name:
             raise ApiError(400, f"tools[{index}].name is missing", param=f"tools[{index}].name")
+        for name, asks, allowed in (
+            ("allowed_callers", tool.allowed_callers not in (None, [], ["direct"]), '["direct"]'),
+            ("defer_loading", tool.defer_loading, "false"),
+            ("async", tool.is_async, "false"),
+            ("output_schema", tool.output_schema is not None, "null"),
+        ):
+            if asks:
+                raise unsupported(f"tools[{index}].{name}", (allowed,))
     if request.max_tool_calls is not None:  # of built-in tools, of which there are none
         check(request.max_tool_calls >= 1, "max_tool_calls", request.max_tool_calls, "at least 1")
     if request.stream_options is not None and not request.stream:
