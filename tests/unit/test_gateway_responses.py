@@ -19,7 +19,7 @@ TEXT = "user\nabc"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EchoCluster]:
-    options = ("--max-model-len", "500")
+    options = ("--max-model-len", "2000")
     with EchoCluster(tmp_path_factory.mktemp("run"), step_s=0.002, world_options=options) as cluster:
         cluster.wait_serving(cluster.start_world())
         yield cluster
@@ -68,6 +68,7 @@ def test_it_is_the_chat_of_its_items(cluster: EchoCluster) -> None:
     items = [
         {"role": "developer", "content": "be kind"},
         {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "yes?"}]},
         {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
         {"role": "user", "content": "abc"},
@@ -226,7 +227,7 @@ def test_a_conversation_goes_on_from_a_stored_response(cluster: EchoCluster) -> 
 
 
 def test_truncation_lets_the_oldest_messages_go(cluster: EchoCluster) -> None:
-    items = [{"role": "user", "content": f"{number} " + "x" * 60} for number in range(12)]
+    items = [{"role": "user", "content": f"{number} " + "x" * 200} for number in range(12)]
     body = {"input": items, "instructions": "Old.", "max_output_tokens": 40}
     status, _, answer = ask(cluster, PATH, body)
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
@@ -236,8 +237,8 @@ def test_truncation_lets_the_oldest_messages_go(cluster: EchoCluster) -> None:
         ask(cluster, "/tokenize", {"messages": [{"role": "system", "content": "Old."}, *items[count:]]})[2]["count"]
         for count in range(12)
     ]  # fmt: skip
-    assert answer["usage"]["input_tokens"] == max(count for count in tokens if count + 40 <= 500)
-    body["input"] = [{"role": "user", "content": "x" * 600}]
+    assert answer["usage"]["input_tokens"] == max(count for count in tokens if count + 40 <= 2000)
+    body["input"] = [{"role": "user", "content": "x" * 2600}]
     assert ask(cluster, PATH, {**body, "truncation": "auto"})[0] == 400
 
 
@@ -309,3 +310,59 @@ def test_what_is_refused(cluster: EchoCluster, fields: dict[str, Any], param: st
     status, _, answer = ask(cluster, PATH, {"input": "abc", **fields})
     assert status == 400, answer
     assert answer["error"]["param"] == param and says in answer["error"]["message"], answer
+
+
+# --------------------------------------------------------------------------- tools
+
+TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
+
+
+def test_calls_of_tools_are_items(cluster: EchoCluster) -> None:
+    # The echo gives the prompt back, which describes how a call is written.
+    body = {"input": "Weather?", "tools": [TOOL]}
+    answer = ask(cluster, PATH, body)[2]
+    call = next(item for item in answer["output"] if item["type"] == "function_call")
+    assert (call["name"], json.loads(call["arguments"])) == ("function_name", {"parameter": "value"})
+    assert call["status"] == "completed" and call["call_id"] and call["id"].startswith("fc_")
+    events = typed_events(ask(cluster, PATH, {**body, "stream": True})[2])
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    kinds = [event["type"] for event in events if event.get("output_index") == answer["output"].index(call)]
+    assert kinds[0] == "response.output_item.added" and kinds[-1] == "response.output_item.done"
+    arguments = [event for event in events if event["type"] == "response.function_call_arguments.delta"]
+    [done] = [event for event in events if event["type"] == "response.function_call_arguments.done"]
+    assert "".join(event["delta"] for event in arguments) == done["arguments"] == call["arguments"]
+    last = events[-1]["response"]
+    assert [item["type"] for item in last["output"]] == [item["type"] for item in answer["output"]]
+    for after in (len(events) // 3, events.index(arguments[1])):
+        path = f"{PATH}/{last['id']}?stream=true&starting_after={after}"
+        assert typed_events(ask(cluster, path, method="GET")[2]) == events[after + 1 :]
+
+
+def test_a_conversation_with_calls_is_the_chat_s(cluster: EchoCluster) -> None:
+    items = [
+        {"role": "user", "content": "Weather in Rome?"},
+        {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Rome"}'},
+        {"type": "function_call_output", "call_id": "c1", "output": "Sun."},
+    ]
+    messages = [
+        items[0],
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {
+                    "id": "c1",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "Sun."},
+    ]
+    answer = ask(cluster, PATH, {"input": items})[2]
+    same = ask(cluster, CHAT, {"messages": messages})[2]
+    assert answer["usage"]["input_tokens"] == same["usage"]["prompt_tokens"]
+    assert answer["output"][0]["content"][0]["text"] == same["choices"][0]["message"]["content"]
+    status, _, refused = ask(
+        cluster, PATH, {"input": "x", "tool_choice": {"type": "web_search"}, "tools": [TOOL]}
+    )
+    assert status == 400 and refused["error"]["param"] == "tool_choice"

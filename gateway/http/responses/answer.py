@@ -17,7 +17,9 @@ from gateway.http.logprobs import ChatLogprob, Namer, Placed
 from gateway.http.reading import Place, Reading
 from gateway.http.resumable import AnswerContent
 from gateway.journal import JournalCall
+from gateway.message_parser import MessageParser
 from gateway.protocol import Output
+from gateway.tool_calls.pieces import Kind, Piece
 
 Event = dict[str, Any]
 Item = dict[str, Any]
@@ -83,10 +85,33 @@ def from_the_start(record: JournalCall) -> list[Place]:
 class _Open:
     """The item that is being written."""
 
+    kind: str
     item: Item
     index: int
     texts: list[str] = field(default_factory=list)
     logprobs: list[ChatLogprob] = field(default_factory=list)
+
+    @property
+    def part(self) -> dict[str, Any]:
+        """Its content part; that of a call is never asked for."""
+        text = "".join(self.texts)
+        if self.kind == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self.logprobs)}
+
+    def shown(self, status: str) -> Item:
+        """The item as far as it is."""
+        if self.kind == "call":
+            return {**self.item, "arguments": "".join(self.texts), "status": status}
+        return {**self.item, "content": [self.part], "status": status}
+
+
+_TEXT_EVENTS = {
+    "content": "response.output_text",
+    "reasoning": "response.reasoning_text",
+    "call": "response.function_call_arguments",
+}
+"""What `.delta` and `.done` of an item's text are called."""
 
 
 class ResponseWriter:
@@ -99,11 +124,15 @@ class ResponseWriter:
         self._record = record
         self._content = content
         self._namer = namer
+        parsing = content.answer.options.parsing
+        self._parsing = parsing
+        self._parser = None if parsing is None else MessageParser(parsing)
         self._number = record.call_id.partition("_")[2]
         self._next_event = 0
         self._events: list[Event] = []
         self._open: _Open | None = None
         self._num_tokens = 0
+        self._num_reasoning_tokens = 0
         self._error: RequestFailed | None = None
         self._begin()
 
@@ -131,7 +160,7 @@ class ResponseWriter:
             "error": error,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "model": self._content.answer.model,
-            "output": [*self.items, *([self._open_item()] if self._open is not None else [])],
+            "output": [*self.items, *([self._open.shown("in_progress")] if self._open is not None else [])],
             **self._content.shown,
             "usage": self._usage() if self.ended else None,
         }
@@ -141,9 +170,21 @@ class ResponseWriter:
     def put(self, index: int, output: Output, placed: list[Placed]) -> None:
         if self.ended:
             return
+        text, ends = output.text or "", output.finish_reason is not None
+        if self._parser is None:
+            pieces = [Piece(Kind.CONTENT, text)] if text or placed else []
+        else:
+            pieces = self._parser.feed(text) if text else []
+            pieces += self._parser.finish() if ends else []
+        logprobs = self._namer.chat(placed).content if placed else []
+        for piece in pieces:
+            self._write(piece, logprobs)
+            logprobs = [] if piece.kind is Kind.CONTENT else logprobs
+        if logprobs and self._open is not None and self._open.kind == "content":
+            self._open.logprobs += logprobs
         self._num_tokens += len(output.token_ids)
-        if output.text or placed:
-            self._write_text(output.text or "", placed)
+        if self._open is not None and self._open.kind == "reasoning":
+            self._num_reasoning_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             self._end(_ENDS.get(output.finish_reason, "completed"))
 
@@ -161,71 +202,79 @@ class ResponseWriter:
             self._add("response.queued", response=self.response("queued"))
         self._add("response.in_progress", response=self.response("in_progress"))
 
-    def _write_text(self, text: str, placed: list[Placed]) -> None:
+    def _write(self, piece: Piece, logprobs: list[ChatLogprob]) -> None:
+        """More text of the item that is open, or the begin of the next one. `logprobs`: of its text, if it is
+        content."""
+        kind = "call" if piece.kind is Kind.ARGUMENTS else piece.kind.value
+        if piece.kind is Kind.CALL:
+            self._close("completed")
+            self._open_item("call", self._call_item(piece))
+            return
+        if self._open is None or self._open.kind != kind:
+            self._close("completed")
+            self._open_item(kind, self._reasoning_item() if kind == "reasoning" else self._message_item())
+        assert self._open is not None
+        delta: dict[str, Any] = {"delta": piece.text}
+        if kind == "content":
+            self._open.logprobs += logprobs
+            delta["logprobs"] = logprobs
+        if piece.text:
+            self._open.texts.append(piece.text)
+            self._add(f"{_TEXT_EVENTS[kind]}.delta", **self._place(), **delta)
+
+    def _message_item(self) -> Item:
+        return {"id": self._item_id("msg"), "type": "message", "role": "assistant", "content": []}
+
+    def _reasoning_item(self) -> Item:
+        return {"id": self._item_id("rs"), "type": "reasoning", "summary": [], "content": []}
+
+    def _call_item(self, piece: Piece) -> Item:
+        assert self._parsing is not None
+        return {
+            "id": self._item_id("fc"),
+            "type": "function_call",
+            "call_id": self._parsing.call_id(self._record.call_id, 0, piece.call),
+            "name": piece.text,
+            "arguments": "",
+        }
+
+    def _item_id(self, prefix: str) -> str:
+        return f"{prefix}_{self._number}{len(self.items):04x}"
+
+    def _open_item(self, kind: str, item: Item) -> None:
+        item["status"] = "in_progress"
+        self._open = _Open(kind, item, len(self.items))
+        self._add("response.output_item.added", output_index=self._open.index, item=dict(item))
+        if kind != "call":
+            self._add("response.content_part.added", **self._place(), part=self._open.part)
+
+    def _place(self) -> dict[str, Any]:
+        """Where the open item is, for an event about its text."""
+        assert self._open is not None
+        place: dict[str, Any] = {"item_id": self._open.item["id"], "output_index": self._open.index}
+        return place if self._open.kind == "call" else {**place, "content_index": 0}
+
+    def _close(self, status: str) -> None:
+        """The open item, if there is one, has ended."""
         opened = self._open
         if opened is None:
-            opened = self._open_message()
-        logprobs = self._namer.chat(placed).content if placed else []
-        opened.texts.append(text)
-        opened.logprobs += logprobs
-        if text:
-            self._add(
-                "response.output_text.delta",
-                item_id=opened.item["id"],
-                output_index=opened.index,
-                content_index=0,
-                delta=text,
-                logprobs=logprobs,
-            )
-
-    def _open_message(self) -> _Open:
-        item: Item = {
-            "id": f"msg_{self._number}{len(self.items):04x}",
-            "type": "message",
-            "role": "assistant",
-            "status": "in_progress",
-            "content": [],
-        }
-        opened = self._open = _Open(item, len(self.items))
-        self._add("response.output_item.added", output_index=opened.index, item=dict(item))
-        self._add(
-            "response.content_part.added",
-            item_id=item["id"],
-            output_index=opened.index,
-            content_index=0,
-            part=_text_part("", []),
-        )
-        return opened
-
-    def _open_item(self) -> Item:
-        """The item that is being written, as far as it is."""
-        assert self._open is not None
-        part = _text_part("".join(self._open.texts), self._open.logprobs)
-        return {**self._open.item, "content": [part]}
-
-    def _close_item(self, status: str) -> None:
-        opened = self._open
-        assert opened is not None
-        item = {**self._open_item(), "status": status}
-        [part] = item["content"]
-        place = {"item_id": item["id"], "output_index": opened.index}
-        self._add(
-            "response.output_text.done",
-            **place,
-            content_index=0,
-            text=part["text"],
-            logprobs=part["logprobs"],
-        )
-        self._add("response.content_part.done", **place, content_index=0, part=part)
+            return
+        text = {"text": "".join(opened.texts)}
+        if opened.kind == "call":
+            text = {"arguments": text["text"], "name": opened.item["name"]}
+        more = {"logprobs": opened.logprobs} if opened.kind == "content" else {}
+        self._add(f"{_TEXT_EVENTS[opened.kind]}.done", **self._place(), **text, **more)
+        if opened.kind != "call":
+            self._add("response.content_part.done", **self._place(), part=opened.part)
+        item = opened.shown(status)
         self._add("response.output_item.done", output_index=opened.index, item=item)
         self.items.append(item)
         self._open = None
 
     def _end(self, status: str) -> None:
         if self._open is None and not self.items and status == "completed":
-            self._open_message()  # an answer without text is an answer
-        if self._open is not None:
-            self._close_item("completed" if status == "completed" else "incomplete")
+            self._open_item("content", self._message_item())  # an answer without text is an answer
+        self._close("completed" if status == "completed" else "incomplete")
         self.ended, self.status = True, status
         # There is no event for a cancelled response: it is incomplete, and its status says why.
         kind = "incomplete" if status == "cancelled" else status
@@ -238,14 +287,10 @@ class ResponseWriter:
             # The front is not told what a world had in its prefix cache.
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": self._num_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens},
             "total_tokens": prompt + self._num_tokens,
         }
 
     def _add(self, kind: str, **fields: Any) -> None:
         self._events.append({"type": kind, "sequence_number": self._next_event, **fields})
         self._next_event += 1
-
-
-def _text_part(text: str, logprobs: list[ChatLogprob]) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}

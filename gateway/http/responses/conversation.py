@@ -101,23 +101,37 @@ def _string(item: Item, name: str, place: str) -> str:
 
 
 def chat_messages_of(items: list[Item]) -> list[Message]:
-    """The messages of a conversation. Calls that follow each other are one message of the assistant, together with
-    the text before them; reasoning of earlier turns is left out, as chat templates have it."""
+    """The messages of a conversation. Thoughts, text and calls that follow each other are one message of the
+    assistant; thoughts that nothing follows are left out."""
     messages: list[Message] = []
+    turn: Message | None = None  # of the assistant, while nobody else has spoken
     for item in items:
         kind = item["type"]
-        if kind == "message":
-            text = "".join(part.get("text", "") for part in item["content"])
-            messages.append({"role": item["role"], "content": text})
+        if kind not in ("reasoning", "function_call") and item.get("role") != "assistant":
+            turn = None
+            if kind == "function_call_output":
+                message = {"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]}
+            else:
+                message = {"role": item["role"], "content": _text_of(item)}
+            messages.append(message)
+            continue
+        has_spoken = turn is not None and ("content" in turn or "tool_calls" in turn)
+        if turn is None or (has_spoken and kind != "function_call"):
+            turn = {"role": "assistant"}
+            messages.append(turn)
+        if kind == "reasoning":
+            turn["reasoning_content"] = turn.get("reasoning_content", "") + _text_of(item)
         elif kind == "function_call":
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant", "content": None})
             function = {"name": item["name"], "arguments": item["arguments"]}
             call = {"id": item["call_id"], "type": "function", "function": function}
-            messages[-1].setdefault("tool_calls", []).append(call)
-        elif kind == "function_call_output":
-            messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
-    return messages
+            turn.setdefault("tool_calls", []).append(call)
+        else:
+            turn["content"] = _text_of(item)
+    return [message for message in messages if message.keys() - {"role", "reasoning_content"}]
+
+
+def _text_of(item: Item) -> str:
+    return "".join(part.get("text", "") for part in item["content"])
 
 
 def chat_body(request: ResponseRequest, messages: list[Message]) -> bytes:
@@ -144,10 +158,7 @@ def chat_body(request: ResponseRequest, messages: list[Message]) -> bytes:
             }
             for tool in request.tools
         ]
-    choice = request.tool_choice
-    if isinstance(choice, dict) and choice.get("type") == "function":
-        choice = {"type": "function", "function": {"name": choice.get("name")}}
-    body["tool_choice"] = choice
+    body["tool_choice"] = _chat_tool_choice(request.tool_choice)
     wanted = request.text.format if request.text is not None else None
     if wanted is not None and wanted.type != "text":
         body["response_format"] = {"type": wanted.type}
@@ -155,6 +166,18 @@ def chat_body(request: ResponseRequest, messages: list[Message]) -> bytes:
             schema = {"name": wanted.name, "schema": wanted.schema, "strict": wanted.strict}
             body["response_format"]["json_schema"] = schema
     return msgspec.json.encode({name: value for name, value in body.items() if value is not None})
+
+
+def _chat_tool_choice(choice: Any) -> Any:
+    """The chat's way to say the same."""
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") == "function":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
+        tools = [_chat_tool_choice(tool) for tool in choice["tools"]]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
+    return choice
 
 
 _NAMES = {
