@@ -65,6 +65,8 @@ class Conditions:
     stop: list[str]
     priority: int = 0
     deadline_s: float | None = None
+    timeout_s: float | None = None
+    """What was asked, of which `deadline_s` is left."""
 
 
 class _Choice:
@@ -200,6 +202,7 @@ class Calls:
                         one.output_token_ids,
                         conditions.priority,
                         conditions.deadline_s,
+                        conditions.timeout_s,
                         record,
                     )
                 )

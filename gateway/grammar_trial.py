@@ -125,7 +125,15 @@ def _problem_of(grammar: str, tokenizer: object) -> str | None:
     if time.process_time() - began > MAX_PREPARE_S:
         return TOO_SLOW
     problem = matcher.get_error()
-    return f"the grammar is not valid: {problem.strip()[:MAX_MESSAGE_CHARACTERS]}" if problem else None
+    return f"the grammar is not valid: {_first_lines(problem)}" if problem else None
+
+
+def _first_lines(problem: str) -> str:
+    """What the library says of a grammar, without the state of its parser and the grammar itself behind it."""
+    told = problem.partition("<state>")[0].strip()
+    if told == "NoExtensionBias":
+        return "no text matches it; a rule or a $ref may lead back to itself without anything between"
+    return told[:MAX_MESSAGE_CHARACTERS]
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ class JournalEntry:
     """None while it runs, and for one that ended with an error."""
     stop_reason: int | str | None = None
     error: tuple[ErrorCode, str] | None = None
+    timeout_s: float | None = None
+    """What was asked for `deadline_at`: some of it had passed when the request was accepted."""
 
 
 @dataclass(slots=True)

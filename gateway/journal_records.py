@@ -31,6 +31,7 @@ class _RequestContent(msgspec.Struct, array_like=True):
     accepted_at: float
     deadline_at: float | None
     given: list[int]
+    timeout_s: float | None = None
 
 
 class _Chunk(msgspec.Struct, array_like=True):
@@ -158,6 +159,7 @@ def _read_request(stored: StoredRequest) -> JournalEntry:
         stored.crashes,
         content.deadline_at,
         len(content.given),
+        timeout_s=content.timeout_s,
     )
     for position, encoded in stored.chunks:
         chunk = _decode_chunk(encoded)
@@ -190,6 +192,7 @@ def request_content(entry: JournalEntry) -> bytes:
             entry.accepted_at,
             entry.deadline_at,
             entry.output_token_ids[: entry.num_given],
+            entry.timeout_s,
         )
     )
 

@@ -141,13 +141,15 @@ class Requests:
         output_token_ids: list[int] | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
+        timeout_s: float | None = None,
         call: JournalCall | None = None,
     ) -> Request:
         """Takes a request on, from now on it is not lost. Its outputs go to `sink`, never before this
         returns. One of a `call` outlives this process, too, once the caller has committed the call.
 
         `output_token_ids`: tokens that the client has from earlier; they are not sent again. `deadline_s`: after
-        how many seconds the request ends with the error "timeout", running or waiting. Raises RequestFailed:
+        how many seconds the request ends with the error "timeout", running or waiting; `timeout_s`: what was asked
+        for that. Raises RequestFailed:
         overloaded, or invalid_request where the last world's limits do not allow it.
         """
         self.check_admission(1, len(prompt_token_ids) + len(output_token_ids or ()))
@@ -169,6 +171,7 @@ class Requests:
             now,
             list(output_token_ids or ()),
             deadline_at=None if deadline_s is None else now + deadline_s,
+            timeout_s=timeout_s or deadline_s,
         )
         self._journal.accept(entry, call)
         if call is None:
@@ -424,8 +427,8 @@ class Requests:
     def _pass_deadline(self, request: Request) -> None:
         entry = request.entry
         count = len(entry.output_token_ids)
-        deadline_s = (entry.deadline_at or 0.0) - entry.accepted_at
-        text = f"the request was cancelled at its timeout of {deadline_s:.3g} s, after {count} output tokens"
+        timeout_s = entry.timeout_s or (entry.deadline_at or 0.0) - entry.accepted_at
+        text = f"the request was cancelled at its timeout of {timeout_s:.6g} s, after {count} output tokens"
         self._fail(request, RequestFailed("timeout", text))
         self._call_after_batch()
 

@@ -37,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_client_commands(commands)
 
     status = commands.add_parser("status", help="show worlds and ranks", description="Show worlds and ranks.")
-    add_server(status)
+    add_server(status, default_url=None)
+    status.add_argument("--port", type=int, default=8000, metavar="P", help="HTTP port that it serves on")
+    status.add_argument("--run-dir", type=Path, metavar="DIR", help="its run folder, if it was given one")
     status.add_argument("--json", action="store_true", help="print what /cluster answers, for programs")
 
     stop = commands.add_parser(
@@ -107,13 +109,14 @@ def _run(options: argparse.Namespace) -> int:
         settings = Settings.from_arguments(options)
         from launcher.serve import serve
 
-        return serve(settings)
+        return serve(settings, lambda: Settings.from_arguments(options))
     if options.command in CLIENT_COMMANDS:
         return run_client_command(options)
     if options.command == "status":
-        from launcher.status import status
+        from launcher.status import address_of, status
 
-        return status(options.url, as_json=options.json, api_key=options.api_key)
+        url = options.url or address_of(options.port, options.run_dir)
+        return status(url, as_json=options.json, api_key=options.api_key)
     if options.command == "completion":
         from launcher.completion import completion
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ MAX_COMMAND_BYTES = 64 * 1024
 WORD_INTERVAL_S = 1.0
 """How often whoever waits for a change hears that it goes on."""
 BLOCK_TOKENS = 16
+CHECK_INTERVAL_MS = 500
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,12 @@ class Reloads:
                 self.socket.send_multipart([identity, json.dumps(event).encode()], zmq.NOBLOCK)
 
 
-def ask(path: Path, command: dict[str, Any], silence_s: float) -> Iterator[dict[str, Any]]:
+def ask(
+    path: Path, command: dict[str, Any], silence_s: float, check: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, Any]]:
     """Client: sends a command to the socket of a supervisor and yields its events, for as long as none is further
-    away than `silence_s` from the one before. Raises LauncherError if nobody answers (any more)."""
+    away than `silence_s` from the one before. `check` is called twice a second, and may raise. Raises LauncherError
+    if nobody answers (any more)."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.linger = 0
@@ -194,7 +198,8 @@ def ask(path: Path, command: dict[str, Any], silence_s: float) -> Iterator[dict[
         socket.send(json.dumps(command).encode())
         while True:
             give_up_at = time.monotonic() + silence_s
-            while not socket.poll(max(0, round(1000 * (give_up_at - time.monotonic())))):
+            while not socket.poll(CHECK_INTERVAL_MS):
+                check()
                 if time.monotonic() >= give_up_at:
                     raise LauncherError(
                         "the supervisor does not answer; `phalanx status` shows what is served"

@@ -4,6 +4,7 @@ Called by `cli`; brings the model here first, and refuses what cannot be moved."
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from launcher.display import Display, choose_display
 from launcher.errors import LauncherError
 from launcher.preparation import PreparedModel, Stopped, prepare
+from launcher.processes import ProcessId, is_alive
 from launcher.reload import ask
 from launcher.settings import RELOADABLE, Settings, default_cache_dir, default_run_dir
 from launcher.stop_signals import StopSignals
@@ -23,16 +25,22 @@ _IGNORED_TOKENIZER_KEYS = ("version", "truncation", "padding")
 
 def reload(arguments: argparse.Namespace) -> int:
     """0 when the new world serves. Raises LauncherError with the reason if the old one goes on."""
-    run_dir = arguments.run_dir or default_run_dir(arguments.port)
-    path = Path(run_dir) / "commands.sock"
+    run_dir = Path(arguments.run_dir or default_run_dir(arguments.port))
+    return reload_to(run_dir, Settings.changes_from(arguments))
+
+
+def reload_to(run_dir: Path, changes: dict[str, Any]) -> int:
+    """The same with settings by name."""
+    path = run_dir / "commands.sock"
     if not path.exists():
         raise LauncherError(
             f"nothing is served from {run_dir}; say which deployment with --port or --run-dir, "
             "or start one with `phalanx serve`"
         )
-    [answer] = [next(ask(path, {"command": "settings"}, ANSWER_S))]
+    supervisor = _Supervisor(run_dir)
+    [answer] = [next(ask(path, {"command": "settings"}, ANSWER_S, supervisor.check))]
     old = answer["settings"]
-    settings = changed(old, Settings.changes_from(arguments))
+    settings = changed(old, changes)
     with StopSignals() as stop, choose_display() as display:
         try:
             prepared = prepare(
@@ -52,7 +60,24 @@ def reload(arguments: argparse.Namespace) -> int:
         if (old_template := _chat_template(Path(old["model_dir"]))) != _chat_template(prepared.path):
             what = "the old one stays in use" if old_template else "none stays in use"
             display.say(f"the chat template is another one; {what} until the server is started anew")
-        return _wait(path, settings, prepared, display)
+        return _wait(path, settings, prepared, display, supervisor)
+
+
+class _Supervisor:
+    """The one that is asked, by what it has written down of itself."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._process = None
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            self._process = ProcessId(**json.loads((run_dir / "processes.json").read_text())["supervisor"])
+
+    def check(self) -> None:
+        """Raises LauncherError if it has ended."""
+        if self._process is not None and not is_alive(self._process):
+            raise LauncherError(
+                "the supervisor has ended meanwhile, and the new world with it. What served before goes on for a "
+                "while: start `phalanx serve` with the same flags to take it over, then reload again"
+            )
 
 
 def changed(old: dict[str, Any], changes: dict[str, Any]) -> Settings:
@@ -95,13 +120,16 @@ def _chat_template(folder: Path) -> object:
     return content.get("chat_template") if isinstance(content, dict) else None
 
 
-def _wait(path: Path, settings: Settings, prepared: PreparedModel, display: Display) -> int:
+def _wait(
+    path: Path, settings: Settings, prepared: PreparedModel, display: Display, supervisor: _Supervisor
+) -> int:
     wanted = {name: getattr(settings, name) for name in RELOADABLE}
     if Path(settings.model).exists():
         wanted["model"] = str(Path(settings.model).absolute())
     model = {**dataclasses.asdict(prepared), "path": str(prepared.path)}
     told = ""
-    for event in ask(path, {"command": "reload", "settings": wanted, "prepared": model}, SILENCE_S):
+    command = {"command": "reload", "settings": wanted, "prepared": model}
+    for event in ask(path, command, SILENCE_S, supervisor.check):
         if event["event"] == "failed":
             for line in event.get("lines", ()):
                 display.say(f"    {line}")

@@ -25,6 +25,7 @@ RUN_ID_VARIABLE = "PHALANX_RUN_ID"
 EPOCH_VARIABLE = "PHALANX_EPOCH"
 """Environment variable that holds the epoch, in every process of a world; the front has none."""
 
+ADDRESS_FILE = "http-address"
 _KEPT_WORLDS = 5
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), without its final zero
 
@@ -165,9 +166,15 @@ class RunDir:
             return {}
         return content if isinstance(content, dict) else {}
 
+    def write_address(self, url: str) -> None:
+        """Leaves the HTTP address for `phalanx status`."""
+        with contextlib.suppress(OSError):  # a full disk: then it is to be given with --url
+            (self.path / ADDRESS_FILE).write_text(url + "\n")
+
     def forget(self) -> None:
         """Removes the records: nothing runs any more."""
-        for path in (self.path / "processes.json", self.path / "deployment.json", self.listener_socket):
+        records = [self.path / name for name in ("processes.json", "deployment.json", ADDRESS_FILE)]
+        for path in (*records, self.listener_socket):
             with contextlib.suppress(OSError):
                 path.unlink()
 

@@ -9,6 +9,7 @@ import json
 import logging
 import shlex
 import socket
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from launcher.children import child_environment, python_module
 from launcher.display import Display, choose_display
 from launcher.errors import LauncherError
 from launcher.grpc_port import DEFAULT_PORT, choose_grpc_port
+from launcher.hangup import HangupReload, has_terminal
 from launcher.hosts import address_towards, parse_hosts
 from launcher.launchers.mpirun import Flavor, find_mpirun
 from launcher.logs import EventLog
@@ -38,13 +40,15 @@ NOT_RECORDED = ("run_dir", "max_wait_s", "drain_timeout")
 """Settings that a supervisor may be given otherwise than the one that it takes over from."""
 
 
-def serve(settings: Settings) -> int:
-    """Serves until a signal ends it; returns 0. Raises LauncherError."""
+def serve(settings: Settings, read_settings: Callable[[], Settings] | None = None) -> int:
+    """Serves until a signal ends it; returns 0. `read_settings`: again, from where they came, when SIGHUP asks for
+    that. Raises LauncherError."""
     log = EventLog()
-    with StopSignals() as stop, choose_display() as display:
+    reloads = read_settings is not None and not has_terminal()
+    with StopSignals(stops_at_hangup=not reloads) as stop, choose_display() as display:
         log.to_stream(_DisplayHandler(display))
         try:
-            _serve(settings, log, stop, display)
+            _serve(settings, log, stop, display, read_settings or (lambda: settings))
         except Stopped:
             pass
         finally:
@@ -52,7 +56,13 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Display) -> None:
+def _serve(
+    settings: Settings,
+    log: EventLog,
+    stop: StopSignals,
+    display: Display,
+    read_settings: Callable[[], Settings],
+) -> None:
     adopt_orphans()
     mpirun = find_mpirun(settings.mpirun)
     hosts = parse_hosts(settings.hosts)
@@ -93,6 +103,8 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
             remote_endpoint=f"tcp://{address_towards(hosts)}:*" if len(hosts) > 1 else "",
         )
         _listen(listener, settings)
+        run_dir.write_address(client_url(settings.host, port))
+        hangups = HangupReload(run_dir.path, read_settings, log)
         progress = _StartProgress(display)
         keeper = RecordKeeper(run_dir, recorded_settings(settings), recorded_model(prepared))
 
@@ -116,6 +128,7 @@ def _serve(settings: Settings, log: EventLog, stop: StopSignals, display: Displa
             keeper=keeper,
             found=found,
             changes=PlannedChanges(settings, prepared, plan, remember),
+            on_turn=lambda: hangups.check(stop.take_hangup()),
         ).run()
         display.say("stopped")
     finally:
@@ -280,13 +293,18 @@ class _StartProgress:
             self._display.update("load", done, total, "B")
 
 
+def client_url(host: str, port: int) -> str:
+    """Where clients of this machine reach the front."""
+    if host in ("0.0.0.0", "::", ""):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def _say_ready(
     display: Display, host: str, port: int, world: World, state: FrontState, model_dir: Path
 ) -> None:
     display.finish()
-    if host in ("0.0.0.0", "::", ""):
-        host = "127.0.0.1"
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = client_url(host, port)
     name = world.plan.served_model_name
     shape = f"(tp {world.plan.tp}, pp {world.plan.pp})"
     with contextlib.suppress(OSError):  # serving does not depend on somebody reading this

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
+from launcher.errors import LauncherError
 from launcher.http_client import get_json, key_or_default
 from launcher.post_mortem import telling_line
+from launcher.run_dir import ADDRESS_FILE
+from launcher.settings import default_run_dir
 
 
 def status(url: str, as_json: bool, api_key: str | None = None) -> int:
@@ -16,6 +20,19 @@ def status(url: str, as_json: bool, api_key: str | None = None) -> int:
     worlds = cluster.get("worlds", [])
     print(json.dumps(cluster, indent=2) if as_json else "\n".join(format_cluster(cluster)))
     return 0 if any(world.get("state") == "active" for world in worlds) else 1
+
+
+def address_of(port: int, run_dir: Path | None) -> str:
+    """Where a deployment of this machine is served. Raises LauncherError."""
+    folder = run_dir if run_dir is not None else default_run_dir(port)
+    try:
+        return (folder / ADDRESS_FILE).read_text().strip()
+    except OSError:
+        if run_dir is None:  # it may have a run folder elsewhere
+            return f"http://127.0.0.1:{port}"
+        raise LauncherError(
+            f"nothing is served from {run_dir}; say which deployment with --port, --run-dir or --url"
+        ) from None
 
 
 def format_cluster(cluster: dict[str, Any]) -> list[str]:

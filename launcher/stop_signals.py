@@ -13,8 +13,11 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class StopSignals:
     """A context in which these signals end nothing by themselves: they count, and make `fileno` readable."""
 
-    def __init__(self) -> None:
+    def __init__(self, stops_at_hangup: bool = True) -> None:
+        """`stops_at_hangup`: SIGHUP is one of them; else it is counted apart."""
         self.count = 0
+        self._stops_at_hangup = stops_at_hangup
+        self._hangups = 0
 
     def __enter__(self) -> StopSignals:
         self._read_end, self._write_end = socket.socketpair()
@@ -47,5 +50,13 @@ class StopSignals:
     def requested(self) -> bool:
         return self.count > 0
 
+    def take_hangup(self) -> bool:
+        """Whether SIGHUP, which stops nothing here, has come since the last call."""
+        found, self._hangups = self._hangups > 0, 0
+        return found
+
     def _on_signal(self, number: int, frame: object) -> None:
-        self.count += 1
+        if number == signal.SIGHUP and not self._stops_at_hangup:
+            self._hangups += 1
+        else:
+            self.count += 1

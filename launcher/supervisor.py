@@ -80,15 +80,17 @@ class Supervisor:
         keeper: RecordKeeper | None = None,
         found: Found | None = None,
         changes: ChangeMaker | None = None,
+        on_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_progress` is called every turn until the first world serves, `on_ready` once it does. `found` is
-        what an earlier supervisor left serving: it is taken over."""
+        """`on_turn` is called every turn, `on_progress` too until the first world serves, `on_ready` once it does.
+        `found` is what an earlier supervisor left serving: it is taken over."""
         self._plan = plan
         self._run_dir = run_dir
         self._log = log
         self._stop = stop
         self._on_progress = on_progress
         self._on_ready = on_ready
+        self._on_turn = on_turn
         self._environment = {**environment, RUN_ID_VARIABLE: run_dir.run_id}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         own_id = ProcessId.of(os.getpid())
@@ -168,6 +170,7 @@ class Supervisor:
         self._turned_at = now
         if self._stop.fileno() in ready or self._stop in ready:
             self._stop.drain()
+        self._on_turn()
         self._link.answer_zap()
         self._hear_guards(now)
         self._hear_front(now)
@@ -178,7 +181,7 @@ class Supervisor:
         if not self._stopping:
             if self._current is None:
                 self._replace_world(now)
-            elif self._spares.is_due(now) and not self._draining:
+            elif self._spares.is_due(now) and not self._draining and self._reloads.world is None:
                 self._start_spare(now)
             if not self._draining:
                 self._judge_front(now)

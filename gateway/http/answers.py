@@ -428,5 +428,5 @@ class TextAnswerBuilder(Answer):
 
 
 def finish_reason(reason: str | None) -> str | None:
-    """OpenAI knows no "cancelled": an answer that was ended from outside just stops."""
-    return "stop" if reason == "cancelled" else reason
+    """As vLLM says it: OpenAI has no word for an answer that was ended from outside."""
+    return "abort" if reason == "cancelled" else reason

@@ -152,7 +152,7 @@ class Embeddings:
                 raise ApiError(400, problem, param=param, code="invalid_value")
         group = Group(openai.requests)
         collector = _Vectors(len(prompts))
-        ask = Ask([], priority or 0, deadline.left_s())
+        ask = Ask([], priority or 0, deadline.left_s(), deadline.timeout_s)
         try:
             group.submit(prompts, [params] * len(prompts), ask, collector)
         except RequestFailed as error:

@@ -228,7 +228,9 @@ class OpenAI:
             raise ApiError(400, text, param="n")
         prompt_tokens = sum(map(len, prompts))
         content = AnswerContent(self.model, bool(request.stream), len(prompts), prompt_tokens, shape)
-        conditions = Conditions(stop_strings(request), priority(request), deadline.left_s())
+        conditions = Conditions(
+            stop_strings(request), priority(request), deadline.left_s(), deadline.timeout_s
+        )
         return Prepared(prompts, params, conditions, content)
 
     async def limits(self, deadline: Deadline) -> Limits:

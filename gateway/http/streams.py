@@ -61,6 +61,8 @@ class Ask:
     stop: list[str]
     priority: int = 0
     deadline_s: float | None = None
+    timeout_s: float | None = None
+    """What was asked, of which `deadline_s` is left."""
 
 
 class Group:
@@ -92,6 +94,7 @@ class Group:
                     sink,
                     priority=ask.priority,
                     deadline_s=ask.deadline_s,
+                    timeout_s=ask.timeout_s,
                 )
                 self._members.append(request)
         except RequestFailed:

@@ -229,7 +229,9 @@ class LanguageModel:
         most = openai.requests.waiting.max_requests
         if len(prompts) > most:
             raise ApiError(400, f"{len(prompts)} texts in one request; allowed: {most} (--max-waiting)")
-        conditions = Conditions(stop_strings(request), priority(request), deadline.left_s())
+        conditions = Conditions(
+            stop_strings(request), priority(request), deadline.left_s(), deadline.timeout_s
+        )
         return self._take_on(prompts, base, conditions, target)
 
     def _take_on(

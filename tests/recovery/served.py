@@ -27,7 +27,8 @@ READY_TIMEOUT_S = 180.0
 class Served:
     """One deployment that is ready. Leave the context to end it by SIGTERM."""
 
-    def __init__(self, model: str, run_dir: Path, *flags: str) -> None:
+    def __init__(self, model: str, run_dir: Path, *flags: str, new_session: bool = False) -> None:
+        """`new_session`: without a terminal, as a daemon."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir = run_dir
         self._errors = run_dir / "serve.stderr"
@@ -38,7 +39,12 @@ class Served:
         began = time.monotonic()
         with self._errors.open("a") as errors:
             self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=end_with_parent
+                command,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                preexec_fn=end_with_parent,
+                start_new_session=new_session,
             )
         assert self.process.stdout is not None
         watchdog = threading.Timer(READY_TIMEOUT_S, self.process.kill)

@@ -35,6 +35,18 @@ def phalanx(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str
     return subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=120)
 
 
+def test_status_finds_the_deployment_by_its_run_folder_or_port(served: Served) -> None:
+    for where in (
+        ["--run-dir", str(served.run_dir)],
+        ["--url", served.url],
+        ["--port", served.url.rsplit(":")[-1]],
+    ):
+        shown = phalanx("status", *where)
+        assert shown.returncode == 0 and "world 1  active" in shown.stdout, shown
+    missing = phalanx("status", "--run-dir", str(served.run_dir / "elsewhere"))
+    assert missing.returncode == 1 and "nothing is served from" in missing.stderr
+
+
 def test_status(served: Served) -> None:
     answer = phalanx("status", "--url", served.url)
     assert answer.returncode == 0, answer.stderr

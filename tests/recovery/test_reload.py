@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.recovery.served import Served, Streams, processes_of, still_there
@@ -141,6 +143,41 @@ def test_the_world_that_serves_is_replaced_meanwhile(
         assert done.returncode == 1 and "has taken its place; ask again" in done.stderr, done
         for stream in streams.finish():
             assert (stream.error, stream.done, stream.finish_reason) == (None, True, "length")
+
+
+def test_no_spare_is_started_while_a_world_is_to_take_over(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a supervisor that is killed meanwhile is noticed at once by whoever waits for the change."""
+    file = tmp_path / "faults"
+    file.write_text("")
+    monkeypatch.setenv("PHALANX_FAULTS", f"@{file}")
+    flags = ("--tp", "2", "--kv-cache-memory", "16MiB", "--spare", "warm")
+    with Served(str(models / "first"), tmp_path / "run", *flags) as served:
+        world = served.active_world()
+        spare = served.parked_spare()
+        file.write_text(f"sleep=60 phase=loaded epoch={spare['epoch'] + 1}")
+        reloading = Background(served, str(models / "second"))
+        while len(served.cluster()["worlds"]) < 3:
+            time.sleep(0.05)
+        for process in processes_of(spare):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        log = tmp_path / "run" / "supervisor.log"
+        while "spare lost" not in log.read_text():
+            time.sleep(0.05)
+        until = time.monotonic() + 3  # its back-off is 1 s
+        while time.monotonic() < until:
+            assert [one["state"] for one in served.cluster()["worlds"]].count("spare") == 0
+            time.sleep(0.1)
+        assert served.active_world()["epoch"] == world["epoch"]
+        served.kill_supervisor()
+        began = time.monotonic()
+        done = reloading.wait()
+        assert done.returncode == 1 and "the supervisor has ended meanwhile" in done.stderr, done
+        assert time.monotonic() - began < 10
+        command = [sys.executable, "-m", "launcher.cli", "stop", "--run-dir", str(tmp_path / "run")]
+        assert subprocess.run(command, capture_output=True).returncode == 0
 
 
 def test_without_a_deployment_it_says_so(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def schema(content: object) -> dict[str, object]:
         ),
         (schema({"type": "strong"}), SCHEMA, "Invalid type: strong"),
         (schema({"$ref": "#/nowhere"}), SCHEMA, "does not exist"),
+        (schema({"$ref": "#"}), SCHEMA, "no text matches it; a rule or a $ref may lead back to itself"),
         (schema({"enum": ["x" * 70_000]}), SCHEMA, "allowed: up to 65536"),
         ({"guided_json": "[1]"}, "guided_json", "not an object"),
         ({"guided_json": "{"}, "guided_json", "cannot be read"),
@@ -182,6 +183,7 @@ def test_what_cannot_be_followed_is_refused(
         assert says in answer["error"]["message"]
         assert answer["error"]["param"] == param
         assert len(answer["error"]["message"]) < 1500
+        assert "<state>" not in answer["error"]["message"], "the inside of a library"
 
 
 @pytest.mark.parametrize(

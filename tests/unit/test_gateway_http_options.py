@@ -84,6 +84,8 @@ def test_a_timeout_ends_the_request_as_an_error(cluster: EchoCluster) -> None:
     status, headers, answer = ask(cluster, TEXT, body)
     assert 0.25 < time.monotonic() - began < 1.5
     assert (status, answer["error"]["code"]) == (408, "timeout")
+    _, _, short = ask(cluster, TEXT, {**body, "timeout": 0.0523})
+    assert "its timeout of 0.0523 s" in short["error"]["message"], "what was asked, not what was left of it"
     assert "cancelled at its timeout of 0.3 s" in answer["error"]["message"]
     assert headers["x-should-retry"] == "false"
     *chunks, error = events(ask(cluster, TEXT, {**body, "stream": True})[2])

@@ -203,7 +203,12 @@ def test_a_request_can_be_ended_by_its_id(shared: EchoCluster) -> None:
     stream.read(2)
     _, _, answer = ask(shared, f"/v1/requests/{stream.id}", method="DELETE")
     assert answer == {"id": stream.id, "object": "request", "status": "cancelled"}
-    assert stream.read_until_lost()[-1][1] == b"[DONE]"
+    seen = stream.read_until_lost()
+    assert seen[-1][1] == b"[DONE]"
+    assert json.loads(seen[-2][1])["choices"][0]["finish_reason"] == "abort"
+    shown = ask(shared, f"/v1/requests/{stream.id}", method="GET")[2]
+    assert shown["choices"][0]["finish_reason"] == "abort"
+    assert shown["response"]["choices"][0]["finish_reason"] == "abort"
 
 
 def test_a_wish_that_is_none_is_refused(shared: EchoCluster) -> None:
