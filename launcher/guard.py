@@ -18,12 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import zmq
 
 from launcher.freezer import CgroupFreezer
-from launcher.guard_environment import PREFIX, GuardEnvironment, rank_of_environment
+from launcher.guard_environment import GuardEnvironment, connect, rank_of_environment
 from launcher.guard_messages import (
     Beat,
     FaultReport,
@@ -40,8 +39,6 @@ from launcher.guard_messages import (
 from launcher.hangs import HangWatch
 from launcher.life_lock import LifeLock
 from launcher.post_mortem import (
-    STACK_SIGNAL,
-    STACK_VARIABLE,
     describe_progress,
     dump_stacks,
     last_lines,
@@ -51,13 +48,11 @@ from launcher.post_mortem import (
     signal_name,
 )
 from launcher.processes import ProcessId, StateReader, ending_code, host_id, host_name
+from launcher.rank_start import StartGate, start_rank
 from launcher.starvation import Starvation
 from launcher.supervisor_tie import SupervisorTie
 from launcher.watch import (
     LIFE_SUFFIX,
-    PARENT_VARIABLE,
-    PROGRESS_PAGE_VARIABLE,
-    START_GATE_VARIABLE,
     Phase,
     ProgressPage,
     SpareKind,
@@ -115,8 +110,7 @@ class Guard:
         self._exit_code: int | None = None
         self._told_to_end = False
         self._spare = spare
-        self._gate: int | None = None
-        """Write end of the pipe at which the rank of a spare waits; None once it may go on."""
+        self._gate = StartGate()
         self._hangs = HangWatch()
         self._starvation = Starvation(environment.shm_dir)
         self._memory_bytes = 0
@@ -136,7 +130,9 @@ class Guard:
         page_path = self._environment.shm_dir / f"rank-{self.rank}.progress"
         self._page = ProgressPage.create(page_path)
         self._life = LifeLock.create(page_path.with_suffix(LIFE_SUFFIX))
-        self._process = self._spawn(page_path)
+        self._process = start_rank(
+            self._command, page_path, self._log_path, self._stack_path, self._spare, self._gate
+        )
         rank_id = ProcessId.of(self._process.pid)
         assert rank_id is not None  # it is not reaped yet
         self._rank_id = rank_id
@@ -144,7 +140,7 @@ class Guard:
         self._state = StateReader(self._process.pid)
         self._freezer = CgroupFreezer(self._process.pid)
         try:
-            with zmq.Context() as context, self._connect(context) as link:
+            with zmq.Context() as context, connect(self._environment, context) as link:
                 self._link = link
                 return self._watch(link)
         finally:
@@ -163,45 +159,6 @@ class Guard:
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._told_to_end = True
-
-    def _spawn(self, page_path: Path) -> subprocess.Popen[bytes]:
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-        variables[PROGRESS_PAGE_VARIABLE] = str(page_path)
-        variables[PARENT_VARIABLE] = str(os.getpid())
-        variables[STACK_VARIABLE] = f"{STACK_SIGNAL:d} {self._stack_path}"
-        variables["PYTHONUNBUFFERED"] = "1"
-        variables["PYTHONFAULTHANDLER"] = "1"  # a segmentation fault leaves a trace for the post-mortem
-        gate = -1
-        if self._spare is not SpareKind.NONE:
-            gate, self._gate = os.pipe()
-            os.set_inheritable(gate, True)
-            variables[START_GATE_VARIABLE] = f"{self._spare.value} {gate}"
-        with self._log_path.open("ab") as log:
-            # MPICH's launcher hands the rank an open file descriptor, which has to reach it.
-            process = subprocess.Popen(
-                self._command,
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                close_fds=False,
-            )
-        if gate >= 0:
-            os.close(gate)
-        return process
-
-    def _connect(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-        link = context.socket(zmq.DEALER)
-        link.curve_serverkey = self._environment.server_key.encode()
-        link.curve_publickey = self._environment.public_key.encode()
-        link.curve_secretkey = self._environment.secret_key.encode()
-        link.linger = 500  # ms: time for the last word to leave
-        link.sndhwm = 256
-        link.set(zmq.RECONNECT_IVL, 20)
-        link.set(zmq.IMMEDIATE, 1)  # without a supervisor nothing queues up for the next one
-        here = self._environment.supervisor_host_id == host_id()
-        link.connect(self._environment.endpoint if here else self._environment.remote_endpoint)
-        return link
 
     def _watch(self, link: zmq.Socket[bytes]) -> int:
         rank_descriptor = os.pidfd_open(self._process.pid)
@@ -321,7 +278,7 @@ class Guard:
             if self._hangs.starved_s > 0.1:
                 detail += f", and {self._hangs.starved_s:.1f} s more without a processor"
             self._tell_fault("hung", detail, None, hung_s)
-        parked = progress.phase is Phase.PARKED and self._gate is not None
+        parked = progress.phase is Phase.PARKED and self._gate.is_shut
         measure, interval_s = (
             (memory_bytes, MEMORY_INTERVAL_S) if parked else (resident_bytes, RESIDENT_INTERVAL_S)
         )
@@ -393,11 +350,8 @@ class Guard:
                 self._tie.on_message(message)
                 if isinstance(message, Introduce):
                     self._say_hello()
-            elif isinstance(message, Go) and message.epoch == self.epoch and self._gate is not None:
-                with contextlib.suppress(BrokenPipeError):  # the rank is dead, which is reported by itself
-                    os.write(self._gate, b"g")
-                os.close(self._gate)
-                self._gate = None
+            elif isinstance(message, Go) and message.epoch == self.epoch and self._gate.is_shut:
+                self._gate.open()
                 self._interval_s = STARTING_INTERVAL_S
 
     def _kill_rank(self) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import zmq
+
 from launcher.leases import ADOPTION_WAIT_S
-from launcher.processes import ProcessId
+from launcher.processes import ProcessId, host_id
 
 PREFIX = "PHALANX_GUARD_"
 """Of the variables; a guard takes them out of what its rank inherits."""
@@ -75,3 +77,18 @@ def rank_of_environment(environment: Mapping[str, str]) -> int:
         if variable in environment:
             return int(environment[variable])
     return 0
+
+
+def connect(environment: GuardEnvironment, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """A guard's link to the supervisor."""
+    link = context.socket(zmq.DEALER)
+    link.curve_serverkey = environment.server_key.encode()
+    link.curve_publickey = environment.public_key.encode()
+    link.curve_secretkey = environment.secret_key.encode()
+    link.linger = 500  # ms: time for the last word to leave
+    link.sndhwm = 256
+    link.set(zmq.RECONNECT_IVL, 20)
+    link.set(zmq.IMMEDIATE, 1)  # without a supervisor nothing queues up for the next one
+    here = environment.supervisor_host_id == host_id()
+    link.connect(environment.endpoint if here else environment.remote_endpoint)
+    return link

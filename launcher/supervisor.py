@@ -4,7 +4,6 @@ import neither torch nor the HTTP stack, and must leave no process, port or shar
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -13,32 +12,28 @@ from collections.abc import Callable
 
 import zmq
 
-from gateway.control_messages import FrontState, WorldTable
+from gateway.control_messages import FrontState
 from launcher.adoption import Found, RecordKeeper, adopt_worlds
-from launcher.diagnosis import Machine, describe_failed_starts, diagnose
-from launcher.errors import LauncherError
 from launcher.fault_log import FaultLog
 from launcher.front_process import FrontProcess
 from launcher.guard_link import GuardLink
 from launcher.guard_messages import Kill
 from launcher.hosts import HostPool, host_of
 from launcher.logs import EventLog
-from launcher.obstacles import full_disk, may_pass
 from launcher.processes import AdoptedProcess, ProcessId
 from launcher.reload import ChangeMaker, Reloads
-from launcher.restarts import Restarts
 from launcher.run_dir import RUN_ID_VARIABLE, RunDir
 from launcher.spares import Spares
 from launcher.stop_signals import StopSignals
 from launcher.watch import SpareKind
 from launcher.world_records import WorldFault, WorldPlan, WorldState
-from launcher.world_table import world_entry
-from launcher.worlds import DEATH_TIMEOUT_S, World, final_fault
+from launcher.world_starts import GaveUp, NotStarted, WorldStarts
+from launcher.world_table import TableTeller
+from launcher.worlds import DEATH_TIMEOUT_S, World
 
 TURN_S = 0.05
 DYING_TURN_S = 0.005
 """A world's end is looked at often, since everybody waits for it."""
-TABLE_INTERVAL_S = 0.25
 FRONT_GRACE_S = 5.0
 """How long the front may take to end after the drain timeout."""
 LAST_GRACE_S = 2.0
@@ -46,18 +41,6 @@ LAST_GRACE_S = 2.0
 TELL_DRAIN_AFTER_S = 1.0
 SERVE_TIMEOUT_S = 30.0
 """How long the front may take to be welcomed by a world that is ready."""
-
-
-class GaveUp(LauncherError):
-    """No relaunch can help; the message is the diagnosis."""
-
-
-class NotStarted(LauncherError):
-    """A world could not be started. `may_pass`: the reason may go by itself."""
-
-    def __init__(self, message: str, may_pass: bool) -> None:
-        super().__init__(message)
-        self.may_pass = may_pass
 
 
 class Supervisor:
@@ -123,14 +106,12 @@ class Supervisor:
         self._current: World | None = None
         """The one that serves, or is to serve next; all before it are dying."""
         self._spares = Spares(spare)
-        self._epoch = 0
-        """The highest one handed out."""
-        self._epoch_is_free = False
-        """Whether it was handed out ahead: when a world was aborted, to the one that comes next."""
         self._kv_blocks = 0
         """Of the first world that served; all later ones get the same."""
-        self._restarts = Restarts(waits_for_hosts=bool(plan.hosts))
-        self._machine = Machine.now()
+        self._starts = WorldStarts(
+            run_dir, self._link, self._hosts, self._environment, log, waits_for_hosts=bool(plan.hosts)
+        )
+        self._restarts = self._starts.restarts
         self._was_ready = False
         self._drain_timeout_s = drain_timeout_s
         self._draining = False
@@ -140,8 +121,7 @@ class Supervisor:
         self._front_notice: str | None = None
         self._recovering_since: float | None = None
         self._resumed_epoch = 0
-        self._table_key: tuple[object, ...] = ()
-        self._table_sent_at = 0.0
+        self._table = TableTeller()
         self._record_failed = False
         self._turned_at = time.monotonic()
         if found is not None:
@@ -256,7 +236,7 @@ class Supervisor:
         self._on_served(new, state, now)
 
     def _on_served(self, world: World, state: FrontState, now: float) -> None:
-        self._restarts.on_served()
+        self._starts.on_served()
         if not self._was_ready:
             self._was_ready = True
             self._kv_blocks = world.kv_blocks
@@ -285,19 +265,7 @@ class Supervisor:
             try:
                 self._current = self._start_world(SpareKind.NONE)
             except NotStarted as error:
-                self._put_off(error, now)
-
-    def _put_off(self, error: NotStarted, now: float) -> None:
-        """A deployment that has served tries again: what it has accepted waits."""
-        if not self._was_ready:
-            raise GaveUp(str(error)) from None
-        if error.may_pass:
-            back_off_s: float | None = self._restarts.on_obstacle(str(error), now)
-        else:
-            back_off_s = self._restarts.on_failed_start(now)
-        if back_off_s is None:
-            raise GaveUp(str(error)) from None
-        self._log.warning("world cannot be started", detail=str(error), next_start_s=back_off_s)
+                self._starts.put_off(error, now)
 
     def _start_spare(self, now: float) -> None:
         """What keeps it from starting, like a full disk, is no reason to end the world that serves."""
@@ -306,38 +274,18 @@ class Supervisor:
         except NotStarted as error:
             self._log.warning("spare not started", detail=str(error), next_start_s=self._spares.lose(now))
 
-    def _raise_epoch(self) -> None:
-        try:
-            self._epoch = self._run_dir.raise_epoch()
-        except OSError as error:
-            text = f"the epoch cannot be written to {self._run_dir.path}: {error.strerror}"
-            raise NotStarted(text, may_pass(error)) from None
-
     def _start_world(self, spare: SpareKind, plan: WorldPlan | None = None) -> World:
         """Raises NotStarted."""
-        if not self._epoch_is_free:
-            self._raise_epoch()
-        self._epoch_is_free = False
-        epoch = self._epoch
-        planned = plan or self._plan
-        hosts = self._hosts.choose(planned.tp * planned.pp, time.monotonic())
-        world = World(epoch, planned, self._run_dir, self._link, spare, hosts)
-        try:
-            world.start(self._environment, self._kv_blocks if plan is None else 0)
-        except OSError as error:
-            self._run_dir.remove_world_files(epoch)
-            cause = diagnose([WorldFault("start", None, None, str(error))], self._machine, Machine.now())
-            text = f"cannot start a world: {error}{f' ({cause})' if cause else ''}"
-            raise NotStarted(text, may_pass(error)) from None
+        world = self._starts.start(spare, plan or self._plan, self._kv_blocks if plan is None else 0)
         self._worlds.append(world)
         if self._faults:  # a start in good health says nothing
             event = "spare started" if world.is_spare else "world started"
-            self._log.info(event, epoch=epoch, ranks=world.size)
+            self._log.info(event, epoch=world.epoch, ranks=world.size)
         return world
 
     def _take_over(self, found: Found) -> None:
         """What an earlier supervisor left becomes this one's own; what it lacks is started as after a fault."""
-        self._epoch = self._run_dir.epoch
+        self._starts.epoch = self._run_dir.epoch
         self._kv_blocks = found.kv_blocks
         if found.front is not None:
             self._front.adopt(found.front)
@@ -413,9 +361,7 @@ class Supervisor:
             self._current = None
             self._spares.on_unserved()
             if self._spares.world is None:  # the epoch of a spare is higher already
-                with contextlib.suppress(NotStarted):  # it is raised before the next start, or that waits
-                    self._raise_epoch()
-                    self._epoch_is_free = True
+                self._starts.raise_epoch_ahead()
             if self._recovering_since is None:
                 self._recovering_since = now
             self._faults.record(world, fault, "world fault", None)
@@ -445,22 +391,7 @@ class Supervisor:
         self._faults.on_dead(world.epoch, now - world.times.aborted)
         if world.is_spare or world.plan.version != self._plan.version:
             return  # nobody waits for it
-        if final := final_fault(world.faults):
-            raise GaveUp(_last_error(final.last_lines) or final.detail)
-        if world.times.served is not None or world.is_adopted:
-            return
-        if self._was_ready and (obstacle := full_disk(self._run_dir.path)) is not None:
-            self._put_off(NotStarted(obstacle, may_pass=True), now)
-            return
-        back_off_s = self._restarts.on_failed_start(now)
-        failed = self._restarts.failed_starts
-        if back_off_s is None:
-            folder = self._run_dir.world_dir(world.epoch)
-            cause = diagnose(world.faults, self._machine, Machine.now())
-            raise GaveUp(describe_failed_starts(failed, cause, world.faults, folder))
-        self._log.warning(
-            "world failed to start", epoch=world.epoch, failed_starts=failed, next_start_s=back_off_s
-        )
+        self._starts.on_dead(world, now)
 
     # ----------------------------------------------------------------- the front
 
@@ -476,26 +407,8 @@ class Supervisor:
             return  # the front serves from it all the while, and must not be told that it is not active
         order = {self._current: 0, self._spares.world: 1}
         worlds = sorted(self._worlds, key=lambda world: order.get(world, 2))
-        identity = self._front.state.pid if self._front.state is not None else None
-        key = (
-            self._epoch,
-            identity,
-            self._faults.version,
-            self._restarts.notice(now) is None,
-            *((w.epoch, w.state, w.is_spare, len(w.ranks)) for w in worlds),
-        )
-        if key == self._table_key and now - self._table_sent_at < TABLE_INTERVAL_S:
-            return
-        self._table_key = key
-        self._table_sent_at = now
-        self._front.send(
-            WorldTable(
-                self._epoch,
-                [world_entry(world, now) for world in worlds],
-                self._faults.records,
-                self._restarts.notice(now),
-            )
-        )
+        notice = self._restarts.notice(now)
+        self._table.tell(self._front, self._starts.epoch, worlds, self._faults, notice, now)
 
     # ----------------------------------------------------------------- the end
 
@@ -535,11 +448,3 @@ class Supervisor:
         self._reloads.close()
         self._link.close()
         self._context.term()
-
-
-def _last_error(lines: str) -> str:
-    prefix = "phalanx: error: "
-    for line in reversed(lines.splitlines()):
-        if line.startswith(prefix):
-            return line.removeprefix(prefix)
-    return ""

@@ -1,11 +1,49 @@
-"""What the front and `/cluster` are told of a world: its entry in the world table. Called by the supervisor; it
-reads the world and changes nothing."""
+"""What the front and `/cluster` are told of the worlds: the world table, and when it is sent. Called by the
+supervisor; it reads the worlds and changes nothing."""
 
 from __future__ import annotations
 
-from gateway.control_messages import RankEntry, WorldEntry
+from collections.abc import Sequence
+
+from gateway.control_messages import RankEntry, WorldEntry, WorldTable
+from launcher.fault_log import FaultLog
+from launcher.front_process import FrontProcess
 from launcher.world_records import RankWatch, WorldState
 from launcher.worlds import World
+
+TABLE_INTERVAL_S = 0.25
+
+
+class TableTeller:
+    """Sends the table to the front when something has changed, and now and then."""
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] = ()
+        self._sent_at = 0.0
+
+    def tell(
+        self,
+        front: FrontProcess,
+        epoch: int,
+        worlds: Sequence[World],
+        faults: FaultLog,
+        notice: str | None,
+        now: float,
+    ) -> None:
+        """`worlds` in the order of the table."""
+        key = (
+            epoch,
+            front.state.pid if front.state is not None else None,
+            faults.version,
+            notice is None,
+            *((world.epoch, world.state, world.is_spare, len(world.ranks)) for world in worlds),
+        )
+        if key == self._key and now - self._sent_at < TABLE_INTERVAL_S:
+            return
+        self._key = key
+        self._sent_at = now
+        entries = [world_entry(world, now) for world in worlds]
+        front.send(WorldTable(epoch, entries, faults.records, notice))
 
 
 def world_entry(world: World, now: float) -> WorldEntry:

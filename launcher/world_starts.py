@@ -1,0 +1,133 @@
+"""How worlds are started: their epochs, their hosts, when the next try may be, and when none helps any more. Used by
+the supervisor alone, which decides which world is to start; it must never block."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from launcher.diagnosis import Machine, describe_failed_starts, diagnose
+from launcher.errors import LauncherError
+from launcher.guard_link import GuardLink
+from launcher.hosts import HostPool
+from launcher.logs import EventLog
+from launcher.obstacles import full_disk, may_pass
+from launcher.restarts import Restarts
+from launcher.run_dir import RunDir
+from launcher.watch import SpareKind
+from launcher.world_records import WorldFault, WorldPlan
+from launcher.worlds import World, final_fault
+
+
+class GaveUp(LauncherError):
+    """No relaunch can help; the message is the diagnosis."""
+
+
+class NotStarted(LauncherError):
+    """A world could not be started. `may_pass`: the reason may go by itself."""
+
+    def __init__(self, message: str, may_pass: bool) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
+
+
+class WorldStarts:
+    """Starts worlds, and judges starts that came to nothing."""
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        link: GuardLink,
+        hosts: HostPool,
+        environment: dict[str, str],
+        log: EventLog,
+        waits_for_hosts: bool,
+    ) -> None:
+        """`waits_for_hosts`: as for Restarts."""
+        self.epoch = 0
+        """The highest one handed out."""
+        self.restarts = Restarts(waits_for_hosts)
+        self.has_served = False
+        """A world of this deployment has served: what it has accepted waits."""
+        self._epoch_is_free = False
+        """Whether it was handed out ahead, to the world that comes next."""
+        self._run_dir = run_dir
+        self._link = link
+        self._hosts = hosts
+        self._environment = environment
+        self._log = log
+        self._machine = Machine.now()
+
+    def raise_epoch_ahead(self) -> None:
+        """A world was aborted: whatever still carries its epoch is old from now on. Where it cannot be written, it is
+        raised before the next start, which waits for that."""
+        with contextlib.suppress(NotStarted):
+            self._raise_epoch()
+            self._epoch_is_free = True
+
+    def start(self, spare: SpareKind, plan: WorldPlan, kv_blocks: int) -> World:
+        """`kv_blocks`: as for World.start. Raises NotStarted."""
+        if not self._epoch_is_free:
+            self._raise_epoch()
+        self._epoch_is_free = False
+        hosts = self._hosts.choose(plan.tp * plan.pp, time.monotonic())
+        world = World(self.epoch, plan, self._run_dir, self._link, spare, hosts)
+        try:
+            world.start(self._environment, kv_blocks)
+        except OSError as error:
+            self._run_dir.remove_world_files(self.epoch)
+            cause = diagnose([WorldFault("start", None, None, str(error))], self._machine, Machine.now())
+            text = f"cannot start a world: {error}{f' ({cause})' if cause else ''}"
+            raise NotStarted(text, may_pass(error)) from None
+        return world
+
+    def on_served(self) -> None:
+        self.has_served = True
+        self.restarts.on_served()
+
+    def put_off(self, error: NotStarted, now: float) -> None:
+        """The world that was to serve could not be started; a deployment that has served tries again. Raises
+        GaveUp."""
+        if not self.has_served:
+            raise GaveUp(str(error)) from None
+        if error.may_pass:
+            back_off_s: float | None = self.restarts.on_obstacle(str(error), now)
+        else:
+            back_off_s = self.restarts.on_failed_start(now)
+        if back_off_s is None:
+            raise GaveUp(str(error)) from None
+        self._log.warning("world cannot be started", detail=str(error), next_start_s=back_off_s)
+
+    def on_dead(self, world: World, now: float) -> None:
+        """The world that was to serve, or did, is dead. Raises GaveUp if another one would not fare better."""
+        if final := final_fault(world.faults):
+            raise GaveUp(_last_error(final.last_lines) or final.detail)
+        if world.times.served is not None or world.is_adopted:
+            return
+        if self.has_served and (obstacle := full_disk(self._run_dir.path)) is not None:
+            self.put_off(NotStarted(obstacle, may_pass=True), now)
+            return
+        back_off_s = self.restarts.on_failed_start(now)
+        failed = self.restarts.failed_starts
+        if back_off_s is None:
+            folder = self._run_dir.world_dir(world.epoch)
+            cause = diagnose(world.faults, self._machine, Machine.now())
+            raise GaveUp(describe_failed_starts(failed, cause, world.faults, folder))
+        self._log.warning(
+            "world failed to start", epoch=world.epoch, failed_starts=failed, next_start_s=back_off_s
+        )
+
+    def _raise_epoch(self) -> None:
+        try:
+            self.epoch = self._run_dir.raise_epoch()
+        except OSError as error:
+            text = f"the epoch cannot be written to {self._run_dir.path}: {error.strerror}"
+            raise NotStarted(text, may_pass(error)) from None
+
+
+def _last_error(lines: str) -> str:
+    prefix = "phalanx: error: "
+    for line in reversed(lines.splitlines()):
+        if line.startswith(prefix):
+            return line.removeprefix(prefix)
+    return ""
