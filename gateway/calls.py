@@ -118,11 +118,14 @@ class Call:
         self._stop_grace()
         self.listeners.append(listener)
 
-    def leave(self, listener: Listener, grace_s: float) -> None:
-        """Its client is gone, or has all. The last one's going may end the call."""
+    def leave(self, listener: Listener, grace_s: float, *, keep: bool = False) -> None:
+        """Its client is gone, or has all. The last one's going may end the call, with `keep` only if it was to be
+        cancelled at once then."""
         if listener in self.listeners:
             self.listeners.remove(listener)
         if self.listeners or self.ended:
+            return
+        if keep and self.record.on_disconnect != OnDisconnect.CANCEL:
             return
         if self.record.on_disconnect == OnDisconnect.CANCEL or grace_s <= 0:
             if self.record.on_disconnect != OnDisconnect.CONTINUE:
@@ -216,6 +219,9 @@ class Calls:
         except JournalUnavailable as error:
             self._give_up(call)
             raise self.requests.refused("unavailable", str(error)) from None
+        self._log.debug(
+            "accepted", call=record.call_id, requests=[entry.request_id for entry in record.entries]
+        )
         return call
 
     def find(self, call_id: str) -> Call | None:
@@ -229,8 +235,8 @@ class Calls:
             raise KeyReused
         return call
 
-    def leave(self, call: Call, listener: Listener) -> None:
-        call.leave(listener, self.grace_s)
+    def leave(self, call: Call, listener: Listener, *, keep: bool = False) -> None:
+        call.leave(listener, self.grace_s, keep=keep)
 
     def delete(self, call: Call) -> None:
         """Ends a call, and forgets it. Raises RequestFailed(unavailable) if the journal cannot be written."""

@@ -14,10 +14,12 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -25,6 +27,7 @@ import uvloop
 import zmq
 
 from gateway import grammars
+from gateway.access import Access
 from gateway.admission import MAX_WAITING, MAX_WAITING_TOKENS
 from gateway.calls import GRACE_S, Calls
 from gateway.control import Control
@@ -34,6 +37,7 @@ from gateway.disk_journal import MAX_BYTES, DiskJournal
 from gateway.errors import EndpointError, GatewayError
 from gateway.http.app import make_app
 from gateway.http.batches.routes import Batches
+from gateway.http.connections import limited_protocol
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
 from gateway.http.resumable import ResumableCalls
@@ -45,10 +49,11 @@ from gateway.journal_store import JournalLocked
 from gateway.log import Logger, configure_log
 from gateway.metrics import FrontMetrics
 from gateway.requests import Requests
-from gateway.rpc.grpc_port import GrpcPort
+from gateway.rpc.grpc_port import GrpcAccess, GrpcPort
 from gateway.sockets import Socket
 from gateway.supervision import Supervision, adoption_wait_s
 from gateway.text import TextModel
+from gateway.tls import Certificates
 from gateway.tokenizer_identity import tokenizer_identity
 from gateway.worlds import Worlds
 from gateway.zmq_server import ZmqServer
@@ -89,6 +94,7 @@ class FrontConfig:
     """Whether there is a page at `/`."""
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    access: Access = field(default_factory=Access)
 
 
 @dataclass(frozen=True)
@@ -148,24 +154,34 @@ class Front:
         )
         self._requests.on_resumed = self._control.send_state
         self._log = log
+        access = config.access
+        keys = access.key_ring(log)
+        self._certificates = access.certificates(log)
         resumable = ResumableCalls(self._calls, text)
         dialect = Dialect.of_model(text, config.tool_call_parser, config.reasoning_parser)
-        openai = OpenAI(config.model, self._requests, text, resumable, dialect)
+        openai = OpenAI(config.model, self._requests, text, resumable, dialect, access.max_body_bytes)
         metrics.journal = journal
         operations = Operations(self._worlds, self._requests, metrics, self._supervision)
         language_model = LanguageModel(openai, self._calls, operations.why_not_ready)
         self._repository = Repository([language_model, Simple(), SimpleIdentity()], operations.why_not_ready)
         if config.grpc is not None:
             self._grpc = GrpcPort(
-                *config.grpc, self._repository, config.run_dir, log, self._control.send_state
+                *config.grpc,
+                self._repository,
+                config.run_dir,
+                log,
+                self._control.send_state,
+                GrpcAccess(keys, self._certificates, access.max_body_bytes),
             )
         self._batches = Batches(config.run_dir, log)
-        app = make_app(openai, operations, self._repository, self._batches, metrics, log, config.page)
+        app = make_app(
+            openai, operations, self._repository, self._batches, metrics, log, config.page, access, keys
+        )
         self._http = _Server(
             uvicorn.Config(
                 app,
                 loop="none",
-                http="httptools",
+                http=limited_protocol(access.connections, log),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -173,6 +189,9 @@ class Front:
                 server_header=False,
                 timeout_keep_alive=KEEP_CONNECTION_S,
                 timeout_graceful_shutdown=SHUTDOWN_S,
+                ssl_context_factory=None
+                if self._certificates is None
+                else partial(_context_of, self._certificates),
             )
         )
         self._http_socket = socket.socket(fileno=config.http_fd)
@@ -252,11 +271,17 @@ class Front:
             await asyncio.sleep(CLIENT_CHECK_S)
             try:
                 self._zmq_server.check_clients()
+                if self._certificates is not None:
+                    self._certificates.check()
                 self._journal.tick(time.time())
             except (
                 Exception
             ) as error:  # whatever it is: silent clients must be found the next time, and room made
                 self._log.error("clients and journal could not be checked", detail=repr(error))
+
+
+def _context_of(certificates: Certificates, config: uvicorn.Config, default: object) -> ssl.SSLContext:
+    return certificates.context
 
 
 def open_journal(config: FrontConfig, log: Logger) -> Journal:
@@ -341,6 +366,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
     parser.add_argument("--journal-max-bytes", type=int, default=MAX_BYTES)
     parser.add_argument("--disconnect-grace-s", type=float, default=GRACE_S)
     parser.add_argument("--no-page", dest="page", action="store_false", help="nothing at /")
+    Access.add_arguments(parser)
     options = parser.parse_args(arguments)
     return FrontConfig(
         model_dir=options.model_dir,
@@ -357,6 +383,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
         drain_timeout_s=options.drain_timeout_s,
         tool_call_parser=options.tool_call_parser,
         reasoning_parser=options.reasoning_parser,
+        access=Access.from_arguments(options),
         journal=JournalConfig(
             on_disk=options.journal == "disk",
             sync=options.journal_sync,
@@ -382,7 +409,7 @@ def _allow_many_connections() -> None:
 def main() -> int:
     """The process. Exit code 78 with one line on standard error where no restart can help."""
     config = parse_arguments()
-    log = configure_log()
+    log = configure_log(config.access.log_format, config.access.log_level)
     _allow_many_connections()
     try:
         text = TextModel.from_folder(config.model_dir)

@@ -18,12 +18,14 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from gateway.errors import GatewayError
+
 PREFIX = "phx"
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _SECRET_BYTES = 32
 
 
-class KeyFileError(Exception):
+class KeyFileError(GatewayError):
     """The file cannot be used, with what to do about it."""
 
 

@@ -15,6 +15,7 @@ import msgspec
 from gateway.detokenizer import TextStream
 from gateway.errors import RequestFailed
 from gateway.journal import JournalEntry
+from gateway.keys import Holder
 from gateway.protocol import Cancel, Output, Submit, Welcome
 
 
@@ -49,6 +50,7 @@ class Request:
         "entry",
         "epoch",
         "first_token_at",
+        "holder",
         "last_token_at",
         "num_waiting_tokens",
         "resubmits",
@@ -76,6 +78,8 @@ class Request:
         self.deaths_alone = 0
         """Worlds that died while they had nothing but this request: see quarantine.py."""
         self.ended = False
+        self.holder: Holder | None = None
+        """Whose key its tokens are charged to."""
         self.wait_timer: asyncio.TimerHandle | None = None
         self.deadline_timer: asyncio.TimerHandle | None = None
 

@@ -18,6 +18,7 @@ from gateway.checks import check_request
 from gateway.control_messages import Fault
 from gateway.errors import RequestFailed
 from gateway.journal import Journal, JournalCall, JournalEntry, PositionError
+from gateway.keys import current as current_holder
 from gateway.live_request import Request, Sink, World, without_repeated
 from gateway.log import Logger
 from gateway.metrics import FrontMetrics
@@ -178,7 +179,11 @@ class Requests:
             self._journal.flush()
         self._metrics.accepted += 1
         self._metrics.prompt_tokens += len(prompt_token_ids)
-        return self._take_on(entry, sink)
+        request = self._take_on(entry, sink)
+        request.holder = current_holder.get()
+        if request.holder is not None:
+            request.holder.charge_tokens(len(prompt_token_ids))
+        return request
 
     def restore(self, entry: JournalEntry, sink: Sink) -> Request:
         """Takes on a request that the journal has from an earlier front, behind what it had brought."""
@@ -378,6 +383,8 @@ class Requests:
         if shown.token_ids:
             self._time(request, now)
         self._metrics.generation_tokens += len(shown.token_ids)
+        if request.holder is not None:
+            request.holder.charge_tokens(len(shown.token_ids))
         if shown.finish_reason is not None:
             self._end(request, shown.finish_reason)
         elif shown.token_ids and request.submissions > 1:

@@ -112,7 +112,9 @@ def _load(context: ssl.SSLContext, files: TlsFiles) -> None:
         context.load_cert_chain(files.certificate, files.key, password=lambda: b"")
     except (OSError, ValueError) as error:
         text = f"--ssl-certfile {files.certificate}, --ssl-keyfile {files.key}: {error}"
-        raise CertificateError(f"{text}; give PEM files that belong together, the key without passphrase") from None
+        raise CertificateError(
+            f"{text}; give PEM files that belong together, the key without passphrase"
+        ) from None
     if files.ca is not None:
         try:
             context.load_verify_locations(files.ca)

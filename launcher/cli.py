@@ -18,6 +18,7 @@ from launcher.client_commands import (
     split_serve_arguments,
 )
 from launcher.errors import LauncherError
+from launcher.keys_command import add_arguments as add_key_arguments
 from launcher.settings import BACKENDS, Settings
 
 
@@ -63,6 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--port", type=int, default=8000, metavar="P", help="HTTP port of the deployment (default: 8000)"
     )
     reload.add_argument("--run-dir", metavar="DIR", help="its run folder, if it was given one")
+
+    key_parser = commands.add_parser(
+        "keys", help="make and revoke API keys", description="API keys for --api-key-file."
+    )
+    add_key_arguments(key_parser)
 
     pull = commands.add_parser("pull", help="download and import a model", description="Get a model.")
     pull.add_argument("model", metavar="MODEL", help="catalog name, GGUF file or hub id")
@@ -129,6 +135,10 @@ def _run(options: argparse.Namespace) -> int:
         from launcher.reload_command import reload
 
         return reload(options)
+    if options.command == "keys":
+        from launcher.keys_command import keys
+
+        return keys(options)
     if options.command == "pull":
         from launcher.pull import pull
 

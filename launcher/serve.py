@@ -10,11 +10,12 @@ import logging
 import shlex
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from gateway.control_messages import FrontState
+from launcher.access_settings import KEY_VARIABLE, AccessSettings
 from launcher.adoption import Found, RecordKeeper, find, receive_listener
 from launcher.children import child_environment, python_module
 from launcher.display import Display, choose_display
@@ -36,7 +37,12 @@ from launcher.world_records import WorldPlan
 from launcher.worlds import World
 
 _BACKLOG = 2048
-NOT_RECORDED = ("run_dir", "max_wait_s", "drain_timeout")
+NOT_RECORDED = (
+    "run_dir",
+    "max_wait_s",
+    "drain_timeout",
+    *(setting.name for setting in fields(AccessSettings)),
+)
 """Settings that a supervisor may be given otherwise than the one that it takes over from."""
 
 
@@ -111,18 +117,19 @@ def _serve(
         def remember(changed: Settings, model: PreparedModel) -> None:
             keeper.change(recorded_settings(changed), recorded_model(model))
 
+        environment = child_environment()
+        environment.pop(KEY_VARIABLE, None)  # it is nothing for ranks
         Supervisor(
             plan=plan,
             run_dir=run_dir,
             front_command=front_command(settings, prepared, name, listener.fileno(), run_dir, grpc_port),
             listener=listener,
-            environment=child_environment(),
+            environment=environment,
+            front_secrets=settings.front_secrets(),
             log=log,
             stop=stop,
             on_progress=progress.show,
-            on_ready=lambda world, state: _say_ready(
-                display, settings.host, port, world, state, prepared.path
-            ),
+            on_ready=lambda world, state: _say_ready(display, settings, port, world, state, prepared.path),
             spare=SpareKind(settings.spare),
             drain_timeout_s=settings.drain_timeout,
             keeper=keeper,
@@ -251,7 +258,7 @@ def front_command(
         command.append("--journal-sync")
     if not settings.page:
         command.append("--no-page")
-    return [*command, "--drain-timeout-s", f"{settings.drain_timeout:g}"]
+    return [*command, "--drain-timeout-s", f"{settings.drain_timeout:g}", *settings.access_arguments()]
 
 
 # --------------------------------------------------------------------------- what the user sees
@@ -301,19 +308,24 @@ def client_url(host: str, port: int) -> str:
 
 
 def _say_ready(
-    display: Display, host: str, port: int, world: World, state: FrontState, model_dir: Path
+    display: Display, settings: Settings, port: int, world: World, state: FrontState, model_dir: Path
 ) -> None:
     display.finish()
-    url = client_url(host, port)
+    url = client_url(settings.host, port)
+    if settings.ssl_certfile is not None:
+        url = url.replace("http:", "https:", 1)
     name = world.plan.served_model_name
     shape = f"(tp {world.plan.tp}, pp {world.plan.pp})"
     with contextlib.suppress(OSError):  # serving does not depend on somebody reading this
         grpc = "" if state.grpc is None else f"  grpc {state.grpc.replace('0.0.0.0', '127.0.0.1')}"
         print(f"ready  {url}  zmq {state.zmq}  model {name}  world {world.epoch} {shape}{grpc}")
-        print(curl_line(url, name, model_dir), flush=True)
+        print(
+            curl_line(url, name, model_dir, settings.asks_for_keys),
+            flush=True,
+        )
 
 
-def curl_line(url: str, model: str, model_dir: Path) -> str:
+def curl_line(url: str, model: str, model_dir: Path, needs_key: bool = False) -> str:
     """A command that works when pasted: a chat if the model has a chat template, else a completion."""
     body: dict[str, object] = {"model": model}
     if _has_chat_template(model_dir):
@@ -324,7 +336,8 @@ def curl_line(url: str, model: str, model_dir: Path) -> str:
         body["prompt"] = "The sky is"
     body["max_tokens"] = 48
     header = shlex.quote("Content-Type: application/json")
-    return f"curl {shlex.quote(url + path)} -H {header} -d {shlex.quote(json.dumps(body))}"
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if needs_key else ""
+    return f"curl {shlex.quote(url + path)} -H {header}{key} -d {shlex.quote(json.dumps(body))}"
 
 
 def _has_chat_template(model_dir: Path) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from launcher.access_settings import LOG_FORMATS, LOG_LEVELS, AccessSettings, _flag
 from launcher.errors import SettingsError
 from launcher.hosts import check_slots, parse_hosts
 
@@ -19,9 +20,10 @@ DTYPES = ("auto", "float32", "bfloat16")
 SPARES = ("none", "warm", "hot")
 JOURNALS = ("off", "disk")
 LEAST_JOURNAL_BYTES = 1 << 24
-_SIZES = ("kv_cache_memory", "journal_max_size")
+_SIZES = ("kv_cache_memory", "journal_max_size", "max_body_size")
 BACKENDS = ("auto", "phalanx", "deepspeed")
 CHOICES = {"dtype": DTYPES, "spare": SPARES, "backend": BACKENDS, "journal": JOURNALS}
+CHOICES |= {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS}
 RELOADABLE = (
     "model",
     "tp",
@@ -67,12 +69,8 @@ def default_run_dir(port: int, environment: Mapping[str, str] = os.environ) -> P
     return Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "phalanx" / str(port)
 
 
-def _flag(default: Any, help: str, metavar: str | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "metavar": metavar})
-
-
 @dataclass(frozen=True)
-class Settings:
+class Settings(AccessSettings):
     """All of them, checked. Raises SettingsError when built with a value that is not allowed."""
 
     model: str
@@ -172,6 +170,7 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
+        self.check_access()
         if not self.model:
             raise SettingsError("MODEL is missing: give a catalog name, a folder, a GGUF file or a hub id")
         for name, least in (
@@ -351,6 +350,7 @@ def _as_flag(name: str) -> str:
 
 
 def _default_text(default: Any) -> str:
-    if default == 1 << 30:
-        return " (default: 1GiB)"
+    sizes = {1 << 30: "1GiB", 1 << 24: "16MiB"}
+    if default in sizes:
+        return f" (default: {sizes[default]})"
     return f" (default: {default})" if default not in (None, "", 0) else ""

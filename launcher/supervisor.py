@@ -64,9 +64,11 @@ class Supervisor:
         found: Found | None = None,
         changes: ChangeMaker | None = None,
         on_turn: Callable[[], None] = lambda: None,
+        front_secrets: dict[str, str] | None = None,
     ) -> None:
         """`on_turn` is called every turn, `on_progress` too until the first world serves, `on_ready` once it does.
-        `found` is what an earlier supervisor left serving: it is taken over."""
+        `found` is what an earlier supervisor left serving: it is taken over. `front_secrets`: variables that no rank
+        gets."""
         self._plan = plan
         self._run_dir = run_dir
         self._log = log
@@ -91,7 +93,7 @@ class Supervisor:
         self._front = FrontProcess(
             self._context,
             front_command,
-            self._environment,
+            {**self._environment, **(front_secrets or {})},
             listener,
             run_dir.control_socket,
             run_dir.path / "front.log",

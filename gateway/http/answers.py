@@ -20,6 +20,9 @@ DONE = b"[DONE]"
 KEEP_ALIVE = b": keep-alive\n"
 """No blank line behind it: OpenAI's SDK takes one for an event without data, once an event has had an id."""
 
+PLAIN_KEEP_ALIVE = b"\n"
+"""For streams without ids: nothing to those who read events, and to those who read lines, who know no comments."""
+
 _encode = msgspec.json.Encoder().encode
 
 

@@ -10,14 +10,18 @@ import uuid
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.access import Access
+from gateway.http.access_log import AccessLog
 from gateway.http.batches.routes import Batches
 from gateway.http.compat import Compat, package_version
 from gateway.http.description import description_router
 from gateway.http.direct import DirectRoutes
 from gateway.http.embeddings import Embeddings
 from gateway.http.errors import ApiError
+from gateway.http.gate import Gate, Hosts
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
 from gateway.http.page.routes import Page
@@ -25,7 +29,8 @@ from gateway.http.ranking import Ranking
 from gateway.http.responses.routes import Responses
 from gateway.http.v2.routes import InferenceV2
 from gateway.inference.repository import Repository
-from gateway.log import Logger
+from gateway.keys import KeyRing
+from gateway.log import Logger, request_id_of_log
 from gateway.metrics import FrontMetrics
 
 MAX_REQUEST_ID = 128
@@ -41,6 +46,8 @@ def make_app(
     metrics: FrontMetrics,
     log: Logger,
     with_page: bool = True,
+    access: Access | None = None,
+    keys: KeyRing | None = None,
 ) -> ASGIApp:
     """The application. FastAPI's own documentation pages are off: they would load from hosts of others."""
     app = FastAPI(title="Phalanx", version=package_version(), docs_url=None, redoc_url=None, openapi_url=None)
@@ -59,7 +66,8 @@ def make_app(
     app.include_router(operations.router())
     if with_page:
         app.include_router(Page(operations).router())
-    app.include_router(InferenceV2(repository).router())
+    access = access or Access()
+    app.include_router(InferenceV2(repository, access.max_body_bytes).router())
     app.include_router(description_router(app, KSERVE_PREFIX))
     for router in of_openai:  # last, since routes are tried in their order
         app.include_router(router, prefix=KSERVE_PREFIX)
@@ -101,7 +109,29 @@ def make_app(
             ("/v1/completions", openai.completions),
         )
     }
-    return RequestIds(DirectRoutes(app, endpoints, api_error, server_error), metrics)
+    direct = DirectRoutes(app, endpoints, api_error, server_error)
+    return _guarded(direct, metrics, log, access, keys)
+
+
+def _guarded(
+    app: ASGIApp, metrics: FrontMetrics, log: Logger, access: Access, keys: KeyRing | None
+) -> ASGIApp:
+    """The application with the layers that the deployment asks for; what it does not ask for costs nothing."""
+    if keys is not None:
+        app = Gate(app, keys, open_metrics=access.open_metrics)
+    if access.allowed_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=access.allowed_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+            max_age=600,
+        )
+    if access.allowed_hosts:
+        app = Hosts(app, access.allowed_hosts)
+    app = RequestIds(app, metrics)
+    return AccessLog(app, log) if access.access_log else app
 
 
 def _is_inference_v2(path: str) -> bool:
@@ -128,6 +158,7 @@ class RequestIds:
                 request_id = value[:MAX_REQUEST_ID]
                 break
         header = (b"x-request-id", request_id or next(self._own_ids))
+        request_id_of_log.set(header[1])
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

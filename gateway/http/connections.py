@@ -178,7 +178,9 @@ class _LimitedConnection(HttpToolsProtocol):
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             body = error.encoded()
             lines = [f"{name}: {value}\r\n".encode() for name, value in error.headers().items()]
-            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
+            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(
+                body
+            )
             self.transport.write(b"".join([STATUS_LINE[error.status], *lines, head, b"\r\n", body]))
         self.transport.close()
 
@@ -205,5 +207,3 @@ async def _refuse_head(scope: Scope, receive: Receive, send: Send) -> None:
         {"type": "http.response.start", "status": 431, "headers": [*headers, (b"connection", b"close")]}
     )
     await send({"type": "http.response.body", "body": body})
-
-

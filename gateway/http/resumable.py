@@ -31,6 +31,7 @@ from gateway.http.logprobs import Namer
 from gateway.http.reading import EventId, Place, Reading
 from gateway.http.streams import ClientGone, Collector, EventQueue, EventStream, Reader
 from gateway.journal import JournalCall, JournalEntry
+from gateway.keys import owner_id
 from gateway.protocol import SamplingParams
 from gateway.text import TextModel
 
@@ -38,6 +39,7 @@ ID_HEADER = "x-phalanx-request-id"
 KEY_HEADER = "idempotency-key"
 DISCONNECT_HEADER = "x-on-disconnect"
 _KEY_SPACE = "http:"
+_EVENT_STREAM = "text/event-stream"
 _ANSWERS: dict[str, type[Answer]] = {"chat": ChatAnswerBuilder, "completions": TextAnswerBuilder}
 _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
@@ -51,6 +53,8 @@ class AnswerContent:
     num_prompts: int
     prompt_tokens: int
     options: AnswerOptions
+    owner: str = ""
+    """Whose API key it came with; nobody else sees it."""
 
 
 _encode_content = msgspec.msgpack.Encoder().encode
@@ -95,7 +99,7 @@ class ResumableCalls:
             text = f"X-On-Disconnect is {wish[:20]!r}; allowed: continue, cancel"
             raise ApiError(400, text, code="invalid_value")
         on_disconnect = None if wish is None else OnDisconnect(wish)
-        return Claim(kind, key and _KEY_SPACE + key, _fingerprint(kind, body) if key else b"", on_disconnect)
+        return Claim(kind, key and _own(key), _fingerprint(kind, body) if key else b"", on_disconnect)
 
     async def answer_known(self, claim: Claim, http: Request) -> Response | None:
         """The answer of the call that has this key already, from its start; None if there is none. Raises
@@ -130,6 +134,7 @@ class ResumableCalls:
         """A new call, and its answer. `params` has an element for each prompt and choice, prompt by prompt. Raises
         ApiError."""
         default = OnDisconnect.GRACE if content.stream else OnDisconnect.CANCEL
+        content.owner = owner_id()
         call_id = f"{_ANSWERS[claim.kind].prefix}-{uuid.uuid4().hex}"
         encoded = _encode_content(content)
         call = self.open_call(claim, call_id, prompts, params, conditions, encoded, default, commit_soon=True)
@@ -229,7 +234,8 @@ class ResumableCalls:
             call = self.calls.find(call_id)
         except RequestFailed as error:
             raise from_failure(error) from None
-        if call is None or call.record.kind not in _ANSWERS:
+        is_ours = call is not None and call.record.kind in _ANSWERS
+        if call is None or not is_ours or _content(call.record).owner != owner_id():
             kept = f"finished ones are kept for {self.calls.journal.retention_s:g} s"
             if self.calls.journal.moved_aside is not None:
                 kept += f"; {self.calls.journal.moved_aside}"
@@ -244,7 +250,7 @@ class ResumableCalls:
         record = call.record
         num_choices = len(record.entries)
         if content.stream:
-            return self._stream(call, content, EventId(num_choices), places)
+            return self._stream(call, content, EventId(num_choices), places, with_ids=reads_ids(http))
         collector = Collector(num_choices)
         reader = self._read(call, content, collector, places)
         try:
@@ -258,13 +264,20 @@ class ResumableCalls:
         )
 
     def _stream(
-        self, call: Call, content: AnswerContent, at: EventId, places: list[Place] | None
+        self,
+        call: Call,
+        content: AnswerContent,
+        at: EventId,
+        places: list[Place] | None,
+        *,
+        with_ids: bool = True,
     ) -> EventStream:
         answer = self._answer(call.record, content)
         begun = [index for index, place in enumerate(at.places) if place.begun]
         answer.go_on(begun, sum(place.tokens for place in at.places))
-        queue = EventQueue()
-        stream = EventStream(self._read(call, content, queue, places, answer.known), queue, answer, at)
+        queue = EventQueue(len(call.record.entries))
+        reader = self._read(call, content, queue, places, answer.known)
+        stream = EventStream(reader, queue, answer, at, with_ids=with_ids)
         stream.headers[ID_HEADER] = call.record.call_id
         return stream
 
@@ -308,6 +321,21 @@ class ResumableCalls:
         completion_tokens = sum(choice.num_tokens for choice in candidates)
         choices = best_choices(candidates, content.num_prompts, content.options.choices_per_prompt)
         return self._answer(record, content).whole(choices, completion_tokens)
+
+
+def reads_ids(http: Request) -> bool:
+    """Whether the events of a POST's stream have ids: its client says that it reads event streams, or that it means
+    to come back. Others get one line of data an event: many tools take each line, or each block, for one."""
+    headers = http.headers
+    if KEY_HEADER in headers or DISCONNECT_HEADER in headers:
+        return True
+    return _EVENT_STREAM in headers.get("accept", "")
+
+
+def _own(key: str) -> str:
+    """The name of a client's key among the keys of all clients."""
+    owner = owner_id()
+    return f"{_KEY_SPACE}\0{owner}\0{key}" if owner else _KEY_SPACE + key
 
 
 def _fingerprint(kind: str, body: bytes) -> bytes:

@@ -14,7 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.calls import Call, Calls
 from gateway.errors import RequestFailed
-from gateway.http.answers import DONE, KEEP_ALIVE, Answer, Choice
+from gateway.http.answers import DONE, KEEP_ALIVE, PLAIN_KEEP_ALIVE, Answer, Choice
+from gateway.http.connections import TOO_SLOW
 from gateway.http.errors import from_failure
 from gateway.http.logprobs import Placed
 from gateway.http.reading import EventId, Reading, Target
@@ -27,6 +28,10 @@ KEEP_ALIVE_S = 5.0
 HEAD_S = 0.1
 """After so long, or with the first event, a stream whose requests are in a world sends its status and headers: by
 these its client can take it up again."""
+MOST_UNREAD = 2048
+"""Outputs that wait for a client, or MOST_UNREAD_OF_A_CHOICE for each choice if that is more: beyond them its stream
+ends. The journal has what it did not read."""
+MOST_UNREAD_OF_A_CHOICE = 64
 OUTAGE_CHECK_S = 1.0
 """How often one that waits for a world looks whether it is in one."""
 
@@ -123,6 +128,10 @@ class Reader:
         """It reads no more; what becomes of the call is the call's business."""
         self._calls.leave(self._call, self._reading)
 
+    def drop(self) -> None:
+        """The server reads no more to it: the call goes on, unless its client wanted it to end then."""
+        self._calls.leave(self._call, self._reading, keep=True)
+
 
 class Collector:
     """Gathers whole answers; nobody is woken before the last of them."""
@@ -164,18 +173,34 @@ class Collector:
 class EventQueue:
     """Outputs on their way into a stream; what came while the client was slow goes out at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_choices: int = 1) -> None:
         self.error: RequestFailed | None = None
+        self.is_overfull = False
+        """The client did not read; what waited for it is gone."""
+        self._most = max(MOST_UNREAD, MOST_UNREAD_OF_A_CHOICE * num_choices)
         self._events: list[tuple[int, Output, list[Placed]]] = []
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, index: int, output: Output, placed: list[Placed]) -> None:
+        if len(self._events) >= self._most:
+            self._overflow()
+        if self.is_overfull:
+            return
         self._events.append((index, output, placed))
         self.wake()
 
     def fail(self, error: RequestFailed) -> None:
         self.error = self.error or error
         self.wake()
+
+    def _overflow(self) -> None:
+        self.is_overfull = True
+        self._events.clear()
+        text = (
+            f"{self._most} events waited for this client, which did not read; the request goes on, and its "
+            "stream can be taken up behind the last event: GET /v1/requests/ID/stream"
+        )
+        self.fail(RequestFailed("unavailable", text))
 
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -197,11 +222,14 @@ class EventQueue:
 
 
 class EventStream(Response):
-    """A response of server-sent events, each with an id by which the stream can be taken up behind it. What fails
-    before its head is sent has the status of its error; what fails later becomes an event with an `error`."""
+    """A response of server-sent events, each with an id by which the stream can be taken up behind it, where its
+    client reads such. What fails before its head is sent has the status of its error; what fails later becomes an
+    event with an `error`."""
 
-    def __init__(self, reader: Reader, queue: EventQueue, answer: Answer, at: EventId) -> None:
-        """`at`: where the client is."""
+    def __init__(
+        self, reader: Reader, queue: EventQueue, answer: Answer, at: EventId, *, with_ids: bool = True
+    ) -> None:
+        """`at`: where the client is. Without ids each event is one line of data, for clients that read lines."""
         super().__init__(media_type="text/event-stream")
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"
@@ -210,6 +238,8 @@ class EventStream(Response):
         self._queue = queue
         self._answer = answer
         self._at = at
+        self._event = _event if with_ids else _plain_event
+        self._keep_alive = KEEP_ALIVE if with_ids else PLAIN_KEEP_ALIVE
         self._running = sum(not place.ended for place in at.places)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -219,7 +249,10 @@ class EventStream(Response):
             await self._send_events(send, watcher)
         finally:
             watcher.cancel()
-            self._reader.cancel()
+            if self._queue.is_overfull or scope.get("state", {}).get(TOO_SLOW):
+                self._reader.drop()
+            else:
+                self._reader.cancel()
 
     async def _send_events(self, send: Send, watcher: asyncio.Future[None]) -> None:
         queue, started, wait_s = self._queue, False, HEAD_S
@@ -235,15 +268,17 @@ class EventStream(Response):
                 error = from_failure(queue.error)
                 if not started:
                     raise error
-                body += _event(self._at.encoded(), error.encoded()) + _event(self._at.encoded(), DONE)
+                body += self._event(self._at.encoded(), error.encoded()) + self._event(
+                    self._at.encoded(), DONE
+                )
                 ends = True
             elif ends:
                 if not self._at.has_usage and (usage := self._answer.last_chunk()):
-                    body += _event(self._at.usage(), usage)
-                body += _event(self._at.done(), DONE)
+                    body += self._event(self._at.usage(), usage)
+                body += self._event(self._at.done(), DONE)
             # Tokens that have no text yet are no events either.
             if not body and started and time.monotonic() >= sent_at + KEEP_ALIVE_S:
-                body = KEEP_ALIVE
+                body = self._keep_alive
             if not started:
                 if not body and not self._reader.is_in_world:
                     continue
@@ -258,15 +293,19 @@ class EventStream(Response):
 
     def _render(self, index: int, output: Output, placed: list[Placed]) -> bytes:
         begin, chunk = self._answer.chunk(index, output, placed)
-        body = _event(self._at.begin(index), begin) if begin else b""
+        body = self._event(self._at.begin(index), begin) if begin else b""
         ended = output.finish_reason is not None
         self._running -= ended
         event_id = self._at.advance(index, len(output.token_ids), ended)
-        return body + _event(event_id, chunk) if chunk else body
+        return body + self._event(event_id, chunk) if chunk else body
 
 
 def _event(event_id: bytes, data: bytes) -> bytes:
     return b"id: %b\ndata: %b\n\n" % (event_id, data)
+
+
+def _plain_event(event_id: bytes, data: bytes) -> bytes:
+    return b"data: %b\n\n" % data
 
 
 async def wait_for(done: asyncio.Future[None], group: Group | Reader, receive: Receive) -> None:

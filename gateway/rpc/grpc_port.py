@@ -10,11 +10,14 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gateway.inference.repository import Repository
+from gateway.keys import KeyRing
 from gateway.log import Logger
+from gateway.tls import Certificates
 
 if TYPE_CHECKING:
     from gateway.rpc.server import GrpcServer
@@ -22,6 +25,15 @@ if TYPE_CHECKING:
 MEMORY = "grpc-endpoint"
 """In the run folder: where a free port was asked for, the one that it got."""
 RETRY_S = 1.0
+
+
+@dataclass(frozen=True)
+class GrpcAccess:
+    """Who may ask, over what, and how much at once."""
+
+    keys: KeyRing | None = None
+    certificates: Certificates | None = None
+    max_message_bytes: int = 16 * 1024 * 1024
 
 
 class GrpcPort:
@@ -36,6 +48,7 @@ class GrpcPort:
         run_dir: Path | None,
         log: Logger,
         on_bound: Callable[[], None],
+        access: GrpcAccess | None = None,
     ) -> None:
         """To be made in the running loop. `port` 0: any free one, the same again for the next front."""
         self.endpoint: str | None = None
@@ -46,6 +59,7 @@ class GrpcPort:
         self._memory = run_dir / MEMORY if run_dir is not None and port == 0 else None
         self._log = log
         self._on_bound = on_bound
+        self._access = access or GrpcAccess()
         self._server: GrpcServer | None = None
         self._changes: set[asyncio.Task[None]] = set()
         self._starting = asyncio.create_task(self._start())
@@ -83,7 +97,7 @@ class GrpcPort:
         warned = False
         while True:
             for port in wanted:
-                server: GrpcServer = module.GrpcServer(self._repository, self._log)
+                server: GrpcServer = module.GrpcServer(self._repository, self._log, self._access)
                 try:
                     bound = await server.start(self._host, port)
                 except module.PortTaken:

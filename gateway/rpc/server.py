@@ -5,18 +5,19 @@ Imported by grpc_port.py in a thread, since it takes a moment; runs in the front
 
 from __future__ import annotations
 
+import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from gateway.http.openai import MAX_BODY_BYTES
 from gateway.inference.repository import Repository
 from gateway.log import Logger
+from gateway.rpc.grpc_port import GrpcAccess
+from gateway.rpc.keys import KeyInterceptor
 from gateway.rpc.service import SERVICE, InferenceService
 
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a port that somebody has is an error, not shared
-    ("grpc.max_receive_message_length", MAX_BODY_BYTES),
     ("grpc.max_send_message_length", -1),
 ]
 
@@ -28,11 +29,14 @@ class PortTaken(Exception):
 class GrpcServer:
     """A server that listens from the moment on that `start` returns."""
 
-    def __init__(self, repository: Repository, log: Logger) -> None:
+    def __init__(self, repository: Repository, log: Logger, access: GrpcAccess) -> None:
         """To be made in the running loop."""
         self._repository = repository
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._certificates = access.certificates
+        options = [*_OPTIONS, ("grpc.max_receive_message_length", access.max_message_bytes)]
+        interceptors = [KeyInterceptor(access.keys)] if access.keys is not None else []
+        self._server = grpc.aio.server(interceptors=interceptors, options=options)
         self._server.add_generic_rpc_handlers((InferenceService(repository, log).handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -42,7 +46,10 @@ class GrpcServer:
         """Returns the port. Raises PortTaken, after which this server is of no use."""
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound = self._server.add_insecure_port(address)
+            if self._certificates is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, self._certificates.grpc_credentials(grpc))
         except RuntimeError as error:
             raise PortTaken(str(error)) from None
         if bound == 0:

@@ -78,6 +78,9 @@ class Followed:
         return [chunk["usage"] for chunk in self.chunks if chunk.get("usage")]
 
 
+WITH_IDS = {"accept": "text/event-stream"}
+
+
 def follow(served: Served, path: str, body: dict[str, Any], followed: Followed) -> None:
     """Reads a stream to its end, and takes it up again whenever the connection breaks."""
     deadline = time.monotonic() + TIMEOUT_S
@@ -86,7 +89,7 @@ def follow(served: Served, path: str, body: dict[str, Any], followed: Followed) 
         last = {"last-event-id": followed.ids[-1]} if followed.ids else {}
         try:
             if request_id is None:
-                stream = httpx.stream("POST", served.url + path, json=body, timeout=60)
+                stream = httpx.stream("POST", served.url + path, json=body, headers=WITH_IDS, timeout=60)
             else:
                 url = f"{served.url}/v1/requests/{request_id}/stream"
                 stream = httpx.stream("GET", url, headers=last, timeout=60)

@@ -21,10 +21,10 @@ def ask(
     method: str = "POST",
     headers: dict[str, str] | None = None,
 ) -> Answer:
-    """Status, headers in lower case, and the JSON of the answer (bytes if it is none)."""
+    """Status, headers in lower case, and the JSON of the answer (bytes if it is none). Streams have ids."""
     content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     connection = http.client.HTTPConnection("127.0.0.1", cluster.port, timeout=30)
-    connection.request(method, path, content, headers or {})
+    connection.request(method, path, content, {"accept": "text/event-stream", **(headers or {})})
     response = connection.getresponse()
     data = response.read()
     connection.close()

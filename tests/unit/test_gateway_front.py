@@ -386,9 +386,11 @@ def test_too_many_waiting_requests_are_refused_with_429(tmp_path: Path) -> None:
 def test_a_stream_in_an_outage_is_kept_alive_with_comments(cluster: EchoCluster) -> None:
     serve(cluster)
     body: dict[str, object] = {"prompt": "abcdefgh", "max_tokens": 300, "stream": True}
+    asked = post(cluster, "/v1/completions", body)
+    asked.add_header("accept", "text/event-stream")
     with (
         ThreadPoolExecutor(1) as thread,
-        urllib.request.urlopen(post(cluster, "/v1/completions", body), timeout=20) as response,
+        urllib.request.urlopen(asked, timeout=20) as response,
     ):
         # OpenAI's client must not stumble over them.
         client = api(cluster)
@@ -551,7 +553,7 @@ def test_sigterm_ends_it_soon_and_open_streams_with_a_reason(cluster: EchoCluste
         cluster.front.terminate()
         lines = [line for line in response.read().splitlines() if line]
     assert lines[-1] == b"data: [DONE]"
-    assert json.loads(lines[-3].removeprefix(b"data: "))["error"]["code"] == "unavailable"
+    assert json.loads(lines[-2].removeprefix(b"data: "))["error"]["code"] == "unavailable"
     assert cluster.front.wait(5) == 0
     assert time.monotonic() - start < 3
 

@@ -47,7 +47,12 @@ class OpenStream:
     ) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", cluster.port, timeout=30)
         content = None if body is None else json.dumps(body).encode()
-        self._connection.request("GET" if body is None else "POST", path, content, headers or {})
+        self._connection.request(
+            "GET" if body is None else "POST",
+            path,
+            content,
+            {"accept": "text/event-stream", **(headers or {})},
+        )
         self.response = self._connection.getresponse()
         self.id = self.response.getheader("x-phalanx-request-id") or ""
         self._data = b""

@@ -160,7 +160,8 @@ class _HttpClient:
 
     async def _connect(self, case: Case, request: Request, reader: _EventReader, leaves: bool) -> None:
         if reader.id is None:
-            headers = {} if leaves else {"idempotency-key": request.name}
+            headers = {"accept": "text/event-stream"}
+            headers |= {} if leaves else {"idempotency-key": request.name}
             body = case.body(self._model)
             stream = self._client.stream("POST", "/v1/completions", json=body, headers=headers)
         else:
