@@ -14,15 +14,12 @@ import os
 import resource
 import signal
 import socket
-import ssl
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-import uvicorn
 import uvloop
 import zmq
 
@@ -37,10 +34,10 @@ from gateway.disk_journal import MAX_BYTES, DiskJournal
 from gateway.errors import EndpointError, GatewayError
 from gateway.http.app import make_app
 from gateway.http.batches.routes import Batches
-from gateway.http.connections import limited_protocol
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
 from gateway.http.resumable import ResumableCalls
+from gateway.http.server import http_server
 from gateway.inference.diagnostic_models import Simple, SimpleIdentity
 from gateway.inference.language_model import LanguageModel
 from gateway.inference.repository import Repository
@@ -53,7 +50,6 @@ from gateway.rpc.grpc_port import GrpcAccess, GrpcPort
 from gateway.sockets import Socket
 from gateway.supervision import Supervision, adoption_wait_s
 from gateway.text import TextModel
-from gateway.tls import Certificates
 from gateway.tokenizer_identity import tokenizer_identity
 from gateway.worlds import Worlds
 from gateway.zmq_server import ZmqServer
@@ -65,9 +61,6 @@ SHUTDOWN_S = 2
 GRPC_SHUTDOWN_S = 0.5
 """For gRPC streams to read their last error; one whose client keeps it open without a request has nothing to read."""
 DRAIN_CHECK_S = 0.02
-KEEP_CONNECTION_S = 75
-"""An idle HTTP connection stays open longer than clients keep one, so that none is closed under a request."""
-
 CLIENT_CHECK_S = 1.0
 GC_THRESHOLD = 10_000
 """Objects between two collections of the youngest: a request makes some hundreds, most without cycles."""
@@ -106,14 +99,6 @@ class JournalConfig:
     retention_s: float = RETENTION_S
     max_bytes: int = MAX_BYTES
     disconnect_grace_s: float = GRACE_S
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the front has its own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class Front:
@@ -177,23 +162,7 @@ class Front:
         app = make_app(
             openai, operations, self._repository, self._batches, metrics, log, config.page, access, keys
         )
-        self._http = _Server(
-            uvicorn.Config(
-                app,
-                loop="none",
-                http=limited_protocol(access.connections, log),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_CONNECTION_S,
-                timeout_graceful_shutdown=SHUTDOWN_S,
-                ssl_context_factory=None
-                if self._certificates is None
-                else partial(_context_of, self._certificates),
-            )
-        )
+        self._http = http_server(app, access.connections, self._certificates, log, SHUTDOWN_S)
         self._http_socket = socket.socket(fileno=config.http_fd)
 
     async def run(self) -> None:
@@ -278,10 +247,6 @@ class Front:
                 Exception
             ) as error:  # whatever it is: silent clients must be found the next time, and room made
                 self._log.error("clients and journal could not be checked", detail=repr(error))
-
-
-def _context_of(certificates: Certificates, config: uvicorn.Config, default: object) -> ssl.SSLContext:
-    return certificates.context
 
 
 def open_journal(config: FrontConfig, log: Logger) -> Journal:

@@ -15,6 +15,8 @@ from gateway.rpc import inference_pb2 as pb
 from tests.echo_world import EchoCluster
 from tests.unit.http_asking import CHAT, TEXT, ask, chat
 
+pytestmark = pytest.mark.slow
+
 ALICE, ALICE_RECORD = make_key("alice")
 BOB, BOB_RECORD = make_key("bob")
 CAROL, CAROL_RECORD = make_key("carol", requests_per_minute=3, tokens_per_minute=1000)

@@ -14,6 +14,8 @@ import pytest
 from tests.echo_world import EchoCluster
 from tests.unit.http_asking import CHAT, TEXT, chat
 
+pytestmark = pytest.mark.slow
+
 PROMPT = {"prompt": "abcdefgh", "max_tokens": 30, "stream": True, "stream_options": {"include_usage": True}}
 
 

@@ -40,6 +40,7 @@ from gateway.http.resumable import ID_HEADER
 from gateway.http.schema import ChatRequest, check, check_model, decode_request
 from gateway.http.streams import ClientGone, EventQueue, Reader, wait_for
 from gateway.journal import JournalCall
+from gateway.keys import owner_id
 from gateway.protocol import Output
 
 KIND = "responses"
@@ -77,6 +78,7 @@ class Responses:
         items = [*self._history(request.previous_response_id), *input_items(request, response_id)]
         prepared = await self._prepare(request, items)
         background = bool(request.background)
+        prepared.content.owner = owner_id()
         content = ResponseContent(
             prepared.content, _shown(request, prepared), items, request.store is not False, background
         )
@@ -187,7 +189,8 @@ class Responses:
             call = calls.find(response_id)
         except RequestFailed as error:
             raise from_failure(error) from None
-        if call is None or call.record.kind != KIND or not decode_content(call.record.content).stored:
+        content = None if call is None or call.record.kind != KIND else decode_content(call.record.content)
+        if call is None or content is None or not content.stored or content.answer.owner != owner_id():
             kept = f"responses are kept for {calls.journal.retention_s:g} s after their end"
             text = f"Response with id '{response_id[:64]}' not found ({kept})"
             raise ApiError(404, text, param="response_id", code="response_not_found")
