@@ -109,7 +109,7 @@ def _serve(
             remote_endpoint=f"tcp://{address_towards(hosts)}:*" if len(hosts) > 1 else "",
         )
         _listen(listener, settings)
-        run_dir.write_address(client_url(settings.host, port))
+        run_dir.write_address(client_url(settings, port))
         hangups = HangupReload(run_dir.path, read_settings, log)
         progress = _StartProgress(display)
         keeper = RecordKeeper(run_dir, recorded_settings(settings), recorded_model(prepared))
@@ -300,20 +300,19 @@ class _StartProgress:
             self._display.update("load", done, total, "B")
 
 
-def client_url(host: str, port: int) -> str:
+def client_url(settings: Settings, port: int) -> str:
     """Where clients of this machine reach the front."""
+    host, scheme = settings.host, "http" if settings.ssl_certfile is None else "https"
     if host in ("0.0.0.0", "::", ""):
         host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _say_ready(
     display: Display, settings: Settings, port: int, world: World, state: FrontState, model_dir: Path
 ) -> None:
     display.finish()
-    url = client_url(settings.host, port)
-    if settings.ssl_certfile is not None:
-        url = url.replace("http:", "https:", 1)
+    url = client_url(settings, port)
     name = world.plan.served_model_name
     shape = f"(tp {world.plan.tp}, pp {world.plan.pp})"
     with contextlib.suppress(OSError):  # serving does not depend on somebody reading this
