@@ -32,12 +32,13 @@ def test_every_command_has_a_section_with_its_flags() -> None:
         if name == "serve":  # the README has its flags, and a test of its own
             assert "serve MODEL" in sections
             continue
+        assert name in sections, f"docs/cli.md lacks the section: ## phalanx {name}"
         section = sections[name]
         for action in parser._actions:
             flags = [text for text in action.option_strings if text not in ("-h", "--help")]
             for flag in flags:
-                assert re.search(rf"`[^`]*{flag}\b", section), f"phalanx {name} {flag}"
-                assert action.help and action.help in section, f"phalanx {name} {flag}: {action.help}"
+                row = f"docs/cli.md, phalanx {name}, lacks the row: | `{flag}` | {action.help} |"
+                assert re.search(rf"`[^`]*{flag}\b", section) and action.help in section, row
 
 
 def test_no_section_is_of_a_command_that_is_gone() -> None:
