@@ -283,6 +283,8 @@ def test_streams_and_background_outlive_world_and_front(cluster: EchoCluster) ->
         ({"input": [{"type": "computer_call_output"}]}, "input[0].type", "computer_call_output"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", "allowed: message"),
         ({"input": [{"type": "function_call", "call_id": "x"}]}, "input[0].name", "string"),
+        ({"input": [{"role": "user", "content": "x", "id": 5}]}, "input[0].id", "string of up to 128"),
+        ({"input": [{"type": "reasoning", "content": [{"type": "x"}]}]}, "input[0].content[0]", "reasoning_text"),
         ({"input": [{"role": "user", "content": 5}]}, "input[0].content", "string or a list"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'web_search' is not supported"),
         ({"tools": [{"type": "file_search"}]}, "tools[0].type", "allowed: function"),
@@ -336,6 +338,12 @@ def test_calls_of_tools_are_items(cluster: EchoCluster) -> None:
     for after in (len(events) // 3, events.index(arguments[1])):
         path = f"{PATH}/{last['id']}?stream=true&starting_after={after}"
         assert typed_events(ask(cluster, path, method="GET")[2]) == events[after + 1 :]
+
+
+def test_numbers_of_any_size_are_told_again(cluster: EchoCluster) -> None:
+    tool = {**TOOL, "parameters": {"type": "object", "properties": {"n": {"maximum": 2**70}}}}
+    answer = ask(cluster, PATH, {"input": "x", "tools": [tool], "max_output_tokens": 5})[2]
+    assert answer["tools"][0]["parameters"] == tool["parameters"]
 
 
 def test_a_conversation_with_calls_is_the_chat_s(cluster: EchoCluster) -> None:

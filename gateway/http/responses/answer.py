@@ -34,12 +34,17 @@ class ResponseContent:
     """What it takes to tell of a response again, beside its tokens. In the journal with the call."""
 
     answer: AnswerContent
-    shown: dict[str, Any]
-    """Fields of the response that are as they were asked for."""
-    items: list[Item]
-    """The conversation up to this response, its own input at the end."""
+    shown: bytes
+    """Fields of the response that are as they were asked for; JSON, since clients may send numbers of any size."""
+    encoded_items: bytes
+    """The conversation up to this response, its own input at the end; JSON."""
     stored: bool = True
     background: bool = False
+
+    @property
+    def items(self) -> list[Item]:
+        found: list[Item] = msgspec.json.decode(self.encoded_items)
+        return found
 
 
 encode_content = msgspec.msgpack.Encoder().encode
@@ -123,6 +128,7 @@ class ResponseWriter:
         self.status = "in_progress"
         self._record = record
         self._content = content
+        self._shown: dict[str, Any] = msgspec.json.decode(content.shown)
         self._namer = namer
         parsing = content.answer.options.parsing
         self._parsing = parsing
@@ -161,7 +167,7 @@ class ResponseWriter:
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "model": self._content.answer.model,
             "output": [*self.items, *([self._open.shown("in_progress")] if self._open is not None else [])],
-            **self._content.shown,
+            **self._shown,
             "usage": self._usage() if self.ended else None,
         }
 

@@ -16,6 +16,8 @@ from gateway.http.responses.schema import LOGPROBS, PASSED_ON, ResponseRequest, 
 Item = dict[str, Any]
 Message = dict[str, Any]
 
+MAX_ID_LENGTH = 128
+
 _TEXT_PARTS = ("input_text", "output_text", "text")
 _ROLES = ("user", "assistant", "system", "developer")
 
@@ -33,6 +35,9 @@ def input_items(request: ResponseRequest, response_id: str) -> list[Item]:
 
 def _item(item: Item, place: str, number: str) -> Item:
     kind = item.get("type", "message")
+    if not isinstance(item.get("id", ""), str | None) or len(item.get("id") or "") > MAX_ID_LENGTH:
+        text = f"{place}.id has to be a string of up to {MAX_ID_LENGTH} characters"
+        raise ApiError(400, text, param=f"{place}.id")
     if kind == "message":
         return _message_item(item, place, number)
     if kind == "function_call":
@@ -46,9 +51,10 @@ def _item(item: Item, place: str, number: str) -> Item:
         item_id = item.get("id") or f"fco_{number}"
         return {"id": item_id, "type": kind, "call_id": call_id, "output": text, "status": "completed"}
     if kind == "reasoning":
-        content = [part for part in _parts(item.get("content") or [], place) if part.get("text")]
         item_id = item.get("id") or f"rs_{number}"
-        return {"id": item_id, "type": kind, "summary": item.get("summary") or [], "content": content}
+        summary = _text_parts(item.get("summary"), f"{place}.summary", "summary_text")
+        content = _text_parts(item.get("content"), f"{place}.content", "reasoning_text")
+        return {"id": item_id, "type": kind, "summary": summary, "content": content}
     allowed = ("message", "function_call", "function_call_output", "reasoning")
     raise unsupported(f"{place}.type", allowed, str(kind))
 
@@ -85,6 +91,16 @@ def _text(content: Any, place: str) -> str:
             raise ApiError(400, f"{place}[{index}] has no text", param=f"{place}[{index}]")
         texts.append(text)
     return "\n".join(texts)
+
+
+def _text_parts(content: Any, place: str, kind: str) -> list[Item]:
+    """The parts of thoughts, all of one type."""
+    parts = _parts(content or [], place)
+    for index, part in enumerate(parts):
+        if part.get("type") != kind or not isinstance(part.get("text"), str):
+            text = f"{place}[{index}] has to be of the type {kind}, with a text"
+            raise ApiError(400, text, param=f"{place}[{index}]")
+    return [{"type": kind, "text": part["text"]} for part in parts]
 
 
 def _parts(content: Any, place: str) -> list[Item]:

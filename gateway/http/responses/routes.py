@@ -80,7 +80,11 @@ class Responses:
         background = bool(request.background)
         prepared.content.owner = owner_id()
         content = ResponseContent(
-            prepared.content, _shown(request, prepared), items, request.store is not False, background
+            prepared.content,
+            msgspec.json.encode(_shown(request, prepared)),
+            msgspec.json.encode(items),
+            request.store is not False,
+            background,
         )
         default = OnDisconnect.GRACE if request.stream else OnDisconnect.CANCEL
         if (known := resumable.known_call(claim)) is not None:  # somebody was faster with the same key
@@ -124,7 +128,7 @@ class Responses:
 
     async def list_input_items(self, response_id: str, http: Request) -> Response:
         """GET /v1/responses/{id}/input_items: the conversation that it answered, the newest item first."""
-        items = list(decode_content(self._find(response_id).record.content).items)
+        items = decode_content(self._find(response_id).record.content).items
         order = http.query_params.get("order", "desc")
         check(order in ("asc", "desc"), "order", repr(order[:20]), "asc, desc")
         if order == "desc":
