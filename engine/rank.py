@@ -26,6 +26,7 @@ from engine.rank_arguments import parse_arguments
 from engine.scheduling.scheduler import NewToken
 from engine.scheduling.sequence import Sequence
 from engine.stacks import dump_stacks_on_signal
+from gateway.curve import CurveError, ServerKeys, is_local
 from gateway.errors import EndpointError
 from gateway.protocol import Limits, Output, Submit
 from gateway.protocol import Pooling as WirePooling
@@ -220,6 +221,13 @@ def _default_threads(local_size: int) -> int:
 def _open_gateway(
     arguments: argparse.Namespace, limits: Limits, eos_token_ids: Iterable[int]
 ) -> Rank0Gateway:
+    if arguments.gateway_curve_dir is None and not (
+        arguments.gateway_insecure or is_local(arguments.gateway)
+    ):
+        raise EndpointError(
+            f"--gateway {arguments.gateway} can be reached from other machines: give --gateway-curve-dir DIR "
+            "(phalanx curve-keygen DIR makes keys), listen at tcp://127.0.0.1:PORT, or say --gateway-insecure"
+        )
     return Rank0Gateway(
         arguments.gateway,
         arguments.epoch,
@@ -228,6 +236,7 @@ def _open_gateway(
         arguments.pp,
         limits,
         list(eos_token_ids),
+        None if arguments.gateway_curve_dir is None else ServerKeys(arguments.gateway_curve_dir),
     )
 
 
@@ -389,7 +398,7 @@ def _is_configuration(error: BaseException) -> bool:
     from engine.models.errors import ModelError, ShardingError
 
     return isinstance(
-        error, WorldShapeError | ConfigurationError | ModelError | ShardingError | EndpointError
+        error, WorldShapeError | ConfigurationError | ModelError | ShardingError | EndpointError | CurveError
     )
 
 

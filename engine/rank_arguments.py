@@ -99,6 +99,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shard-cache", type=Path, default=cache / "shards", help="where cut weights are kept"
     )
+    parser.add_argument("--gateway-curve-dir", type=Path, help="folder of CURVE keys (phalanx curve-keygen)")
+    parser.add_argument(
+        "--gateway-insecure", action="store_true", help="other machines may connect without CURVE"
+    )
     parser.add_argument("--gateway", default="tcp://127.0.0.1:5555", help="ZeroMQ endpoint of rank 0")
     parser.add_argument("--epoch", type=int, default=1, help="number of this world")
     arguments = parser.parse_args(argv)

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import secrets
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -19,11 +20,13 @@ import msgspec
 import zmq
 
 from gateway.connection import SERVER_SILENCE_S, Connection
+from gateway.curve import ClientKeys, CurveError
 from gateway.errors import ConnectionLost, GatewayError, RequestFailed
-from gateway.generation import Generation, Prompt, numbers_of, scored
+from gateway.generation import Generation, Prompt, numbers_of, scored, submitted
 from gateway.output_streams import AsyncStream, Event
 from gateway.protocol import (
     Cancel,
+    Credit,
     Failed,
     Output,
     Pooling,
@@ -40,6 +43,8 @@ RECONNECT_S = 60.0
 """How long a lost front may take to come back, with a world behind it."""
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
+WINDOW_TOKENS = 1024
+"""Default of how many tokens of a request may wait here to be read."""
 TOKEN_TIMEOUT_S = 300.0
 """Default of how long a request may bring no token: longer than a world needs to come back."""
 
@@ -65,10 +70,16 @@ class AsyncClient:
         token_timeout_s: float = TOKEN_TIMEOUT_S,
         silence_s: float = SERVER_SILENCE_S,
         reconnect_s: float = RECONNECT_S,
+        window_tokens: int = WINDOW_TOKENS,
+        server_key: str | Path | None = None,
+        client_key: str | Path | None = None,
     ) -> None:
-        """`reconnect_s`: how long a front that was lost may take to come back; 0: it is not waited for.
-        `silence_s`: a server that answers nothing for so long is taken for dead. Raise it for a rank 0
-        whose single steps take seconds; the front always answers at once."""
+        """`window_tokens`: how many tokens of a request may come before its stream is read on; the front keeps the
+        rest until then. 0: it sends everything at once. `server_key`, `client_key`: for a server with CURVE, its
+        public key (40 characters, or the file) and this client's secret file; default: what PHALANX_ZMQ_SERVER_KEY
+        and PHALANX_ZMQ_CLIENT_KEY say. Raises CurveError. `reconnect_s`: how long a front that was lost may take to
+        come back; 0: it is not waited for. `silence_s`: a server that answers nothing for so long is taken for dead.
+        Raise it for a rank 0 whose single steps take seconds; the front always answers at once."""
         self.endpoint = endpoint
         self.stats: Stats | None = None
         """The last state of the engine that rank 0 sent."""
@@ -77,6 +88,14 @@ class AsyncClient:
         self._token_timeout_s = token_timeout_s
         self._silence_s = silence_s
         self._reconnect_s = reconnect_s
+        self._window_tokens = window_tokens
+        self._has_credit = False
+        if (server_key is None) != (client_key is None):
+            raise CurveError("give both server_key and client_key, or neither")
+        if server_key is not None and client_key is not None:
+            self._curve: ClientKeys | None = ClientKeys.read(server_key, client_key)
+        else:
+            self._curve = ClientKeys.from_environment()
         self._resuming: asyncio.Task[None] | None = None
         self._keys = secrets.token_hex(16)
         """Begins the keys of this client's requests: nobody else can guess them."""
@@ -134,6 +153,7 @@ class AsyncClient:
             on_lost=lost,
             name=self._name,
             silence_s=max(self._silence_s, self._connect_timeout_s),
+            curve=self._curve,
         )
         try:
             message = await welcomed
@@ -142,6 +162,7 @@ class AsyncClient:
             raise
         self._connection = connection
         self._is_front = message.epoch == 0
+        self._has_credit = "credit" in message.capabilities
         return message
 
     async def close(self) -> None:
@@ -190,6 +211,7 @@ class AsyncClient:
         """
         wait_s = self._token_timeout_s if timeout_s is None else timeout_s
         stream = AsyncStream(request_id or self._new_id(), wait_s, self._cancel)
+        stream._report(self._note_read, self._window_tokens // 2)
         self._submit(
             stream.request_id,
             prompt,
@@ -266,8 +288,7 @@ class AsyncClient:
         message = Submit(
             request_id,
             epoch=0 if resuming else self.welcome.epoch,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=[] if isinstance(prompt, str) else list(prompt),
+            **submitted(prompt),
             output_token_ids=list(output_token_ids),
             params=params or SamplingParams(),
             stop=list(stop),
@@ -275,6 +296,7 @@ class AsyncClient:
             continuation=continuation,
             deadline_s=deadline_s,
             key=f"{self._keys}-{next(self._numbers)}" if self._is_front and self._reconnect_s > 0 else "",
+            credit=self._window_tokens if self._has_credit and self._window_tokens else None,
         )
         request = _Inflight(deliver, message)
         if not resuming:
@@ -290,6 +312,17 @@ class AsyncClient:
         if self._connection is not None:
             with contextlib.suppress(ConnectionLost):
                 self._connection.send(Cancel(request_id))
+
+    def _note_read(self, request_id: str, num_read: int) -> None:
+        """So many tokens of a request have been read: as many more may come."""
+        request = self._requests.get(request_id)
+        if request is None or request.message.credit is None:
+            return
+        allowed = num_read + self._window_tokens
+        more, request.num_allowed = allowed - request.num_allowed, allowed
+        if self._connection is not None and more > 0:
+            with contextlib.suppress(ConnectionLost):
+                self._connection.send(Credit(request_id, more))
 
     def _receive(self, message: ServerMessage) -> None:
         if isinstance(message, Tokens):
@@ -358,6 +391,10 @@ class AsyncClient:
             if self._connection is None:
                 raise self._lost_error()
             message = msgspec.structs.replace(request.message, output_token_ids=list(request.token_ids))
+            if message.credit is not None:
+                num_new = len(request.token_ids) - len(request.message.output_token_ids)
+                credit = max(0, request.num_allowed - num_new) if self._has_credit else None
+                message = msgspec.structs.replace(message, credit=credit)
             self._connection.send(message)
             if request.cancelled:
                 self._connection.send(Cancel(message.request_id))
@@ -375,11 +412,13 @@ class AsyncClient:
 class _Inflight:
     """A request that has not ended, and what it takes to submit it again."""
 
-    __slots__ = ("cancelled", "deliver", "message", "next_position", "token_ids")
+    __slots__ = ("cancelled", "deliver", "message", "next_position", "num_allowed", "token_ids")
 
     def __init__(self, deliver: Callable[[Event], None], message: Submit) -> None:
         self.deliver = deliver
         self.message = message
         self.token_ids = list(message.output_token_ids)
         self.next_position = len(self.token_ids)
+        self.num_allowed = message.credit or 0
+        """New tokens that the server may send in all, where it counts them."""
         self.cancelled = False

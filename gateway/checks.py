@@ -36,6 +36,10 @@ def check_submit(submit: Submit, limits: Limits) -> str | None:
         return "deadline_s: rank 0 keeps no deadlines; send it to the front, or send cancel"
     if submit.continuation is not None:
         return "a continuation of text: rank 0 takes token ids only; send text to the front"
+    if submit.messages:
+        return "a conversation: rank 0 takes prompt_token_ids only; send messages to the front"
+    if submit.credit is not None:
+        return "credit: rank 0 sends every token at once; leave it out, or send the request to the front"
     if submit.params.pooling is None and len(submit.output_token_ids) >= submit.params.max_tokens:
         return (
             f"{len(submit.output_token_ids)} output tokens are given, "

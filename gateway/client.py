@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypeVar
 
@@ -17,6 +18,7 @@ from gateway.async_client import (
     CONNECT_TIMEOUT_S,
     RECONNECT_S,
     TOKEN_TIMEOUT_S,
+    WINDOW_TOKENS,
     AsyncClient,
 )
 from gateway.connection import SERVER_SILENCE_S
@@ -61,6 +63,9 @@ class Client:
         token_timeout_s: float = TOKEN_TIMEOUT_S,
         silence_s: float = SERVER_SILENCE_S,
         reconnect_s: float = RECONNECT_S,
+        window_tokens: int = WINDOW_TOKENS,
+        server_key: str | Path | None = None,
+        client_key: str | Path | None = None,
     ) -> None:
         """As AsyncClient; nothing is connected yet."""
         self._client = AsyncClient(
@@ -70,6 +75,9 @@ class Client:
             token_timeout_s=token_timeout_s,
             silence_s=silence_s,
             reconnect_s=reconnect_s,
+            window_tokens=window_tokens,
+            server_key=server_key,
+            client_key=client_key,
         )
         self._token_timeout_s = token_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -136,6 +144,7 @@ class Client:
         """Sends a request and returns its stream of outputs, see AsyncClient.submit."""
         wait_s = self._token_timeout_s if timeout_s is None else timeout_s
         stream = Stream(request_id or self._client._new_id(), wait_s, self._cancel)
+        stream._report(self._note_read, self._client._window_tokens // 2)
         self._call(
             lambda: self._client._submit(
                 stream.request_id,
@@ -186,6 +195,10 @@ class Client:
     def _cancel(self, request_id: str) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._client._cancel, request_id)
+
+    def _note_read(self, request_id: str, num_read: int) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._client._note_read, request_id, num_read)
 
     def _call(self, function: Callable[[], _T]) -> _T:
         """Runs a function in the client's thread and waits for it; it never waits itself."""

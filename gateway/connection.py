@@ -11,19 +11,20 @@ import time
 from collections.abc import Callable
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
+from gateway.curve import ClientKeys
 from gateway.errors import ConnectionLost, EndpointError
 from gateway.protocol import (
     HEARTBEAT_INTERVAL_S,
     MAX_MESSAGE_BYTES,
-    Cancel,
+    ClientMessage,
     Failed,
     Hello,
     Ping,
     Pong,
     ProtocolError,
     ServerMessage,
-    Submit,
     Tokens,
     Welcome,
     decode_server_message,
@@ -33,6 +34,19 @@ from gateway.sockets import ReadPump, Socket, receive_frames
 
 SERVER_SILENCE_S = 3 * HEARTBEAT_INTERVAL_S
 HIGH_WATER_MARK = 100_000
+_REFUSALS = {
+    int(
+        zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    ): "it does not let this client's key in (authorized_clients, docs/zeromq.md)",
+    int(
+        zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    ): "one side uses CURVE keys and the other does not, or not these ones",
+    int(
+        zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    ): "it ended the handshake: its CURVE keys are not those given here, or one side uses none",
+}
+"""What became of a connection that was never one, for a person."""
+_EVENTS = int(zmq.EVENT_DISCONNECTED) | sum(_REFUSALS)
 
 
 class Connection:
@@ -55,6 +69,7 @@ class Connection:
         on_lost: Callable[[str], None],
         name: str = "",
         silence_s: float = SERVER_SILENCE_S,
+        curve: ClientKeys | None = None,
     ) -> None:
         """Starts to connect; a server that is not there yet is waited for. Raises EndpointError for an
         endpoint that is none."""
@@ -73,7 +88,11 @@ class Connection:
         self._socket.set(zmq.IPV6, int("[" in endpoint))
         self._socket.set(zmq.RECONNECT_IVL, 20)
         self._socket.set(zmq.RECONNECT_IVL_MAX, 1000)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        if curve is not None:
+            curve.apply(self._socket)
+        # Without keys a handshake that ends is a server that ends: it may be back soon.
+        events = _EVENTS if curve is not None else _EVENTS & ~int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+        self._monitor = self._socket.get_monitor_socket(events)
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -87,7 +106,7 @@ class Connection:
         self._beat_timer = self._loop.call_later(HEARTBEAT_INTERVAL_S, self._beat)
         self.send(Hello(client=name))
 
-    def send(self, message: Hello | Submit | Cancel | Ping) -> None:
+    def send(self, message: ClientMessage) -> None:
         """Queues a message. Raises ConnectionLost when the connection is closed, or its queue is full."""
         if self._closed:
             raise ConnectionLost(f"the connection to {self.endpoint} is closed; connect again")
@@ -139,14 +158,14 @@ class Connection:
             self._on_message(message)
 
     def _drain_monitor(self) -> None:
-        disconnected = False
+        reason = ""
         while int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
-            self._monitor.recv_multipart(zmq.DONTWAIT)
-            disconnected = True
-        if disconnected:
+            event = parse_monitor_message(self._monitor.recv_multipart(zmq.DONTWAIT))["event"]
+            reason = _REFUSALS.get(int(event), reason or "it closed the connection")
+        if reason:
             # A new connection would be a stranger to the server. First take what came before the end.
             self._drain()
-            self._lose("it closed the connection")
+            self._lose(reason)
 
     def _beat(self) -> None:
         now = time.monotonic()

@@ -29,6 +29,7 @@ from gateway.admission import MAX_WAITING, MAX_WAITING_TOKENS
 from gateway.calls import GRACE_S, Calls
 from gateway.control import Control
 from gateway.control_messages import FrontState, WorldTable
+from gateway.curve import ServerKeys
 from gateway.dialect import Dialect
 from gateway.disk_journal import MAX_BYTES, DiskJournal
 from gateway.errors import EndpointError, GatewayError
@@ -88,6 +89,8 @@ class FrontConfig:
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     access: Access = field(default_factory=Access)
+    zmq_curve_dir: Path | None = None
+    """Keys of the ZeroMQ server and of its clients; None: connections are plain."""
 
 
 @dataclass(frozen=True)
@@ -266,15 +269,16 @@ def open_journal(config: FrontConfig, log: Logger) -> Journal:
 
 def bind_zmq(config: FrontConfig, calls: Calls, text: TextModel) -> ZmqServer:
     """Where a free port was asked for, the one that an earlier front of this run folder had, if it is still free:
-    its clients come back to it. Raises EndpointError."""
+    its clients come back to it. Raises EndpointError, CurveError."""
+    curve = None if config.zmq_curve_dir is None else ServerKeys(config.zmq_curve_dir)
     memory = None if config.run_dir is None else config.run_dir / "zmq-endpoint"
     is_free_choice = config.zmq.startswith("tcp://") and config.zmq.endswith((":*", ":0"))
     if is_free_choice and memory is not None and memory.exists():
         with contextlib.suppress(EndpointError, OSError):
             earlier = memory.read_text().strip()
             if earlier.rpartition(":")[0] == config.zmq.rpartition(":")[0]:
-                return ZmqServer(earlier, calls, text, config.model)
-    server = ZmqServer(config.zmq, calls, text, config.model)
+                return ZmqServer(earlier, calls, text, config.model, curve)
+    server = ZmqServer(config.zmq, calls, text, config.model, curve)
     if is_free_choice and memory is not None:
         with contextlib.suppress(OSError):  # a full disk: the next front takes another port
             memory.write_text(server.endpoint + "\n")
@@ -302,6 +306,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
     parser.add_argument("--served-model-name", required=True, help="the model's name for clients")
     parser.add_argument("--http-fd", type=int, required=True, help="inherited listening socket")
     parser.add_argument("--zmq", required=True, help="endpoint for ZeroMQ clients, tcp://127.0.0.1:5555")
+    parser.add_argument("--zmq-curve-dir", type=Path, help="folder of CURVE keys")
     parser.add_argument("--grpc", type=_address, metavar="HOST:PORT", help="where gRPC listens; port 0: any")
     parser.add_argument("--control", required=True, help="the supervisor's control socket, ipc://...")
     parser.add_argument("--run-dir", type=Path, help="run folder of the deployment")
@@ -338,6 +343,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
         model=options.served_model_name,
         http_fd=options.http_fd,
         zmq=options.zmq,
+        zmq_curve_dir=options.zmq_curve_dir,
         grpc=options.grpc,
         control=options.control,
         run_dir=options.run_dir,

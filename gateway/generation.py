@@ -6,15 +6,41 @@ Used by AsyncClient and Client; nothing here talks to anybody.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import TypedDict, cast
+
+import msgspec
 
 from gateway.errors import RequestFailed
-from gateway.protocol import FinishReason, Output, Pooling, SamplingParams
+from gateway.protocol import ChatMessage, FinishReason, Output, Pooling, SamplingParams
 
-Prompt = str | Sequence[int]
-"""Text (the front only) or token ids."""
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text or a conversation, messages of `role` and `content` (both for the front only), or token ids."""
+
+
+class SubmittedPrompt(TypedDict, total=False):
+    """The fields of a Submit that a prompt becomes."""
+
+    prompt: str
+    prompt_token_ids: list[int]
+    messages: list[ChatMessage]
+
+
+def submitted(prompt: Prompt) -> SubmittedPrompt:
+    """Raises ValueError for a conversation whose messages have something else than a role and a text."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if not (prompt and isinstance(prompt[0], Mapping)):
+        return {"prompt_token_ids": cast("list[int]", list(prompt))}
+    try:
+        return {"messages": msgspec.convert(list(prompt), list[_GivenMessage])}
+    except msgspec.ValidationError as error:
+        raise ValueError(f"a message is a role and a text: {error}") from None
+
+
+class _GivenMessage(ChatMessage, frozen=True, forbid_unknown_fields=True):
+    """As a caller writes it: nothing that would be lost on the way."""
 
 
 @dataclass
@@ -51,7 +77,9 @@ class Scored(TypedDict):
 def scored(prompt: Prompt, continuation: Prompt) -> Scored:
     """A request for the log-probabilities of a continuation. Raises ValueError if only one
     of them is text."""
-    if isinstance(prompt, str) != isinstance(continuation, str):
+    if isinstance(prompt, str) != isinstance(continuation, str) or not all(
+        isinstance(part, str) or not part or isinstance(part[0], int) for part in (prompt, continuation)
+    ):
         raise ValueError("prompt and continuation must both be text, or both token ids")
     if isinstance(prompt, str) or isinstance(continuation, str):
         params = SamplingParams(pooling=Pooling("score"))

@@ -27,6 +27,15 @@ class _RequestEvents:
         self._timeout_s = timeout_s
         self._cancel = cancel
         self._ended = False
+        self._on_read: Callable[[str, int], None] | None = None
+        self._report_every = 0
+        self._num_read = 0
+        self._num_reported = 0
+
+    def _report(self, on_read: Callable[[str, int], None], every: int) -> None:
+        """`on_read` is called with the id and the number of tokens that were read, when it has grown by `every`."""
+        self._on_read = on_read
+        self._report_every = max(1, every)
 
     def cancel(self) -> None:
         """Ends the request; what the server sends until it knows still arrives, then finish_reason
@@ -39,6 +48,10 @@ class _RequestEvents:
             self._ended = True
             raise event
         self._ended = event.finish_reason is not None
+        self._num_read += len(event.token_ids)
+        if self._on_read is not None and self._num_read - self._num_reported >= self._report_every:
+            self._num_reported = self._num_read
+            self._on_read(self.request_id, self._num_read)
         return event
 
     def _give_up(self) -> RequestTimeout:

@@ -24,6 +24,9 @@ HEARTBEAT_INTERVAL_S = 2.5
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
+Capability = Literal["text", "chat", "stop", "deadline", "resume", "credit", "pooling", "stats"]
+"""What a server of this version may or may not do, as its `Welcome` says; see docs/zeromq.md."""
+
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
@@ -109,6 +112,17 @@ class Hello(Struct, frozen=True, tag="hello", tag_field="type"):
     min_version: int = PROTOCOL_VERSION
     max_version: int = PROTOCOL_VERSION
     client: str = ""
+    capabilities: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=64)] = field(
+        default_factory=list
+    )
+    """What the client knows beyond the first edition of the protocol; for servers to come."""
+
+
+class ChatMessage(Struct, frozen=True):
+    """One message of a conversation."""
+
+    role: Annotated[str, Meta(max_length=64)]
+    content: str
 
 
 class Submit(Struct, frozen=True, tag="submit", tag_field="type", omit_defaults=True):
@@ -127,6 +141,8 @@ class Submit(Struct, frozen=True, tag="submit", tag_field="type", omit_defaults=
     """Text instead of token ids; only the front takes it, rank 0 refuses it."""
     output_token_ids: list[TokenId] = field(default_factory=list)
     params: SamplingParams = field(default_factory=SamplingParams)
+    messages: Annotated[list[ChatMessage], Meta(max_length=4096)] = field(default_factory=list)
+    """A conversation instead of a prompt; only the front takes it, and writes it with the model's chat template."""
     stop: Annotated[list[Annotated[str, Meta(max_length=4096)]], Meta(max_length=16)] = field(
         default_factory=list
     )
@@ -142,6 +158,8 @@ class Submit(Struct, frozen=True, tag="submit", tag_field="type", omit_defaults=
     key: Annotated[str, Meta(max_length=255)] = ""
     """A name that no other request has and nobody can guess. The front takes the same request with the same key, on
     whichever connection, for the same: it goes on behind `output_token_ids`. Rank 0 takes no notice of it."""
+    credit: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
+    """How many output tokens may be sent before `Credit` allows more; None: all of them. Only the front takes it."""
 
 
 class Cancel(Struct, frozen=True, tag="cancel", tag_field="type"):
@@ -151,12 +169,19 @@ class Cancel(Struct, frozen=True, tag="cancel", tag_field="type"):
     epoch: int = 0
 
 
+class Credit(Struct, frozen=True, tag="credit", tag_field="type"):
+    """Lets so many more output tokens of a request come that was submitted with `credit`."""
+
+    request_id: str
+    tokens: Annotated[int, Meta(ge=1, lt=2**31)]
+
+
 class Ping(Struct, frozen=True, tag="ping", tag_field="type"):
     sent_at: float = 0.0
     """Any number; it comes back in the answer."""
 
 
-ClientMessage = Hello | Submit | Cancel | Ping
+ClientMessage = Hello | Submit | Cancel | Credit | Ping
 
 
 # --------------------------------------------------------------------------- server -> client
@@ -185,6 +210,8 @@ class Welcome(Struct, frozen=True, tag="welcome", tag_field="type"):
     pp: int
     limits: Limits
     eos_token_ids: list[int]
+    capabilities: list[str] = field(default_factory=list)
+    """What this server can do, see Capability; a client passes over those that it does not know."""
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):

@@ -13,9 +13,11 @@ import msgspec
 import zmq
 
 from gateway.checks import check_submit
+from gateway.curve import ServerKeys
 from gateway.protocol import (
     PROTOCOL_VERSION,
     Cancel,
+    Credit,
     ErrorCode,
     Limits,
     Output,
@@ -27,6 +29,7 @@ from gateway.protocol import (
 )
 from gateway.router import Router
 
+CAPABILITIES = ["pooling", "stats"]
 STATS_INTERVAL_S = 0.5
 MAX_WAIT_S = 0.25
 """`receive` returns at least this often, so that a loop whose signal handler only sets a flag sees it."""
@@ -51,6 +54,7 @@ class Rank0Gateway:
         pp: int,
         limits: Limits,
         eos_token_ids: list[int],
+        curve: ServerKeys | None = None,
     ) -> None:
         """Binds `endpoint` (`tcp://127.0.0.1:*` takes a free port). Raises EndpointError."""
         self._epoch = epoch
@@ -58,8 +62,8 @@ class Rank0Gateway:
         self._stats: Stats | None = None
         self._sent_stats: Stats | None = None
         self._next_stats = 0.0
-        welcome = Welcome(PROTOCOL_VERSION, epoch, model, tp, pp, limits, list(eos_token_ids))
-        self._router = Router(endpoint, lambda: welcome, epoch, on_greeted=self._send_last_stats)
+        welcome = Welcome(PROTOCOL_VERSION, epoch, model, tp, pp, limits, list(eos_token_ids), CAPABILITIES)
+        self._router = Router(endpoint, lambda: welcome, epoch, on_greeted=self._send_last_stats, curve=curve)
         self.endpoint = self._router.endpoint
 
     def receive(self, timeout_s: float) -> list[tuple[bytes, Submit | Cancel]]:
@@ -75,6 +79,8 @@ class Rank0Gateway:
             self._flush_stats()
         requests: list[tuple[bytes, Submit | Cancel]] = []
         for client, message in router.drain():
+            if isinstance(message, Credit):
+                continue  # no request here has any
             if message.epoch not in (0, self._epoch):
                 # Meant for another world; whoever sent it learns of this one by its welcome.
                 if isinstance(message, Submit):

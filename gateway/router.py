@@ -12,12 +12,15 @@ from collections.abc import Callable
 
 import zmq
 
+from gateway.curve import ServerKeys
 from gateway.errors import EndpointError
 from gateway.protocol import (
     HEARTBEAT_INTERVAL_S,
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     Cancel,
+    ClientMessage,
+    Credit,
     ErrorCode,
     Failed,
     Hello,
@@ -64,10 +67,12 @@ class Router:
         welcome: Callable[[], Welcome | None],
         epoch: int,
         on_greeted: Callable[[bytes], None] = lambda client: None,
+        curve: ServerKeys | None = None,
     ) -> None:
         """Binds `endpoint` (`tcp://127.0.0.1:*` takes a free port). `welcome` makes the answer to a Hello;
         while it gives None, clients that say hello wait for `greet_waiting`. `epoch` is what the server's own
-        messages carry; `on_greeted` is called after a client was welcomed. Raises EndpointError."""
+        messages carry; `on_greeted` is called after a client was welcomed. `curve`: connections are
+        encrypted, and only listed clients get one. Raises EndpointError."""
         self._welcome = welcome
         self._on_greeted = on_greeted
         self._epoch = epoch
@@ -83,10 +88,11 @@ class Router:
         self.socket.set(zmq.RCVHWM, HIGH_WATER_MARK)
         self.socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self.socket.set(zmq.IPV6, int("[" in endpoint))
+        self._authentication = None if curve is None else curve.authenticate(self._context, self.socket)
         try:
             self.socket.bind(endpoint)
         except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
+            self.close()
             reason = zmq.strerror(error.errno or 0)
             raise EndpointError(f"cannot listen at {endpoint}: {reason}; choose another endpoint") from None
         self.endpoint = self.socket.get_string(zmq.LAST_ENDPOINT)
@@ -95,13 +101,13 @@ class Router:
         """Whether a message waits; never blocks."""
         return bool(int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
-    def drain(self) -> list[tuple[bytes, Submit | Cancel]]:
+    def drain(self) -> list[tuple[bytes, Submit | Cancel | Credit]]:
         """All requests that are there, as (client identity, message), without blocking.
 
-        A Submit's id is new for its client, a Cancel's id is of a request that still runs.
+        A Submit's id is new for its client, the id of a Cancel or Credit is of a request that still runs.
         """
         now = time.monotonic()
-        requests: list[tuple[bytes, Submit | Cancel]] = []
+        requests: list[tuple[bytes, Submit | Cancel | Credit]] = []
         for _ in range(MAX_FRAMES_PER_DRAIN):
             if not self.readable():
                 break
@@ -173,11 +179,11 @@ class Router:
 
     def close(self) -> None:
         """Closes the socket at once; what is not sent yet is dropped."""
+        if self._authentication is not None:
+            self._authentication.stop()
         self._context.destroy(linger=0)
 
-    def _handle(
-        self, client: bytes, message: Hello | Submit | Cancel | Ping, now: float
-    ) -> Submit | Cancel | None:
+    def _handle(self, client: bytes, message: ClientMessage, now: float) -> Submit | Cancel | Credit | None:
         """Answers what the server answers itself; returns what is for the caller."""
         if isinstance(message, Hello):
             self._greet(client, message, now)
@@ -194,7 +200,7 @@ class Router:
         if isinstance(message, Ping):
             self._send(client, encode(Pong(message.sent_at, self._epoch)))
             return None
-        if isinstance(message, Cancel):
+        if not isinstance(message, Submit):
             return message if message.request_id in state.requests else None
         if message.request_id in state.requests:
             # Without the id: the answer must not look like the end of the request that runs.

@@ -14,23 +14,38 @@ import uuid
 import msgspec
 
 from gateway.calls import Call, Calls, Conditions, KeyReused, OnDisconnect, Wanted
-from gateway.errors import RequestFailed
+from gateway.curve import ServerKeys
+from gateway.errors import GatewayError, RequestFailed
+from gateway.flow_control import UnreadTokens, Window
 from gateway.grammars import problem_of
-from gateway.journal import JournalCall
+from gateway.journal import JournalCall, JournalEntry
 from gateway.live_request import Request
-from gateway.protocol import PROTOCOL_VERSION, Output, Submit, Tokens, Welcome, encode
+from gateway.protocol import PROTOCOL_VERSION, Cancel, Capability, Output, Submit, Tokens, Welcome, encode
 from gateway.reading import TextReader, whole_output
 from gateway.router import Router
 from gateway.sockets import ReadPump
 from gateway.text import LONG_TEXT, TextModel
 
 _KEY_SPACE = "zmq:"
+CAPABILITIES: tuple[Capability, ...] = ("text", "chat", "stop", "deadline", "resume", "credit", "pooling")
+MAX_UNREAD_TOKENS = 1 << 20
+"""Of requests that have ended and whose clients let nothing more come, all together: some 40 MB."""
 
 
 class _ClientRequest:
     """One request of one client; it is the sink of its own outputs, or one of those who listen to its call."""
 
-    __slots__ = ("call", "client", "ended", "fingerprint", "reader", "request", "request_id", "server")
+    __slots__ = (
+        "call",
+        "client",
+        "ended",
+        "fingerprint",
+        "reader",
+        "request",
+        "request_id",
+        "server",
+        "window",
+    )
 
     def __init__(self, server: ZmqServer, client: bytes, request_id: str) -> None:
         self.server = server
@@ -44,10 +59,19 @@ class _ClientRequest:
         """Of what the client asked for, before anything was made of it."""
         self.reader: TextReader | None = None
         """Of a client that came to a call behind its beginning."""
+        self.window: Window | None = None
+        """Of a client that says how much it can take."""
         self.ended = False
 
+    @property
+    def entry(self) -> JournalEntry | None:
+        """What it has brought; None while the prompt is tokenized."""
+        if self.request is not None:
+            return self.request.entry
+        return self.call.record.entries[0] if self.call is not None else None
+
     def output(self, request: Request, output: Output) -> None:
-        self.server.queue_output(self, output)
+        self.server.show(self, output)
 
     def failed(self, request: Request, error: RequestFailed) -> None:
         self.server.fail(self, error)
@@ -56,7 +80,7 @@ class _ClientRequest:
         parts = [(True, output)] if self.reader is None else self.reader.read(output)
         for is_new, shown in parts:
             if is_new and not self.ended:
-                self.server.queue_output(self, shown)
+                self.server.show(self, shown)
 
     def fail(self, error: RequestFailed) -> None:
         self.server.fail(self, error)
@@ -67,16 +91,19 @@ class ZmqServer:
 
     endpoint: str
 
-    def __init__(self, endpoint: str, calls: Calls, text: TextModel, model: str) -> None:
+    def __init__(
+        self, endpoint: str, calls: Calls, text: TextModel, model: str, curve: ServerKeys | None = None
+    ) -> None:
         """Binds; to be made in the running loop. Raises EndpointError."""
         self._calls = calls
         self._requests = requests = calls.requests
         self._text = text
         self._model = model
-        self._router = Router(endpoint, self._welcome, epoch=0)
+        self._router = Router(endpoint, self._welcome, epoch=0, curve=curve)
         self.endpoint = self._router.endpoint
         self._live: dict[tuple[bytes, str], _ClientRequest] = {}
         self._outputs: dict[bytes, list[Output]] = {}
+        self._unread: UnreadTokens[_ClientRequest] = UnreadTokens(MAX_UNREAD_TOKENS)
         self._batch = 0
         self._background: set[asyncio.Task[None]] = set()
         self._pump = ReadPump(self._router.socket, self._drain)
@@ -98,6 +125,31 @@ class ZmqServer:
         self._pump.close()
         self._router.close()
 
+    def show(self, live: _ClientRequest, output: Output) -> None:
+        """Of an output what the client can take now; it asks for the rest."""
+        window, entry = live.window, live.entry
+        if window is None or entry is None or output.finish_reason == "cancelled":
+            if window is not None:
+                output = msgspec.structs.replace(output, position=window.num_sent)
+            self.queue_output(live, output)
+        elif (shown := window.take(output)) is not None:
+            self.queue_output(live, shown)
+        else:
+            self._show_more(live)
+
+    def _show_more(self, live: _ClientRequest) -> None:
+        window, entry = live.window, live.entry
+        if window is None or entry is None or live.ended:
+            return
+        eos = self._requests.welcome.eos_token_ids if self._requests.welcome is not None else ()
+        for shown in window.more(entry, self._text, eos):
+            self.queue_output(live, shown)
+        if entry.ended and not live.ended:
+            self._unread.add(live, len(entry.output_token_ids) - window.num_sent)
+            for late in self._unread.take_excess():
+                text = "its client does not read it, and others need the room; submit it again, with its key"
+                self.fail(late, RequestFailed("overloaded", text))
+
     def queue_output(self, live: _ClientRequest, output: Output) -> None:
         """Keeps an output until the batch is complete."""
         message = msgspec.structs.replace(output, request_id=live.request_id)
@@ -117,7 +169,14 @@ class ZmqServer:
         if world is None:
             return None
         return Welcome(
-            PROTOCOL_VERSION, 0, self._model, world.tp, world.pp, world.limits, world.eos_token_ids
+            PROTOCOL_VERSION,
+            0,
+            self._model,
+            world.tp,
+            world.pp,
+            world.limits,
+            world.eos_token_ids,
+            [name for name in CAPABILITIES if name != "chat" or self._text.chat_template is not None],
         )
 
     def _drain(self) -> None:
@@ -127,11 +186,19 @@ class ZmqServer:
         for client, message in self._router.drain():
             if isinstance(message, Submit):
                 self._submit(client, message)
-            elif (running := self._live.get((client, message.request_id))) is not None:
+            elif (running := self._live.get((client, message.request_id))) is None:
+                continue
+            elif isinstance(message, Cancel):
                 self._cancel(running)
+            elif running.window is not None:
+                running.window.grant(message.tokens)
+                self._show_more(running)
+                self._flush()
 
     def _submit(self, client: bytes, message: Submit) -> None:
         live = self._live[client, message.request_id] = _ClientRequest(self, client, message.request_id)
+        if message.credit is not None:
+            live.window = Window(message.credit, len(message.output_token_ids))
         if _is_kept(message):
             live.fingerprint = _fingerprint(message)
         problem = _problem_of_texts(message)
@@ -139,10 +206,7 @@ class ZmqServer:
             self.fail(live, RequestFailed("invalid_request", problem))
         elif self._attach(live, message):
             return
-        elif (
-            len(message.prompt or "") + len(message.continuation or "") > LONG_TEXT
-            or message.params.grammar is not None
-        ):
+        elif _num_characters(message) > LONG_TEXT or message.params.grammar is not None:
             # What waits for a thread waits, too.
             if len(self._background) >= self._requests.waiting.max_requests:
                 text = f"{len(self._background)} requests wait to be read already; try again later"
@@ -151,7 +215,7 @@ class ZmqServer:
             task = asyncio.ensure_future(self._accept_long(live, message))
             self._background.add(task)
             task.add_done_callback(self._background.discard)
-        elif message.prompt is None:
+        elif message.prompt is None and not message.messages:
             self._accept(live, message, message.prompt_token_ids)
         else:
             self._encode_and_accept(live, message)
@@ -159,16 +223,20 @@ class ZmqServer:
     def _encode_and_accept(self, live: _ClientRequest, message: Submit) -> None:
         try:
             message = self._encode(message)
-        except ValueError as error:
+        except (ValueError, GatewayError) as error:
             self.fail(live, RequestFailed("invalid_request", str(error)))
             return
         self._accept(live, message, message.prompt_token_ids)
 
     def _encode(self, message: Submit) -> Submit:
-        """The same with token ids in place of text. Raises ValueError."""
+        """The same with token ids in place of text. Raises ValueError, ChatTemplateError, ModelFilesError."""
+        at_most = self._max_model_len()
+        if message.messages:
+            conversation = [{"role": one.role, "content": one.content} for one in message.messages]
+            token_ids = self._text.encode_chat(conversation, at_most=at_most)
+            return msgspec.structs.replace(message, prompt_token_ids=token_ids)
         if message.prompt is None:
             return message
-        at_most = self._max_model_len()
         token_ids = self._text.encode(message.prompt, at_most=at_most)
         params = message.params
         if message.continuation is not None and params.pooling is not None:
@@ -184,7 +252,7 @@ class ZmqServer:
             message = await asyncio.to_thread(self._encode, message)
             if message.params.grammar is not None:
                 await asyncio.to_thread(problem_of, message.params.grammar)  # kept, for accept
-        except ValueError as error:
+        except (ValueError, GatewayError) as error:
             self.fail(live, RequestFailed("invalid_request", str(error)))
             return
         if not live.ended:  # not cancelled meanwhile
@@ -262,8 +330,9 @@ class ZmqServer:
             self._requests.cancel(live.request)
         elif live.call is not None:
             live.call.cancel()
-        elif not live.ended:
-            self.queue_output(live, Output(live.request_id, 0, [], "cancelled", None, ""))
+        if not live.ended:  # the prompt is being tokenized, or it has ended and was not read to its end
+            position = 0 if live.window is None else live.window.num_sent
+            self.queue_output(live, Output(live.request_id, position, [], "cancelled", None, ""))
             self._flush()
 
     def _lose(self, live: _ClientRequest) -> None:
@@ -276,6 +345,7 @@ class ZmqServer:
 
     def _forget(self, live: _ClientRequest) -> None:
         live.ended = True
+        self._unread.remove(live)
         self._live.pop((live.client, live.request_id), None)
         self._router.finish(live.client, live.request_id)
 
@@ -292,13 +362,19 @@ class ZmqServer:
 
 def _problem_of_texts(message: Submit) -> str | None:
     """What is wrong with the texts of a request; None if nothing is."""
-    if message.prompt is not None and message.prompt_token_ids:
-        return "give prompt or prompt_token_ids, not both"
+    if (message.prompt is not None) + bool(message.prompt_token_ids) + bool(message.messages) > 1:
+        return "give one of prompt, prompt_token_ids and messages, not several"
     if message.continuation is not None:
         pooling = message.params.pooling
         if pooling is None or pooling.kind != "score" or message.prompt is None:
             return "continuation is text to score: it goes with prompt and with params.pooling of kind score"
     return None
+
+
+def _num_characters(message: Submit) -> int:
+    """Of text to tokenize."""
+    chat = sum(len(one.content) for one in message.messages)
+    return len(message.prompt or "") + len(message.continuation or "") + chat
 
 
 def _is_kept(message: Submit) -> bool:
@@ -309,6 +385,6 @@ def _is_kept(message: Submit) -> bool:
 def _fingerprint(message: Submit) -> bytes:
     """Of what is asked for, without what differs when it is asked again."""
     same = msgspec.structs.replace(
-        message, request_id="-", epoch=0, output_token_ids=[], deadline_s=None, key=""
+        message, request_id="-", epoch=0, output_token_ids=[], deadline_s=None, key="", credit=None
     )
     return hashlib.blake2b(encode(same), digest_size=16).digest()

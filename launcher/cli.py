@@ -76,6 +76,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--backend", choices=BACKENDS, default="auto", help="what is going to serve it (default: auto)"
     )
 
+    keygen = commands.add_parser(
+        "curve-keygen",
+        help="make keys for ZeroMQ",
+        description="Makes the server's pair of CURVE keys in DIR if there is none, and one for a client, which "
+        "`phalanx serve --zmq-curve-dir DIR` then lets in.",
+    )
+    keygen.add_argument("folder", metavar="DIR", type=Path, help="folder of keys")
+    keygen.add_argument("--client", metavar="NAME", help="make a pair for this client, too")
+
     doctor = commands.add_parser(
         "doctor", help="check this machine", description="Check what this machine lacks to serve models."
     )
@@ -143,6 +152,10 @@ def _run(options: argparse.Namespace) -> int:
         from launcher.pull import pull
 
         return pull(options.model, options.backend)
+    if options.command == "curve-keygen":
+        from launcher.zmq_keys import keygen
+
+        return keygen(options.folder, options.client)
     from launcher.doctor import doctor
 
     return doctor(options.port, options.mpirun)

@@ -243,6 +243,8 @@ def front_command(
         name,
     ]
     command += ["--http-fd", str(http_fd), "--zmq", settings.zmq]
+    if settings.zmq_curve_dir is not None:
+        command += ["--zmq-curve-dir", str(settings.zmq_curve_dir.absolute())]
     if grpc_port is not None:
         command += ["--grpc", f"{settings.host}:{grpc_port}"]
     command += ["--control", f"ipc://{run_dir.control_socket}", "--run-dir", str(run_dir.path)]

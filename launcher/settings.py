@@ -15,6 +15,7 @@ from typing import Any
 from launcher.access_settings import LOG_FORMATS, LOG_LEVELS, AccessSettings, _flag
 from launcher.errors import SettingsError
 from launcher.hosts import check_slots, parse_hosts
+from launcher.zmq_keys import check_zmq
 
 DTYPES = ("auto", "float32", "bfloat16")
 SPARES = ("none", "warm", "hot")
@@ -98,6 +99,15 @@ class Settings(AccessSettings):
         "P",
     )
     zmq: str = _flag("tcp://127.0.0.1:5555", "endpoint that the front's ZeroMQ server listens on", "ENDPOINT")
+    zmq_curve_dir: Path | None = field(
+        default=None,
+        metadata={
+            "help": "folder of CURVE keys: ZeroMQ is encrypted, and only the clients in its authorized_clients may "
+            "connect; `phalanx curve-keygen` makes one. Needed where --zmq can be reached from other machines",
+            "metavar": "DIR",
+        },
+    )
+    zmq_insecure: bool = _flag(False, "other machines may connect to --zmq without keys, and unencrypted")
     max_model_len: int = _flag(0, "most tokens of prompt and output together; 0: the model's own limit", "N")
     max_num_seqs: int = _flag(64, "most sequences that run at once", "N")
     max_num_batched_tokens: int = _flag(1024, "most tokens that one step computes", "N")
@@ -203,6 +213,7 @@ class Settings(AccessSettings):
             raise SettingsError(f"--grpc-port {self.grpc_port}: must be from 0 to 65535")
         if not re.match(r"(tcp|ipc)://.", self.zmq):
             raise SettingsError(f"--zmq {self.zmq}: write it like tcp://127.0.0.1:5555")
+        check_zmq(self.zmq, self.zmq_curve_dir, self.zmq_insecure)
         if self.step_factor and not self.step_factor >= 1.5:
             raise SettingsError(f"--step-factor {self.step_factor:g}: must be 1.5 or more, or 0 for no bound")
         if not self.max_wait_s > 0:

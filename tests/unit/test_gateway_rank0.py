@@ -106,7 +106,7 @@ def submit(request_id: str = "a", tokens: int = 3, **options: object) -> Submit:
 def test_hello_is_answered_with_the_world(gateway: Rank0Gateway, stranger: Peer) -> None:
     stranger.send(Hello(client="test"))
     take(gateway)
-    assert stranger.receive(Welcome) == Welcome(1, EPOCH, "m", 2, 1, LIMITS, [2])
+    assert stranger.receive(Welcome) == Welcome(1, EPOCH, "m", 2, 1, LIMITS, [2], ["pooling", "stats"])
 
 
 def test_a_version_that_is_not_spoken_is_refused(gateway: Rank0Gateway, stranger: Peer) -> None:
