@@ -165,6 +165,8 @@ class Connection:
         if reason:
             # A new connection would be a stranger to the server. First take what came before the end.
             self._drain()
+            if self.welcome is None and reason not in _REFUSALS.values():
+                reason += " before it said a word: it goes away just now, or it wants a CURVE key"
             self._lose(reason)
 
     def _beat(self) -> None:

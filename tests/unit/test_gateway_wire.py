@@ -160,6 +160,6 @@ def test_keys_and_who_is_let_in(keys: Path, tmp_path: Path) -> None:
         # Whoever is put onto the list is let in at once.
         (keys / "authorized_clients" / "stranger.key").write_bytes(stranger.read_bytes())
         with Client(endpoint, server_key=server_key, client_key=stranger) as client:
-            assert client.generate("abc", params).text == "abcabcab"
+            assert client.generate("abc", params).text.startswith("abcabc")
     with pytest.raises(ConnectionLost):
         Client("tcp://127.0.0.1:1", server_key=server_key, client_key=friend, connect_timeout_s=0.2).connect()
