@@ -283,3 +283,13 @@ def test_the_store_is_bounded_and_forgets(tmp_path: Path) -> None:
     again = BatchStore(tmp_path)
     assert again.batch("batch_x") == batch and again.running_batches() == [] and again.used_bytes() == 0
     again.close()
+
+
+def test_without_a_run_folder_nothing_stays() -> None:
+    store = BatchStore(None)
+    assert not store.is_there
+    store.check_room(1)
+    folder = store.folder
+    assert store.is_there and (folder / "batches.sqlite").exists()
+    store.close()
+    assert not folder.exists()

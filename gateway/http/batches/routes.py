@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -73,10 +71,7 @@ class Batches:
 
     def __init__(self, run_dir: Path | None, log: Logger) -> None:
         """To be made in the running loop. Without a run folder everything ends with this front."""
-        self._temporary = None if run_dir is not None else Path(tempfile.mkdtemp(prefix="phalanx-batches-"))
-        folder = run_dir or self._temporary
-        assert folder is not None
-        self._store = BatchStore(folder)
+        self._store = BatchStore(run_dir)
         self._runner = BatchRunner(self._store, log)
 
     def start(self, app: ASGIApp) -> None:
@@ -87,8 +82,6 @@ class Batches:
         """What is not done stays for the next front. To be called when no request runs any more."""
         await self._runner.close()
         self._store.close()
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def router(self) -> APIRouter:
         router = APIRouter()

@@ -65,7 +65,7 @@ class BatchRunner:
     async def _run(self) -> None:
         while True:
             try:
-                if self._take_lock(self._store.folder / "batches.lock"):
+                if self._store.is_there and self._take_lock(self._store.folder / "batches.lock"):
                     self._look()
             except StorageFailed as error:
                 self._log.error("batches", detail=str(error))

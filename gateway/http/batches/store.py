@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +100,28 @@ _decode_batch = msgspec.msgpack.Decoder(Batch).decode
 class BatchStore:
     """Raises StorageFailed from everything that touches the disk. For one thread, except where it is said."""
 
-    def __init__(self, folder: Path, max_bytes: int = MAX_STORED_BYTES) -> None:
-        self.folder = folder
-        self._files = folder / "files"
+    def __init__(self, folder: Path | None, max_bytes: int = MAX_STORED_BYTES) -> None:
+        """`folder`: the run folder; without one everything is in a temporary one, and goes with this front."""
+        self._given = folder
         self._max_bytes = max_bytes
-        self._path = folder / "batches.sqlite"
         self._open_db: sqlite3.Connection | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether anything can be in it yet."""
+        return self._given is not None or self._open_db is not None
+
+    @cached_property
+    def folder(self) -> Path:
+        return self._given or Path(tempfile.mkdtemp(prefix="phalanx-batches-"))
+
+    @property
+    def _files(self) -> Path:
+        return self.folder / "files"
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / "batches.sqlite"
 
     @property
     def _db(self) -> sqlite3.Connection:
@@ -124,6 +143,8 @@ class BatchStore:
     def close(self) -> None:
         if self._open_db is not None:
             self._open_db.close()
+            if self._given is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     # ----------------------------------------------------------------------- files
 
