@@ -534,6 +534,7 @@ def test_a_tokenizer_that_is_written_again_costs_no_call(cluster: EchoCluster) -
     status, _, answer = ask(cluster, f"/v1/requests/{stream.id}", method="GET")
     assert status == 404 and "had to put its journal aside" in answer["error"]["message"]
     assert "another model's tokenizer" in cluster.front_log.read_text()
+    assert "had to put its journal aside" in (cluster.states[-1].notice or ""), "the supervisor tells it"
 
 
 def test_requests_without_a_call_do_not_confuse_the_next_front(cluster: EchoCluster) -> None:
