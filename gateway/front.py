@@ -149,6 +149,7 @@ class Front:
         dialect = Dialect.of_model(text, config.tool_call_parser, config.reasoning_parser)
         openai = OpenAI(config.model, self._requests, text, resumable, dialect, access.max_body_bytes)
         metrics.journal = journal
+        metrics.worlds = self._worlds
         operations = Operations(self._worlds, self._requests, metrics, self._supervision)
         language_model = LanguageModel(openai, self._calls, operations.why_not_ready)
         self._repository = Repository([language_model, Simple(), SimpleIdentity()], operations.why_not_ready)

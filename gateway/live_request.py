@@ -56,6 +56,7 @@ class Request:
         "resubmits",
         "sink",
         "submissions",
+        "submitted_at",
         "text",
         "wait_timer",
     )
@@ -71,6 +72,8 @@ class Request:
         self.engine_id = entry.request_id
         """Its id in that world: a new one for each submission, so that late outputs find nobody."""
         self.submissions = 0
+        self.submitted_at: float | None = None
+        """When a world had it first, on the monotonic clock."""
         self.resubmits = 0
         self.accepted_at = time.monotonic()
         self.first_token_at: float | None = None

@@ -21,27 +21,17 @@ from prometheus_client.exposition import generate_latest
 from gateway.fault_metrics import FaultMetrics
 from gateway.histogram import Histogram
 from gateway.journal import Journal
-from gateway.protocol import Stats
+from gateway.protocol import Limits, Stats
+from gateway.request_metrics import LATENCY_BUCKETS_S, PER_TOKEN_BUCKETS_S, RequestMetrics
+from gateway.world_metrics import EngineTotals, Table, collect_worlds
 
-TOKEN_BUCKETS_S = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.02,
-    0.03,
-    0.05,
-    0.075,
-    0.1,
-    0.2,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
+TOKEN_BUCKETS_S = tuple(sorted({*PER_TOKEN_BUCKETS_S, 0.001, 0.0025, 0.005, 0.02, 0.03, 30.0}))
+FIRST_TOKEN_BUCKETS_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
 )
-REQUEST_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
+REQUEST_BUCKETS_S = tuple(sorted({*LATENCY_BUCKETS_S, 0.01, 0.025, 0.05, 0.1}))
+"""vLLM's bounds, and some of ours between them."""
 
 
 class FrontMetrics:
@@ -67,7 +57,12 @@ class FrontMetrics:
         self.journal: Journal | None = None
         self.serving_epoch: int | None = None
         self.stats: Stats | None = None
-        self.time_to_first_token = Histogram(REQUEST_BUCKETS_S)
+        self.limits: Limits | None = None
+        """Of the last world."""
+        self.worlds: Table | None = None
+        self.engine = EngineTotals()
+        self.per_request = RequestMetrics()
+        self.time_to_first_token = Histogram(FIRST_TOKEN_BUCKETS_S)
         self.inter_token_latency = Histogram(TOKEN_BUCKETS_S)
         self.request_latency = Histogram(REQUEST_BUCKETS_S)
         self._registry = CollectorRegistry()
@@ -85,6 +80,9 @@ class FrontMetrics:
         yield from self._counters()
         yield from self._gauges()
         yield from self.faults.collect()
+        yield from self.per_request.collect(self._labels, self._values)
+        if self.worlds is not None:
+            yield from collect_worlds(self.worlds, self._model)
         names = {
             "time_to_first_token_seconds": ("From acceptance to the first token.", self.time_to_first_token),
             "inter_token_latency_seconds": ("Between tokens of a request.", self.inter_token_latency),
@@ -102,22 +100,39 @@ class FrontMetrics:
             family.add_metric([self._model], writes.buckets(), writes.total)
             yield family
 
+    def note_stats(self, stats: Stats) -> None:
+        """What the world that serves says of itself."""
+        self.stats = stats
+        self.engine.note(stats)
+
+    def _cache_info(self) -> Metric:
+        """As vLLM's, whose sizes autoscalers and routers multiply."""
+        blocks = self.stats.kv_blocks_total if self.stats is not None else 0
+        tokens = self.limits.kv_cache_tokens if self.limits is not None else 0
+        labels = ["block_size", "num_gpu_blocks", "enable_prefix_caching"]
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info", "Sizes of the KV cache.", labels=[*self._labels("vllm:"), *labels]
+        )
+        size = tokens // blocks if blocks else 0
+        family.add_metric([*self._values("vllm:"), str(size), str(blocks), "True"], 1)
+        return family
+
     def _counters(self) -> Iterator[Metric]:
-        stats = self.stats
+        engine = self.engine
         both = {
             "prompt_tokens": ("Prompt tokens of accepted requests.", self.prompt_tokens),
             "generation_tokens": ("Tokens delivered.", self.generation_tokens),
             "num_preemptions": (
-                "Requests that the active world's scheduler put back.",
-                stats.num_preemptions if stats else 0,
+                "Requests that worlds' schedulers put back.",
+                engine["num_preemptions"],
             ),
             "prefix_cache_queries": (
-                "Prompt tokens that the active world looked up in its prefix cache.",
-                stats.prefix_cache_queries if stats else 0,
+                "Prompt tokens that worlds looked up in their prefix caches.",
+                engine["prefix_cache_queries"],
             ),
             "prefix_cache_hits": (
-                "Prompt tokens that the active world found there.",
-                stats.prefix_cache_hits if stats else 0,
+                "Prompt tokens that worlds found there.",
+                engine["prefix_cache_hits"],
             ),
         }
         for name, (text, value) in both.items():
@@ -143,8 +158,6 @@ class FrontMetrics:
             )
             for reason in ("stop", "length", "cancelled", "error"):
                 if prefix == "vllm:":
-                    if reason == "error":
-                        continue
                     reason_label = "abort" if reason == "cancelled" else reason
                 else:
                     reason_label = reason
@@ -181,6 +194,7 @@ class FrontMetrics:
         for name, (text, value) in both.items():
             for prefix in ("phalanx_", "vllm:"):
                 yield self._gauge(prefix, name, text, value)
+        yield self._cache_info()
         journal = self.journal
         own: dict[str, tuple[str, float]] = {
             "journal_failing": (

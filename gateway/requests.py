@@ -245,6 +245,7 @@ class Requests:
         self._journal.save_welcome(encode(msgspec.structs.replace(welcome, epoch=0)))
         self.resumed_at = None
         self._metrics.serving_epoch = welcome.epoch
+        self._metrics.limits = welcome.limits
         waiters, self._world_waiters = self._world_waiters, []
         for waiter in waiters:
             if not waiter.done():
@@ -280,7 +281,7 @@ class Requests:
             self._call_after_batch()
             self._count()
         elif isinstance(message, Stats):
-            self._metrics.stats = message
+            self._metrics.note_stats(message)
         elif isinstance(message, Failed):
             self._receive_failed(message)
 
@@ -469,6 +470,8 @@ class Requests:
         if request.first_token_at is None:
             self.waiting.leave(request.num_waiting_tokens, time.monotonic())
         self._metrics.finished[reason or "error"] += 1
+        if reason is not None:
+            self._metrics.per_request.ended(request)
         self._metrics.request_latency.observe(time.monotonic() - request.accepted_at)
         self._count()
         if self._replays.done(request):

@@ -5,6 +5,7 @@ Owned by requests.py, which decides what is submitted and when; nothing here end
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -41,6 +42,8 @@ class Submissions:
             request.wait_timer.cancel()
             request.wait_timer = None
         request.submissions += 1
+        if request.submissions == 1:
+            request.submitted_at = time.monotonic()
         if request.submissions > 1:
             request.engine_id = f"{entry.request_id}.{request.submissions}"
         request.epoch = world.welcome.epoch
