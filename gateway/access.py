@@ -14,8 +14,10 @@ from gateway.http.connections import ConnectionLimits
 from gateway.keys import KeyRing
 from gateway.log import Logger
 from gateway.tls import Certificates, TlsFiles
+from gateway.tracing import Tracer
 
 KEY_VARIABLE = "PHALANX_API_KEY"
+OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 MAX_BODY_BYTES = 16 * 1024 * 1024
 
 
@@ -34,6 +36,8 @@ class Access:
     access_log: bool = False
     log_format: str = "json"
     log_level: str = "info"
+    otlp_endpoint: str = ""
+    """Where traces go; empty for none."""
 
     def key_ring(self, log: Logger) -> KeyRing | None:
         """None if no keys are asked for. Raises KeyFileError."""
@@ -44,6 +48,10 @@ class Access:
     def certificates(self, log: Logger) -> Certificates | None:
         """None without TLS. Raises CertificateError."""
         return None if self.tls is None else Certificates(self.tls, log)
+
+    def tracer(self, model: str) -> Tracer | None:
+        """None without traces. Raises TracingError."""
+        return Tracer(self.otlp_endpoint, model) if self.otlp_endpoint else None
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -61,6 +69,7 @@ class Access:
         parser.add_argument("--slow-client-s", type=float, default=limits.slow_client_s)
         parser.add_argument("--max-connections", type=int, default=limits.max_connections)
         parser.add_argument("--access-log", action="store_true")
+        parser.add_argument("--otlp-endpoint", default="")
         parser.add_argument("--log-format", choices=("json", "console"), default="json")
         parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
 
@@ -86,6 +95,7 @@ class Access:
             access_log=options.access_log,
             log_format=options.log_format,
             log_level=options.log_level,
+            otlp_endpoint=options.otlp_endpoint or os.environ.get(OTLP_VARIABLE, ""),
         )
 
 

@@ -150,6 +150,9 @@ class Front:
         openai = OpenAI(config.model, self._requests, text, resumable, dialect, access.max_body_bytes)
         metrics.journal = journal
         metrics.worlds = self._worlds
+        self._tracer = access.tracer(config.model)
+        if self._tracer is not None:
+            self._requests.on_ended = self._tracer.ended
         operations = Operations(self._worlds, self._requests, metrics, self._supervision)
         language_model = LanguageModel(openai, self._calls, operations.why_not_ready)
         self._repository = Repository([language_model, Simple(), SimpleIdentity()], operations.why_not_ready)
@@ -190,6 +193,8 @@ class Front:
         self._control.close()
         self._supervision.close()
         self._zmq_server.close()
+        if self._tracer is not None:
+            self._tracer.close()
         self._context.destroy(linger=0)
 
     async def _drain(self) -> None:

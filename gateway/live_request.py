@@ -43,6 +43,7 @@ class Request:
 
     __slots__ = (
         "accepted_at",
+        "changes",
         "deadline_timer",
         "deaths_alone",
         "ended",
@@ -58,6 +59,7 @@ class Request:
         "submissions",
         "submitted_at",
         "text",
+        "trace",
         "wait_timer",
     )
 
@@ -71,6 +73,10 @@ class Request:
         """The world that has it; None while it waits for one."""
         self.engine_id = entry.request_id
         """Its id in that world: a new one for each submission, so that late outputs find nobody."""
+        self.changes: list[tuple[int, float]] = []
+        """Epochs of the worlds behind the first one, and when each had it, on the monotonic clock."""
+        self.trace: tuple[dict[str, str], str] | None = None
+        """Trace headers and path that it came with, where traces are on."""
         self.submissions = 0
         self.submitted_at: float | None = None
         """When a world had it first, on the monotonic clock."""

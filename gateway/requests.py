@@ -41,6 +41,7 @@ from gateway.rank0 import with_seed
 from gateway.replay import ReplayQueue
 from gateway.submissions import Submissions
 from gateway.text import TextModel
+from gateway.tracing import incoming as incoming_trace
 
 MAX_RESUBMITS_IN_A_WORLD = 3
 """A world that drops tokens of one request so often will not get it right."""
@@ -71,6 +72,8 @@ class Requests:
         self.after_batch: list[Callable[[], None]] = []
         """Called when a batch of outputs has been handed to the sinks."""
         self.on_resumed: Callable[[], None] = lambda: None
+        self.on_ended: Callable[[Request, FinishReason | None], None] = lambda request, reason: None
+        """Called for each request that has ended; without a reason it failed."""
         self._journal = journal
         self._text = text
         self._metrics = metrics
@@ -180,6 +183,7 @@ class Requests:
         self._metrics.accepted += 1
         self._metrics.prompt_tokens += len(prompt_token_ids)
         request = self._take_on(entry, sink)
+        request.trace = incoming_trace.get()
         request.holder = current_holder.get()
         if request.holder is not None:
             request.holder.charge_tokens(len(prompt_token_ids))
@@ -472,6 +476,7 @@ class Requests:
         self._metrics.finished[reason or "error"] += 1
         if reason is not None:
             self._metrics.per_request.ended(request)
+        self.on_ended(request, reason)
         self._metrics.request_latency.observe(time.monotonic() - request.accepted_at)
         self._count()
         if self._replays.done(request):

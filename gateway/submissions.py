@@ -47,6 +47,8 @@ class Submissions:
         if request.submissions > 1:
             request.engine_id = f"{entry.request_id}.{request.submissions}"
         request.epoch = world.welcome.epoch
+        if request.submissions > 1:
+            request.changes.append((request.epoch, time.monotonic()))
         self._requests[request.engine_id] = request
         params = entry.params
         if entry.prompt_logprobs is not None:

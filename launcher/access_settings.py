@@ -77,6 +77,11 @@ class AccessSettings:
     slow_client_timeout: float = _flag(
         60.0, "how long a client may read nothing of an answer before its connection is ended", "SECONDS"
     )
+    otlp_endpoint: str = _flag(
+        "",
+        "OTLP/HTTP receiver of traces, like http://127.0.0.1:4318; default: OTEL_EXPORTER_OTLP_ENDPOINT, or none",
+        "URL",
+    )
     access_log: bool = _flag(False, "a line for each HTTP request in front.log, without query and body")
     log_format: str = _flag("json", "how the front writes its log")
     log_level: str = _flag("info", "what the front logs at least")
@@ -90,6 +95,8 @@ class AccessSettings:
             if path is not None and not path.is_file():
                 hint = "; make it with `phalanx keys add NAME`" if name == "api_key_file" else ""
                 raise SettingsError(f"--{name.replace('_', '-')} {path}: there is no such file{hint}")
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise SettingsError(f"--otlp-endpoint {self.otlp_endpoint}: write it like http://127.0.0.1:4318")
         if not self.api_key.isprintable() or " " in self.api_key:
             raise SettingsError("--api-key: must be printable characters without spaces")
         for name, least in (("max_body_size", 1024), ("max_connections", 1)):
@@ -119,7 +126,7 @@ class AccessSettings:
         for name in ("api_key_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
             if (path := getattr(self, name)) is not None:
                 arguments += [f"--{name.replace('_', '-')}", str(path.absolute())]
-        for name in ("allowed_origins", "allowed_hosts"):
+        for name in ("allowed_origins", "allowed_hosts", "otlp_endpoint"):
             if value := getattr(self, name):
                 arguments += [f"--{name.replace('_', '-')}", value]
         for name in ("open_metrics", "access_log"):

@@ -32,6 +32,7 @@ from gateway.inference.repository import Repository
 from gateway.keys import KeyRing
 from gateway.log import Logger, request_id_of_log
 from gateway.metrics import FrontMetrics
+from gateway.tracing import TraceContexts
 
 MAX_REQUEST_ID = 128
 KSERVE_PREFIX = "/openai"
@@ -130,6 +131,8 @@ def _guarded(
         )
     if access.allowed_hosts:
         app = Hosts(app, access.allowed_hosts)
+    if access.otlp_endpoint:
+        app = TraceContexts(app)
     app = RequestIds(app, metrics)
     return AccessLog(app, log) if access.access_log else app
 
