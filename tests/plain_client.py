@@ -14,7 +14,10 @@ HEARTBEAT_S = 2.5
 class PlainClient:
     """One connection. Messages are dictionaries; outputs of all requests are kept by their ids."""
 
-    def __init__(self, endpoint: str, keys: tuple[bytes, bytes, bytes] | None = None, **hello: Any) -> None:
+    def __init__(
+        self, endpoint: str, keys: tuple[bytes, bytes, bytes] | None = None, quiet: bool = False, **hello: Any
+    ) -> None:
+        """`quiet`: the caller says hello itself."""
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.linger = 0
@@ -24,7 +27,9 @@ class PlainClient:
         self.outputs: dict[str, list[list[Any]]] = {}
         self.failures: dict[str, dict[str, Any]] = {}
         self.others: list[dict[str, Any]] = []
-        self._beat_at = 0.0
+        self._beat_at = time.monotonic() + HEARTBEAT_S
+        if quiet:
+            return
         self.send(type="hello", **{"min_version": 1, "max_version": 1, "client": "plain", **hello})
 
     def __enter__(self) -> PlainClient:
@@ -55,7 +60,7 @@ class PlainClient:
         message: dict[str, Any] = msgpack.unpackb(self.socket.recv())
         if message["type"] == "tokens":
             for output in message["outputs"]:
-                self.outputs[output[0]].append(output)
+                self.outputs.setdefault(output[0], []).append(output)
         elif message["type"] == "failed" and message["request_id"] is not None:
             self.failures[message["request_id"]] = message
         else:

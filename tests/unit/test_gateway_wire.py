@@ -4,12 +4,14 @@ control, conversations, keys. The client knows pyzmq, msgpack and docs/zeromq.md
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgpack
 import pytest
 import zmq.auth
 
@@ -17,6 +19,7 @@ from gateway.client import Client, ConnectionLost, SamplingParams
 from tests.echo_world import EchoCluster
 from tests.plain_client import PlainClient
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "zeromq.md"
 pytestmark = pytest.mark.slow
 TEXT = "".join(f"{number} and " for number in range(400))
 
@@ -58,6 +61,37 @@ def test_hello_tells_versions_and_capabilities(endpoint: str) -> None:
         refusal = plain.answer("welcome")
     assert refusal["code"] == "bad_message"
     assert "speaks protocol version 1, the client 2 to 3" in refusal["message"]
+
+
+def example_of_the_page() -> list[tuple[str, bytes]]:
+    """Who sends what, in the page's order."""
+    [block] = re.findall(r"```text\n(client .*?)```", DOCUMENT.read_text(), re.DOTALL)
+    frames = re.findall(r"^(client|server)  [^\n]*\n((?:    [0-9a-f ]+\n)+)", block, re.MULTILINE)
+    return [(who, bytes.fromhex(digits)) for who, digits in frames]
+
+
+def test_the_page_s_bytes_are_what_is_said(endpoint: str) -> None:
+    """The client's frames are sent as they stand there; the server's answers mean what the page says."""
+    example = example_of_the_page()
+    assert len(example) == 12
+    with PlainClient(endpoint, quiet=True) as plain:
+        for who, frame in example:
+            if who == "client":
+                plain.socket.send(frame)
+                continue
+            expected = msgpack.unpackb(frame)
+            if expected["type"] != "tokens":
+                assert plain.answer(expected["type"]) == expected
+                continue
+            [wanted] = expected["outputs"]
+            brought: list[int] = []
+            while len(brought) < len(wanted[2]):
+                message = plain.answer("tokens")
+                assert set(message) == set(expected)
+                [output] = message["outputs"]
+                assert output[1] == wanted[1] + len(brought) and len(output) == len(wanted)
+                brought += output[2]
+            assert (brought, output[3]) == (wanted[2], wanted[3])
 
 
 def test_a_slow_reader_gets_what_it_asks_for_and_holds_nobody(endpoint: str) -> None:
