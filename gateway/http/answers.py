@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from gateway.http.errors import ApiError
 from gateway.http.logprobs import ChatLogprobs, Namer, Placed, PromptLogprobs, PromptText, TextLogprobs
 from gateway.message_parser import MessageParser, Parsing
 from gateway.protocol import Output, TokenLogprobs
@@ -223,6 +224,22 @@ class Answer:
         what comes before all tokens of the choice, and what comes of these. Either is empty if there is nothing
         to say."""
         raise NotImplementedError
+
+    def keep_alive(self, *, with_ids: bool) -> bytes:
+        """What a stream sends while it has nothing to say."""
+        return KEEP_ALIVE if with_ids else PLAIN_KEEP_ALIVE
+
+    def framed(self, event_id: bytes | None, data: bytes) -> bytes:
+        """The data as server-sent events, behind which the client is at this id; None in a stream without ids."""
+        return b"data: %b\n\n" % data if event_id is None else b"id: %b\ndata: %b\n\n" % (event_id, data)
+
+    def ended(self, event_id: bytes | None) -> bytes:
+        """The last event of a stream."""
+        return self.framed(event_id, DONE)
+
+    def failed(self, event_id: bytes | None, error: ApiError) -> bytes:
+        """The last events of a stream that fails after it has begun."""
+        return self.framed(event_id, error.encoded()) + self.framed(event_id, DONE)
 
     def last_chunk(self) -> bytes:
         """The data of the usage, where it was asked for; else empty."""

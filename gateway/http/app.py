@@ -15,6 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.access import Access
 from gateway.http.access_log import AccessLog
+from gateway.http.anthropic.routes import PATH as MESSAGES_PATH
+from gateway.http.anthropic.routes import Messages
+from gateway.http.anthropic.schema import encoded_error
 from gateway.http.batches.routes import Batches
 from gateway.http.compat import Compat, package_version
 from gateway.http.description import description_router
@@ -58,6 +61,7 @@ def make_app(
         embeddings.router(),
         openai.resumable.router(),
         Responses(openai).router(),
+        Messages(openai).router(),
         batches.router(),
     ]
     for router in of_openai:
@@ -76,7 +80,7 @@ def make_app(
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
         return Response(
-            error.encoded_v2() if _is_inference_v2(request.url.path) else error.encoded(),
+            _encoded(error, request.url.path),
             status_code=error.status,
             headers=error.headers(),
             media_type="application/json",
@@ -135,6 +139,13 @@ def _guarded(
         app = TraceContexts(app)
     app = RequestIds(app, metrics)
     return AccessLog(app, log) if access.access_log else app
+
+
+def _encoded(error: ApiError, path: str) -> bytes:
+    """As the clients of this path expect errors."""
+    if path.removeprefix(KSERVE_PREFIX).startswith(MESSAGES_PATH):
+        return encoded_error(error)
+    return error.encoded_v2() if _is_inference_v2(path) else error.encoded()
 
 
 def _is_inference_v2(path: str) -> bool:

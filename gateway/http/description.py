@@ -16,6 +16,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse
 
 from gateway.http.answers import ChatAnswer, TextAnswer
+from gateway.http.anthropic.schema import CountRequest, MessagesRequest
 from gateway.http.batches.routes import BatchRequest
 from gateway.http.compat import DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 from gateway.http.embeddings import EmbeddingRequest
@@ -39,6 +40,8 @@ _BODIES: dict[str, type] = {
     "/v1/completions": CompletionRequest,
     "/v1/embeddings": EmbeddingRequest,
     "/v1/responses": ResponseRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountRequest,
     "/v1/batches": BatchRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
@@ -60,7 +63,13 @@ _ANSWERS: dict[str, type] = {
     "/v1/completions": TextAnswer,
     "/tokenize": TokenizeAnswer,
 }
-_STREAMS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/responses/{response_id}"}
+_STREAMS = {
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/messages",
+    "/v1/responses",
+    "/v1/responses/{response_id}",
+}
 _OTHER_ANSWERS = {
     "/metrics": "text/plain",
     "/v1/files/{file_id}/content": "application/octet-stream",
@@ -75,7 +84,7 @@ _QUERIES: dict[str, list[tuple[str, str]]] = {
     "/v1/batches": _LIST,
     "/v1/requests/{call_id}/stream": [("last_event_id", "string")],
 }
-_KEYED = {"/v1/chat/completions", "/v1/completions", "/v1/responses"}
+_KEYED = {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"}
 """POSTs with an Idempotency-Key."""
 _UPLOAD = {
     "type": "object",

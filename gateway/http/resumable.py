@@ -26,6 +26,7 @@ from gateway.http.answers import (
     best_choices,
     finish_reason,
 )
+from gateway.http.anthropic.answer import MessagesAnswer
 from gateway.http.errors import ApiError, from_failure
 from gateway.http.logprobs import Namer
 from gateway.http.reading import EventId, Place, Reading
@@ -40,8 +41,12 @@ KEY_HEADER = "idempotency-key"
 DISCONNECT_HEADER = "x-on-disconnect"
 _KEY_SPACE = "http:"
 _EVENT_STREAM = "text/event-stream"
-_ANSWERS: dict[str, type[Answer]] = {"chat": ChatAnswerBuilder, "completions": TextAnswerBuilder}
-_PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+_ANSWERS: dict[str, type[Answer]] = {
+    "chat": ChatAnswerBuilder,
+    "completions": TextAnswerBuilder,
+    "messages": MessagesAnswer,
+}
+_PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "messages": "/v1/messages"}
 
 
 @dataclass

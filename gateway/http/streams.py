@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.calls import Call, Calls
 from gateway.errors import RequestFailed
-from gateway.http.answers import DONE, KEEP_ALIVE, PLAIN_KEEP_ALIVE, Answer, Choice
+from gateway.http.answers import Answer, Choice
 from gateway.http.connections import TOO_SLOW
 from gateway.http.errors import from_failure
 from gateway.http.logprobs import Placed
@@ -238,8 +238,7 @@ class EventStream(Response):
         self._queue = queue
         self._answer = answer
         self._at = at
-        self._event = _event if with_ids else _plain_event
-        self._keep_alive = KEEP_ALIVE if with_ids else PLAIN_KEEP_ALIVE
+        self._with_ids = with_ids
         self._running = sum(not place.ended for place in at.places)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -268,17 +267,15 @@ class EventStream(Response):
                 error = from_failure(queue.error)
                 if not started:
                     raise error
-                body += self._event(self._at.encoded(), error.encoded()) + self._event(
-                    self._at.encoded(), DONE
-                )
+                body += self._answer.failed(self._at.encoded() if self._with_ids else None, error)
                 ends = True
             elif ends:
                 if not self._at.has_usage and (usage := self._answer.last_chunk()):
-                    body += self._event(self._at.usage(), usage)
-                body += self._event(self._at.done(), DONE)
+                    body += self._framed(self._at.usage(), usage)
+                body += self._answer.ended(self._at.done() if self._with_ids else None)
             # Tokens that have no text yet are no events either.
             if not body and started and time.monotonic() >= sent_at + KEEP_ALIVE_S:
-                body = self._keep_alive
+                body = self._answer.keep_alive(with_ids=self._with_ids)
             if not started:
                 if not body and not self._reader.is_in_world:
                     continue
@@ -293,19 +290,14 @@ class EventStream(Response):
 
     def _render(self, index: int, output: Output, placed: list[Placed]) -> bytes:
         begin, chunk = self._answer.chunk(index, output, placed)
-        body = self._event(self._at.begin(index), begin) if begin else b""
+        body = self._framed(self._at.begin(index), begin) if begin else b""
         ended = output.finish_reason is not None
         self._running -= ended
         event_id = self._at.advance(index, len(output.token_ids), ended)
-        return body + self._event(event_id, chunk) if chunk else body
+        return body + self._framed(event_id, chunk) if chunk else body
 
-
-def _event(event_id: bytes, data: bytes) -> bytes:
-    return b"id: %b\ndata: %b\n\n" % (event_id, data)
-
-
-def _plain_event(event_id: bytes, data: bytes) -> bytes:
-    return b"data: %b\n\n" % data
+    def _framed(self, event_id: bytes, data: bytes) -> bytes:
+        return self._answer.framed(event_id if self._with_ids else None, data)
 
 
 async def wait_for(done: asyncio.Future[None], group: Group | Reader, receive: Receive) -> None:
