@@ -8,9 +8,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from tests.recovery.served import Served
@@ -23,7 +24,7 @@ ENDED = ("completed", "incomplete", "failed", "cancelled", "expired")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
+    return make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny", max_model_len=2048)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,39 @@ def test_a_response_and_its_stream(api: openai.OpenAI) -> None:
     )
     assert follow.previous_response_id == response.id
     assert [item.id for item in api.responses.input_items.list(response.id)]
+
+
+class Colour(pydantic.BaseModel):
+    name: Literal["red", "green"]
+    is_warm: bool
+
+
+def test_a_forced_call_and_a_parsed_answer(api: openai.OpenAI, served: Served) -> None:
+    tool: Any = {
+        "type": "function",
+        "name": "paint",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"colour": {"enum": ["red", "green"]}},
+            "required": ["colour"],
+            "additionalProperties": False,
+        },
+    }
+    with api.responses.stream(
+        model=served.model, input="Paint.", tools=[tool], tool_choice="required", parallel_tool_calls=False
+    ) as stream:
+        final = stream.get_final_response() if stream.until_done() else None
+    assert final is not None
+    [call] = [item for item in final.output if item.type == "function_call"]
+    assert call.name == "paint" and json.loads(call.arguments)["colour"] in ("red", "green")
+    items: Any = [
+        {"role": "user", "content": "Paint."},
+        {"type": "function_call", "call_id": call.call_id, "name": "paint", "arguments": call.arguments},
+        {"type": "function_call_output", "call_id": call.call_id, "output": "Done."},
+    ]
+    parsed = api.responses.parse(model=served.model, input=items, text_format=Colour)
+    assert parsed.output_parsed is not None and parsed.output_parsed.name in ("red", "green")
 
 
 @pytest.mark.parametrize("victim", ["rank", "front"])
