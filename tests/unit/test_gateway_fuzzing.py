@@ -1,10 +1,14 @@
-"""Bad input over ZeroMQ and gRPC, thousands of it, against a real front and a real gateway of rank 0: no crash, no
-server's fault, no growth of memory, and the next honest client is served."""
+"""Bad input over ZeroMQ, gRPC and HTTP, more than 10,000 of it, against a real front and a real gateway of rank 0: no
+crash, no server's fault, no growth of memory, and the next honest client is served."""
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,6 +19,7 @@ import zmq
 
 from gateway.client import Client, SamplingParams
 from gateway.rpc import inference_pb2 as pb
+from tests.client_environments import client_environment
 from tests.echo_world import EchoCluster, echo_tokens
 
 pytestmark = pytest.mark.slow
@@ -251,5 +256,39 @@ def test_grpc_calls(cluster: EchoCluster) -> None:
             channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=10)
         ).live
     assert codes[grpc.StatusCode.INVALID_ARGUMENT] > CALLS // 10, codes
+    watch.check()
+    assert '"level": "error"' not in cluster.front_log.read_text()
+
+
+@pytest.mark.timeout(900)
+def test_http_by_its_own_description(cluster: EchoCluster, tmp_path: Path) -> None:
+    """Schemathesis makes requests for every operation in /openapi.json, most of them wrong. It has an
+    environment of its own, made by the first run."""
+    schemathesis = client_environment("schemathesis==4.32.5").parent / "schemathesis"
+    watch = Watch(cluster.front.pid)
+    command = [schemathesis, "run", f"{cluster.url}/openapi.json", "--url", cluster.url, "--mode", "all"]
+    command += [
+        "--phases",
+        "examples,coverage,fuzzing",
+        "--checks",
+        "not_a_server_error",
+        "--max-examples",
+        "10",
+    ]
+    command += [
+        "--request-timeout",
+        "20",
+        "--suppress-health-check",
+        "all",
+        "--continue-on-failure",
+        "--seed",
+        "1",
+    ]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    [made] = re.findall(r"(\d+) generated", done.stdout)
+    assert int(made) > 2000
+    serves(cluster.zmq)
     watch.check()
     assert '"level": "error"' not in cluster.front_log.read_text()
