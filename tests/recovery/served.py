@@ -53,7 +53,7 @@ class Served:
         self.curl_line = self.process.stdout.readline().rstrip("\n")
         watchdog.cancel()
         self.start_s = time.monotonic() - began
-        assert self.ready_line.startswith("ready  http://"), self.errors()
+        assert self.ready_line.startswith("ready  http"), self.errors()
         self.url = self.ready_line.split()[1]
         self.model = self.ready_line.split()[5]
         record = json.loads((run_dir / "processes.json").read_text())
