@@ -24,6 +24,7 @@ from engine.execution.kv_cache import (
 from engine.execution.sampler import Sampler
 from engine.execution.stage import Stage, StageRunner
 from engine.kernels.library import Kernels, KernelsUnavailable, open_kernels
+from engine.kernels.quantization import Quantization
 from engine.kernels.stage import NativeStage, cache_head_dim, unsupported
 from engine.models.config import ModelConfig
 from engine.models.decoder import DecoderStage
@@ -67,6 +68,8 @@ class EngineSettings:
     """What computes the layers: `phalanx` is our decoder, `deepspeed` see `engine.backends`; `auto` is `phalanx`."""
     expert_parallel: bool = False
     """Each tensor-parallel rank holds whole experts, not some columns of each."""
+    quantization: str = "none"
+    """What the matrices are kept in: `none` (the dtype), `int8`, or `int4`; see engine.kernels.quantization."""
     kernels: str = "auto"
     """Instruction set of the native kernels; "auto": the best, or torch if there are none; "off": torch."""
     deterministic: bool = False
@@ -139,10 +142,14 @@ def load_engine(
     """Loads this rank's shard. Every rank calls it; raises ConfigurationError or ModelError.
     `on_load(done_bytes, total_bytes)` is called as weights come in."""
     if settings.backend == "deepspeed":
-        if settings.deterministic:
-            raise ConfigurationError(
-                "--deterministic needs the native kernels, which --backend deepspeed does not use"
-            )
+        for flag, is_set in (
+            ("--deterministic", settings.deterministic),
+            ("--quantization", settings.quantization != "none"),
+        ):
+            if is_set:
+                raise ConfigurationError(
+                    f"{flag} needs the native kernels, which --backend deepspeed does not use"
+                )
         from engine.backends.engine import load_deepspeed  # takes seconds to import
 
         return load_deepspeed(world, settings, device, on_load)
@@ -151,6 +158,10 @@ def load_engine(
     shapes = shard_world(config, at.tp, at.pp, settings.expert_parallel)
     shape = shapes[at.pp_rank][at.tp_rank]
     dtype = getattr(torch, config.dtype if settings.dtype == "auto" else settings.dtype)
+    if settings.quantization != "none" and dtype is not torch.bfloat16:
+        raise ConfigurationError(
+            f"--quantization {settings.quantization} computes in bfloat16; leave --dtype {settings.dtype} out"
+        )
     limits = scheduler_limits(settings, config)
     sampler = new_sampler(settings, config) if at.is_sampler else None
     kernels, computed_by = _choose_kernels(settings, config, device)
@@ -179,6 +190,7 @@ def load_engine(
         settings.shard_cache,
         on_load,
         packed=kernels is not None,
+        quantization=Quantization(settings.quantization),
     )
     if device.type != "cpu":
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
@@ -187,7 +199,7 @@ def load_engine(
     if kernels is None:
         stage = DecoderStage(config, shape, weights, world.tensor_group, max_model_len)
     else:
-        stage = NativeStage(config, shape, weights, world.tensor_group, max_model_len, kernels)
+        stage = NativeStage(config, shape, weights, world.tensor_group, max_model_len, kernels, dtype)
     table = SequenceTable(limits.max_num_seqs, max_model_len, BLOCK_SIZE, device, kernels is None)
     widths = [len(other.vocab) for other in shapes[at.pp_rank]]
 
@@ -213,6 +225,10 @@ def _choose_kernels(
     except KernelsUnavailable as reason:
         if settings.deterministic:
             raise ConfigurationError(f"--deterministic needs the native kernels: {reason}") from None
+        if settings.quantization != "none":
+            raise ConfigurationError(
+                f"--quantization {settings.quantization} needs the native kernels: {reason}"
+            ) from None
         if settings.kernels not in ("auto", "off"):
             raise ConfigurationError(str(reason)) from None
         return None, f"torch ({reason})"

@@ -109,6 +109,7 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
         memory_share=arguments.memory_share,
         backend=arguments.backend,
         expert_parallel=arguments.expert_parallel,
+        quantization=arguments.quantization,
         kernels=arguments.kernels,
         deterministic=arguments.deterministic,
     )

@@ -92,6 +92,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "for torch (default: PHALANX_KERNELS, else auto)",
     )
     parser.add_argument(
+        "--quantization",
+        choices=["none", "int8", "int4"],
+        default="none",
+        help="what the matrices are rounded to when they are cut (CPUs, with native kernels)",
+    )
+    parser.add_argument(
         "--deterministic",
         action="store_true",
         help="the same bits for a request whatever runs beside it, and after a replay",

@@ -24,7 +24,7 @@ def rank_command(settings: Settings, prepared: PreparedModel, name: str) -> list
     """What a guard starts as its rank, without `--epoch`."""
     command = [*python_module("engine.rank"), "--model", str(prepared.path), "--served-model-name", name]
     command += ["--tp", str(settings.tp), "--pp", str(settings.pp), "--dtype", prepared.dtype]
-    command += ["--backend", settings.backend]
+    command += ["--quantization", settings.quantization, "--backend", settings.backend]
     command += ["--max-num-seqs", str(settings.max_num_seqs)]
     command += ["--max-num-batched-tokens", str(settings.max_num_batched_tokens)]
     command += ["--step-factor", f"{settings.step_factor:g}"]

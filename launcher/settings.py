@@ -23,13 +23,15 @@ JOURNALS = ("off", "disk")
 LEAST_JOURNAL_BYTES = 1 << 24
 _SIZES = ("kv_cache_memory", "journal_max_size", "max_body_size")
 BACKENDS = ("auto", "phalanx", "deepspeed")
-CHOICES = {"dtype": DTYPES, "spare": SPARES, "backend": BACKENDS, "journal": JOURNALS}
+QUANTIZATIONS = ("none", "int8", "int4")
+CHOICES = {"dtype": DTYPES, "quantization": QUANTIZATIONS, "spare": SPARES, "backend": BACKENDS, "journal": JOURNALS}
 CHOICES |= {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS}
 RELOADABLE = (
     "model",
     "tp",
     "pp",
     "dtype",
+    "quantization",
     "backend",
     "expert_parallel",
     "max_model_len",
@@ -81,6 +83,10 @@ class Settings(AccessSettings):
         False, "put whole experts on ranks, instead of some columns of each on every rank (with --tp)"
     )
     dtype: str = _flag("auto", "numbers that the model computes with; auto: bfloat16")
+    quantization: str = _flag(
+        "none",
+        "what weights are rounded to when they are cut: int8 or int4, in groups of 32 (on CPUs, with native kernels)",
+    )
     backend: str = _flag(
         "auto",
         "what computes the layers. phalanx: our decoder, for the architectures that it knows; deepspeed: any decoder "

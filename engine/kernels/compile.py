@@ -24,7 +24,7 @@ _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno
 """Without contraction: a multiply-add is fused where the source says so, or rows would differ by their tile."""
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 _X86 = {"avx2": ["-mavx2", "-mfma"], "avx512": _AVX512}
-_AVX512_BF16 = {"avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+_AVX512_BF16 = {"avx512_bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"]}
 _TIMEOUT_S = 300
 
 

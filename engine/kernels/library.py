@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from engine.kernels.compile import LIBRARY, SOURCES, source_hash
+from engine.kernels.quantization import Quantization, quantization_of
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+_QUANTIZED_FORMATS = {Quantization.INT8: 2, Quantization.INT4: 3}
 
 
 class KernelsUnavailable(Exception):
@@ -168,10 +170,11 @@ class Kernels:
 def linear_struct(
     packed: torch.Tensor, num_outputs: int, num_inputs: int, bias: torch.Tensor | None = None
 ) -> LinearStruct:
-    """Weights as `packing` packs them; `bias` `[num_outputs]` float32."""
+    """Weights as `packing` or `quantization` packs them; `bias` `[num_outputs]` float32."""
+    quantization = quantization_of(packed)
     return LinearStruct(
         packed.data_ptr(), None if bias is None else bias.data_ptr(), num_outputs, num_inputs,
-        FORMATS[packed.dtype],
+        _FORMATS[packed.dtype] if quantization is Quantization.NONE else _QUANTIZED_FORMATS[quantization],
     )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kernels.quantization import Quantization, quantize
+
 PANEL = 16
 """Outputs of a panel, and tokens of a block of the KV cache."""
 
@@ -38,7 +40,8 @@ def padded(size: int) -> int:
 class Packer:
     """Packs a tensor that comes in parts of any number of rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, quantization: Quantization = Quantization.NONE) -> None:
+        self._quantization = quantization
         self._rest: Tensor | None = None
 
     def add(self, rows: Tensor) -> Tensor:
@@ -47,12 +50,15 @@ class Packer:
             rows = torch.cat((self._rest, rows))
         whole = rows.shape[0] // PANEL * PANEL
         self._rest = rows[whole:].clone()
-        return pack(rows[:whole])
+        return self._pack(rows[:whole])
 
     def finish(self) -> Tensor:
         """The last panel, padded; nothing if all are complete."""
         assert self._rest is not None
-        return pack(self._rest)
+        return self._pack(self._rest)
+
+    def _pack(self, rows: Tensor) -> Tensor:
+        return pack(rows) if self._quantization is Quantization.NONE else quantize(rows, self._quantization)
 
 
 def _step(dtype: torch.dtype) -> int:

@@ -52,8 +52,10 @@ class NativeStage:
         group: TensorGroup,
         max_positions: int,
         kernels: Kernels,
+        dtype: torch.dtype,
     ) -> None:
-        self.dtype = next(tensor.dtype for name, tensor in weights.items() if tensor.ndim == 3)
+        """`weights`: packed, or quantized. `dtype`: of the KV cache, and what the model was trained in."""
+        self.dtype = dtype
         self.device = torch.device("cpu")
         self._config, self._shape = config, shape
         self._group = group

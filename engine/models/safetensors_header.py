@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.models.errors import ModelError
 
-ELEMENT_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+ELEMENT_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 """The dtypes that are read and written here, and the bytes of an element."""
 
 _MAX_HEADER_BYTES = 100_000_000

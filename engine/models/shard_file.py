@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.kernels.packing import Packer, packed_shape
+from engine.kernels.quantization import Quantization, quantized_shape
 from engine.models.errors import ModelError
 from engine.models.safetensors_header import Layout, TensorEntry, lay_out, read_header
 from engine.models.shard_cache import FolderUse
@@ -31,8 +32,8 @@ from engine.models.source_files import SourceFiles, check_tensor
 LAYOUT_VERSION = 3
 """To be raised whenever the bytes of a shard file change for the same source and shape."""
 
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-"""What weights are kept in, and what the safetensors format calls it."""
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+"""What weights are kept in, and what the safetensors format calls it; U8: quantized."""
 
 Advance = Callable[[int], None]
 """Is told the bytes that were done since the last call."""
@@ -57,17 +58,29 @@ class ShardFile:
     dtype: torch.dtype
     packed: bool
     """Matrices lie in the panels that the native kernels read."""
+    quantization: Quantization
+    """Of the matrices; needs `packed`."""
     digest: str
     """Identifies table, dtype, packing and layout version."""
     layout: Layout
 
     @classmethod
-    def of(cls, tensors: list[LocalTensor], dtype: torch.dtype, packed: bool = False) -> ShardFile:
+    def of(
+        cls,
+        tensors: list[LocalTensor],
+        dtype: torch.dtype,
+        packed: bool = False,
+        quantization: Quantization = Quantization.NONE,
+    ) -> ShardFile:
         name = DTYPE_NAMES[dtype]
-        digest = hashlib.sha256(repr((LAYOUT_VERSION, name, packed, tensors)).encode()).hexdigest()
-        entries = [TensorEntry(tensor.name, name, _stored_shape(tensor, dtype, packed)) for tensor in tensors]
+        identity = (LAYOUT_VERSION, name, packed, tensors)
+        if quantization is not Quantization.NONE:
+            identity += (quantization.value,)
+        digest = hashlib.sha256(repr(identity).encode()).hexdigest()
+        kept = {tensor.name: _Kept.of(tensor, dtype, packed, quantization) for tensor in tensors}
+        entries = [TensorEntry(name, DTYPE_NAMES[form.dtype], form.shape) for name, form in kept.items()]
         layout = lay_out(entries, {"phalanx_layout": digest}, _ALIGNMENT)
-        return cls(tuple(tensors), dtype, packed, digest, layout)
+        return cls(tuple(tensors), dtype, packed, quantization, digest, layout)
 
     @property
     def num_bytes(self) -> int:
@@ -96,13 +109,13 @@ class ShardFile:
             # Torch warns that the memory is read-only, which is the point of it.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             for tensor in self.tensors:
-                shape = _stored_shape(tensor, self.dtype, self.packed)
-                count, offset = math.prod(shape), self.layout.offsets[tensor.name]
+                kept = _Kept.of(tensor, self.dtype, self.packed, self.quantization)
+                count, offset = math.prod(kept.shape), self.layout.offsets[tensor.name]
                 if count:
-                    flat = torch.frombuffer(mapped, dtype=self.dtype, count=count, offset=offset)
-                    tensors[tensor.name] = flat.view(shape)
+                    flat = torch.frombuffer(mapped, dtype=kept.dtype, count=count, offset=offset)
+                    tensors[tensor.name] = flat.view(kept.shape)
                 else:
-                    tensors[tensor.name] = torch.empty(shape, dtype=self.dtype)
+                    tensors[tensor.name] = torch.empty(kept.shape, dtype=kept.dtype)
         return tensors
 
     def build(self, path: Path, source: SourceFiles, advance: Advance) -> None:
@@ -120,10 +133,13 @@ class ShardFile:
                 target.write(self.layout.header)
                 advance(len(self.layout.header))
                 for tensor in self.tensors:
-                    packer = Packer() if self.packed and _is_matrix(tensor) else None
+                    quantization = self.quantization.of(tensor.name)
+                    packer = Packer(quantization) if self.packed and _is_matrix(tensor) else None
+                    # What is to be quantized is rounded once.
+                    dtype = self.dtype if packer is None or quantization is Quantization.NONE else torch.float32
                     for piece in tensor.slices:
                         for part in reader.read(piece):
-                            part = part.to(self.dtype)
+                            part = part.to(dtype)
                             _write(target, part if packer is None else packer.add(part))
                             advance(part.numel() * self.dtype.itemsize)
                     if packer is not None:
@@ -147,8 +163,21 @@ def _is_matrix(tensor: LocalTensor) -> bool:
     return len(tensor.shape) == 2
 
 
-def _stored_shape(tensor: LocalTensor, dtype: torch.dtype, packed: bool) -> tuple[int, ...]:
-    return packed_shape(tensor.shape, dtype) if packed and _is_matrix(tensor) else tensor.shape
+@dataclass(frozen=True)
+class _Kept:
+    """What a tensor is in the file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: LocalTensor, dtype: torch.dtype, packed: bool, quantization: Quantization) -> _Kept:
+        if not (packed and _is_matrix(tensor)):
+            return cls(tensor.shape, dtype)
+        own = quantization.of(tensor.name)
+        if own is Quantization.NONE:
+            return cls(packed_shape(tensor.shape, dtype), dtype)
+        return cls(quantized_shape(tensor.shape, own), torch.uint8)
 
 
 def populate(mapped: MappedShard, advance: Advance) -> None:

@@ -12,10 +12,13 @@ from pathlib import Path
 from engine.models.config import ModelConfig
 from engine.models.content_hash import Advance, ContentHashes
 from engine.models.errors import ModelError
-from engine.models.safetensors_header import ELEMENT_BYTES, TensorEntry, read_header
+from engine.models.safetensors_header import TensorEntry, read_header
 from engine.models.sharding import SourceSlice, local_tensors, shard_world
 
 _INDEX = "model.safetensors.index.json"
+
+SOURCE_TYPES = ("F32", "BF16", "F16")
+"""Of tensors, as the safetensors format names them."""
 
 
 class SourceFiles:
@@ -104,9 +107,9 @@ def check_tensor(path: Path, entry: TensorEntry | None, piece: SourceSlice) -> N
             f"{path}: tensor {piece.name} has shape {list(entry.shape)}, and config.json makes it "
             f"{list(piece.shape)}; the two don't belong together"
         )
-    if entry.dtype not in ELEMENT_BYTES:
+    if entry.dtype not in SOURCE_TYPES:
         raise ModelError(
-            f"{path}: tensor {piece.name} is of type {entry.dtype}; supported are {', '.join(ELEMENT_BYTES)}"
+            f"{path}: tensor {piece.name} is of type {entry.dtype}; supported are {', '.join(SOURCE_TYPES)}"
         )
 
 

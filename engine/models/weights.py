@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.kernels.quantization import Quantization
 from engine.models.config import ModelConfig
 from engine.models.content_hash import ContentHashes, record_path
 from engine.models.errors import ModelError
@@ -38,13 +39,14 @@ def load_stage_weights(
     shard_cache: Path,
     progress: Progress,
     packed: bool = False,
+    quantization: Quantization = Quantization.NONE,
 ) -> dict[str, Tensor]:
     """All tensors of one rank, under the local names of `sharding`, as views of one read-only mapped file.
 
     The first call for a source and a world's shape reads the slices that the rank needs and writes them to
     `shard_cache`; later calls map that file and copy nothing. `packed`: matrices come as `engine.kernels.packing`
-    packs them. The tensors must not be written to (the process
-    would die of it), and the file stays protected from the cache's clearing while one of them lives.
+    packs them, or `engine.kernels.quantization`. The tensors must not be written to (the process would die of it),
+    and the file stays protected from the cache's clearing while one of them lives.
 
     With tied weights a stage with the head holds "embed.weight" and "head.weight", which are one object.
     `progress` is called at least every 32 MiB, and every 50 ms while another process does the work.
@@ -56,12 +58,13 @@ def load_stage_weights(
         [tensor for tensor in local_tensors(config, shape, tp_rank) if not _is_alias(config, shape, tensor)],
         dtype,
         packed,
+        quantization,
     )
     cache = ShardCache(shard_cache)
     source = SourceFiles(model_dir)
     meter = _Meter(progress)
     identity = _identity(source, shard_cache, 2 * shard.num_bytes, meter)
-    use = cache.use(_folder_name(identity, tp, pp, _holds_whole_experts(config, shape), dtype))
+    use = cache.use(_folder_name(identity, tp, pp, _holds_whole_experts(config, shape), dtype, quantization))
     path = use.folder / f"stage{pp_rank}-rank{tp_rank}-{shard.digest[:12]}.safetensors"
     mapped = shard.map(path, use)
     if mapped is None:
@@ -83,9 +86,13 @@ def _holds_whole_experts(config: ModelConfig, shape: RankShape) -> bool:
     return config.experts is not None and len(shape.experts) < config.experts.count
 
 
-def _folder_name(identity: str, tp: int, pp: int, expert_parallel: bool, dtype: torch.dtype) -> str:
+def _folder_name(
+    identity: str, tp: int, pp: int, expert_parallel: bool, dtype: torch.dtype, quantization: Quantization
+) -> str:
     instruction_set = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}".replace(" ", "")
     name = DTYPE_NAMES[dtype].lower()
+    if quantization is not Quantization.NONE:
+        name += f"-{quantization.value}"
     cut = f"tp{tp}-pp{pp}-ep" if expert_parallel else f"tp{tp}-pp{pp}"
     return f"{identity[:20]}-{cut}-{name}-v{LAYOUT_VERSION}-{instruction_set}"
 

@@ -75,7 +75,7 @@ class Served:
         else:
             packed = {name: pack(tensor) if tensor.ndim == 2 else tensor for name, tensor in weights.items()}
             kernels = open_kernels(threads, path)
-            self.stage = NativeStage(config, shape, packed, group, MAX_LENGTH, kernels)
+            self.stage = NativeStage(config, shape, packed, group, MAX_LENGTH, kernels, dtype)
             head_dim = cache_head_dim(config)
         self.cache = KVCache(shape.layers, NUM_BLOCKS, shape.num_kv_heads, head_dim, dtype, CPU)
         for tensor in (*self.cache.keys.values(), *self.cache.values.values()):

@@ -22,7 +22,7 @@ struct AttentionTask {
 template <class F>
 INLINE int64_t tile_bytes(int64_t head_dim) {
     const int64_t size = padded(head_dim);
-    return TILE_ROWS * (x_stride_of(head_dim) * (int64_t)sizeof(typename F::X) + size * 4 + SPAN * 4);
+    return TILE_ROWS * (x_stride_of<F>(head_dim) * (int64_t)sizeof(typename F::X) + size * 4 + SPAN * 4);
 }
 
 // sums [ROWS][padded head_dim] += weights [ROWS][SPAN] times the values of `count` keys, in the order of the keys.
@@ -80,7 +80,7 @@ void attend_tile(const Stage &stage, const Layer &layer, const Step &step, const
                  const float *queries, int64_t query_stride, typename F::X *out, int64_t out_stride, char *memory) {
     typedef typename F::Element Element;
     typedef typename F::X X;
-    const int64_t size = padded(stage.head_dim), x_stride = x_stride_of(stage.head_dim);
+    const int64_t size = padded(stage.head_dim), x_stride = x_stride_of<F>(stage.head_dim);
     const int64_t num_steps = (stage.head_dim + F::STEP - 1) / F::STEP;
     const int64_t num_rows = task.num_positions * task.num_heads;
     X *x = reinterpret_cast<X *>(memory);

@@ -28,7 +28,7 @@ const InstructionSet INSTRUCTION_SETS[] = {
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                __builtin_cpu_supports("avx512bf16");
+                __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
      }},
 #endif
     {"avx512", &avx512::functions,

@@ -1,4 +1,6 @@
 // One instruction set's functions. Compiled once for each, with PHALANX_ISA as its namespace.
+#include <type_traits>
+
 #include "attention.h"
 
 namespace PHALANX_ISA {
@@ -6,27 +8,40 @@ namespace {
 
 constexpr int64_t MLP_ROWS = 2 * ROW_CHUNK;  // what an MLP computes at a time, so that it stays in the caches
 
-template <class F>
+// L: what the linears are kept in; F: the KV cache, and what attention computes with.
+template <class L, class F>
 void attention_half(Context *context, const Stage &stage, const Layer &layer, const Step &step,
                     const float *hidden, float *partial) {
-    typedef typename F::X X;
+    typedef typename L::X X;
     const int64_t num_rows = step.num_tokens, width = layer.qkv.num_outputs;
-    const int64_t x_stride = x_stride_of(stage.hidden_size);
-    const int64_t attended = layer.output.num_inputs, out_stride = x_stride_of(attended);
+    const int64_t x_stride = x_stride_of<L>(stage.hidden_size);
+    const int64_t attended = layer.output.num_inputs, out_stride = x_stride_of<F>(attended);
     X *x = static_cast<X *>(scratch(context, SCRATCH_X, num_rows * x_stride * sizeof(X)));
     float *projected = static_cast<float *>(scratch(context, SCRATCH_PROJECTED, num_rows * width * sizeof(float)));
-    X *out = static_cast<X *>(scratch(context, SCRATCH_QUERIES, num_rows * out_stride * sizeof(X)));
+    typedef typename F::X Out;
+    Out *out = static_cast<Out *>(scratch(context, SCRATCH_QUERIES, num_rows * out_stride * sizeof(Out)));
     parallel_rows(context, num_rows, 32, [&](int64_t row) {
-        norm_x_row<F>(hidden + row * stage.hidden_size, stage.hidden_size, layer.attention_norm, stage.norm_eps,
+        norm_x_row<L>(hidden + row * stage.hidden_size, stage.hidden_size, layer.attention_norm, stage.norm_eps,
                       x + row * x_stride);
     });
-    multiply<F>(context, layer.qkv, x, num_rows, 1.0f, projected, width);
+    multiply<L>(context, layer.qkv, x, num_rows, 1.0f, projected, width);
     parallel_rows(context, num_rows, 16, [&](int64_t row) {
         turn_and_keep<F>(stage, layer, projected + row * width, step.positions[row], step.slots[row]);
         for (int64_t i = attended; i < padded(attended); ++i) out[row * out_stride + i] = 0;
     });
     attend<F>(context, stage, layer, step, projected, width, out, out_stride);
-    multiply<F>(context, layer.output, out, num_rows, stage.residual_multiplier, partial, stage.hidden_size);
+    if constexpr (L::QUANTIZED) {
+        const int64_t stride = x_stride_of<L>(attended);
+        X *inputs = static_cast<X *>(scratch(context, SCRATCH_X, num_rows * stride * sizeof(X)));
+        parallel_rows(context, num_rows, 32, [&](int64_t row) {
+            // What lies behind the row was set to zero above.
+            store_x_row<L>(inputs + row * stride, padded(attended),
+                           [&](int64_t i) INLINE_LAMBDA { return F::load_x(out + row * out_stride + i); });
+        });
+        multiply<L>(context, layer.output, inputs, num_rows, stage.residual_multiplier, partial, stage.hidden_size);
+    } else {
+        multiply<L>(context, layer.output, out, num_rows, stage.residual_multiplier, partial, stage.hidden_size);
+    }
 }
 
 template <class F>
@@ -34,7 +49,7 @@ void mlp_half(Context *context, const Stage &stage, const Layer &layer, int64_t 
               float *partial) {
     typedef typename F::X X;
     const int64_t columns = layer.down.num_inputs, width = layer.gate_up.num_outputs, size = stage.hidden_size;
-    const int64_t x_stride = x_stride_of(size), gated_stride = x_stride_of(columns);
+    const int64_t x_stride = x_stride_of<F>(size), gated_stride = x_stride_of<F>(columns);
     const int64_t most = num_tokens < MLP_ROWS ? num_tokens : MLP_ROWS;
     X *x = static_cast<X *>(scratch(context, SCRATCH_X, most * x_stride * sizeof(X)));
     float *projected = static_cast<float *>(scratch(context, SCRATCH_PROJECTED, most * width * sizeof(float)));
@@ -53,6 +68,17 @@ void mlp_half(Context *context, const Stage &stage, const Layer &layer, int64_t 
     }
 }
 
+// Calls `body` with an object of the format's type.
+template <class Body>
+INLINE void with_format(int64_t format, const Body &body) {
+    switch (format) {
+        case FORMAT_FLOAT32: return body(Float32{});
+        case FORMAT_BFLOAT16: return body(BFloat16{});
+        case FORMAT_INT8: return body(Int8{});
+        case FORMAT_INT4: return body(Int4{});
+    }
+}
+
 void half(Context *context, const Stage *stage, const Step *step, int64_t index, float *hidden, const float *delta,
           float *partial) {
     if (delta != nullptr) {
@@ -65,30 +91,33 @@ void half(Context *context, const Stage *stage, const Step *step, int64_t index,
     }
     if (index == 2 * stage->num_layers) return;
     const Layer &layer = stage->layers[index / 2];
-    const bool is_float32 = layer.qkv.format == FORMAT_FLOAT32;
-    if (index % 2 == 0 && is_float32) attention_half<Float32>(context, *stage, layer, *step, hidden, partial);
-    else if (index % 2 == 0) attention_half<BFloat16>(context, *stage, layer, *step, hidden, partial);
-    else if (is_float32) mlp_half<Float32>(context, *stage, layer, step->num_tokens, hidden, partial);
-    else mlp_half<BFloat16>(context, *stage, layer, step->num_tokens, hidden, partial);
+    const bool is_attention = index % 2 == 0;
+    with_format((is_attention ? layer.qkv : layer.gate_up).format, [&](auto format) {
+        typedef decltype(format) L;
+        typedef std::conditional_t<std::is_same_v<L, Float32>, Float32, BFloat16> F;
+        if (is_attention) attention_half<L, F>(context, *stage, layer, *step, hidden, partial);
+        else mlp_half<L>(context, *stage, layer, step->num_tokens, hidden, partial);
+    });
 }
 
 void any_linear(Context *context, const Linear *layer, const float *x, int64_t num_rows, float *out,
                 int64_t out_stride) {
-    if (layer->format == FORMAT_FLOAT32) linear<Float32>(context, layer, x, num_rows, out, out_stride);
-    else linear<BFloat16>(context, layer, x, num_rows, out, out_stride);
+    with_format(layer->format,
+                [&](auto format) { linear<decltype(format)>(context, layer, x, num_rows, out, out_stride); });
 }
 
 void any_embed(Context *context, const Linear *table, const int64_t *ids, int64_t num_ids, int64_t first_id,
                float multiplier, float *out) {
-    if (table->format == FORMAT_FLOAT32) embed<Float32>(context, table, ids, num_ids, first_id, multiplier, out);
-    else embed<BFloat16>(context, table, ids, num_ids, first_id, multiplier, out);
+    with_format(table->format, [&](auto format) {
+        embed<decltype(format)>(context, table, ids, num_ids, first_id, multiplier, out);
+    });
 }
 
 void any_logits(Context *context, const Linear *head, const float *hidden, const int64_t *rows, int64_t num_rows,
                 const float *norm_weight, float eps, float divisor, float soft_cap, float *out) {
-    if (head->format == FORMAT_FLOAT32)
-        logits<Float32>(context, head, hidden, rows, num_rows, norm_weight, eps, divisor, soft_cap, out);
-    else logits<BFloat16>(context, head, hidden, rows, num_rows, norm_weight, eps, divisor, soft_cap, out);
+    with_format(head->format, [&](auto format) {
+        logits<decltype(format)>(context, head, hidden, rows, num_rows, norm_weight, eps, divisor, soft_cap, out);
+    });
 }
 
 }  // namespace

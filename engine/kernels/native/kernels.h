@@ -5,11 +5,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum Format { FORMAT_FLOAT32 = 0, FORMAT_BFLOAT16 = 1 };
+enum Format { FORMAT_FLOAT32 = 0, FORMAT_BFLOAT16 = 1, FORMAT_INT8 = 2, FORMAT_INT4 = 3 };
 enum Activation { ACTIVATION_SILU = 0, ACTIVATION_GELU_TANH = 1 };
 
 // Weights [num_outputs, num_inputs], packed in panels of 16 outputs: float32 as [panels][num_inputs][16],
-// bfloat16 as [panels][num_inputs / 2][16][2], what is missing filled with zeros.
+// bfloat16 as [panels][num_inputs / 2][16][2], what is missing filled with zeros. int8 and int4: see quantized.h.
 struct Linear {
     const void *weights;
     const float *bias;  // [num_outputs], or null

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "simd.h"
+#include "quantized.h"
 
 namespace PHALANX_ISA {
 namespace {
@@ -43,41 +43,61 @@ constexpr int MOST_ROWS = 4, WIDE_ROWS = 2, WIDE = 2, NARROW = 1;
 constexpr int64_t GROUP = 4;       // panels of a task
 constexpr int64_t ROW_CHUNK = 240;  // rows of a task: their inputs stay in the second-level cache
 
-constexpr int64_t PANEL_STEP_BYTES = 64;  // of a panel's step, in either format: a line of the cache
+// Sums of one row and vector, finished and written.
+INLINE void write_sums(const Output &output, int64_t row, int64_t column, vec v) {
+    const int64_t left = output.columns - column;
+    if (left <= 0) return;
+    if (output.bias != nullptr) v = v + load_some(output.bias + column, left);
+    store_some(output.to + row * output.stride + column, v * all(output.scale), left);
+}
 
 template <class F, int ROWS, int PANELS>
 __attribute__((noinline)) void tile(const typename F::X *x, int64_t x_stride,
                                     const typename F::Element *const *panels, int64_t num_steps,
                                     const Output &output) {
-    vec sums[ROWS][PANELS * PIECES];
+    if constexpr (F::QUANTIZED) {
+        // A panel after the other: sums and the whole numbers that go into them take all registers.
+        for (int p = 0; p < PANELS; ++p) {
+            vec sums[ROWS][PIECES];
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
+            for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
-        for (int i = 0; i < PANELS * PIECES; ++i) sums[r][i] = zero();
-    const typename F::Element *from[PANELS];
-    for (int p = 0; p < PANELS; ++p) from[p] = panels[p];
-    for (int64_t step = 0; step < num_steps; ++step) {
-        if constexpr (ROWS > WIDE_ROWS) __builtin_prefetch(output.ahead + step * PANEL_STEP_BYTES, 0, 2);
-        typename F::Loaded loaded[PANELS];
+                for (int i = 0; i < PIECES; ++i) sums[r][i] = zero();
+            for (int64_t step = 0; step < num_steps; ++step) {
+                if constexpr (ROWS > WIDE_ROWS)
+                    for (int line = 0; line < F::STEP_BYTES; line += 64)
+                        __builtin_prefetch(output.ahead + (p * num_steps + step) * F::STEP_BYTES + line, 0, 2);
+                add_group<F, ROWS>(sums, x + step, x_stride, panels[p] + step * F::STEP_BYTES);
+            }
 #pragma GCC unroll 16
-        for (int p = 0; p < PANELS; ++p) loaded[p] = F::load_step(from[p] + step * PANEL * F::STEP);
+            for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+                for (int i = 0; i < PIECES; ++i) write_sums(output, r, p * PANEL + i * LANES, sums[r][i]);
+        }
+    } else {
+        vec sums[ROWS][PANELS * PIECES];
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
-            for (int p = 0; p < PANELS; ++p)
-                F::multiply(&sums[r][p * PIECES], x + r * x_stride + step * F::STEP, loaded[p]);
-    }
-    const vec scale = all(output.scale);
+            for (int i = 0; i < PANELS * PIECES; ++i) sums[r][i] = zero();
+        const typename F::Element *from[PANELS];
+        for (int p = 0; p < PANELS; ++p) from[p] = panels[p];
+        for (int64_t step = 0; step < num_steps; ++step) {
+            if constexpr (ROWS > WIDE_ROWS) __builtin_prefetch(output.ahead + step * F::STEP_BYTES, 0, 2);
+            typename F::Loaded loaded[PANELS];
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
+            for (int p = 0; p < PANELS; ++p) loaded[p] = F::load_step(from[p] + step * PANEL * F::STEP);
 #pragma GCC unroll 16
-        for (int i = 0; i < PANELS * PIECES; ++i) {
-            const int64_t left = output.columns - i * LANES;
-            if (left <= 0) continue;
-            vec v = sums[r][i];
-            if (output.bias != nullptr) v = v + load_some(output.bias + i * LANES, left);
-            store_some(output.to + r * output.stride + i * LANES, v * scale, left);
+            for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+                for (int p = 0; p < PANELS; ++p)
+                    F::multiply(&sums[r][p * PIECES], x + r * x_stride + step * F::STEP, loaded[p]);
         }
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+            for (int i = 0; i < PANELS * PIECES; ++i) write_sums(output, r, i * LANES, sums[r][i]);
+    }
 }
 
 template <class F>
@@ -115,12 +135,15 @@ INLINE void multiply_tile(const typename F::X *x, int64_t x_stride, int64_t num_
         output.to += done * PANEL;
         output.columns -= done * PANEL;
         if (output.bias != nullptr) output.bias += done * PANEL;
-        output.ahead += num_steps * PANEL_STEP_BYTES;
+        output.ahead += num_steps * F::STEP_BYTES;
     }
 }
 
-// Elements from one row of a linear's inputs to the next: padded, and off the powers of two.
-INLINE int64_t x_stride_of(int64_t num_inputs) { return padded(num_inputs) + 32; }
+// X from one row of a linear's inputs to the next: padded, and off the powers of two.
+template <class F>
+INLINE int64_t x_stride_of(int64_t num_inputs) {
+    return F::QUANTIZED ? (num_inputs + F::STEP - 1) / F::STEP : padded(num_inputs) + 32;
+}
 
 // out [num_rows, num_outputs] = scale * (x weights^T + bias), with x as the format wants it.
 template <class F>
@@ -129,8 +152,8 @@ void multiply(Context *context, const Linear &linear, const typename F::X *x, in
     typedef typename F::Element Element;
     const int64_t num_panels = (linear.num_outputs + PANEL - 1) / PANEL;
     const int64_t num_steps = (linear.num_inputs + F::STEP - 1) / F::STEP;
-    const int64_t panel_size = num_steps * F::STEP * PANEL;
-    const int64_t x_stride = x_stride_of(linear.num_inputs);
+    const int64_t panel_size = num_steps * F::STEP_BYTES / (int64_t)sizeof(Element);
+    const int64_t x_stride = x_stride_of<F>(linear.num_inputs);
     const int64_t num_groups = (num_panels + GROUP - 1) / GROUP;
     const int64_t num_chunks = (num_rows + ROW_CHUNK - 1) / ROW_CHUNK;
     parallel(context, num_groups * num_chunks, [&](int64_t task, int64_t) {
@@ -149,8 +172,8 @@ void multiply(Context *context, const Linear &linear, const typename F::X *x, in
         const int64_t later_panel = first_panel + num_threads(context) * GROUP;
         const bool fetches = end - row > WIDE_ROWS && later_panel + GROUP <= num_panels;
         const char *later = static_cast<const char *>(linear.weights) +
-                            (fetches ? later_panel : first_panel) * num_steps * PANEL_STEP_BYTES;
-        const char *ahead = later + (num_tiles > 1 ? GROUP / 2 * num_steps * PANEL_STEP_BYTES : 0);
+                            (fetches ? later_panel : first_panel) * num_steps * F::STEP_BYTES;
+        const char *ahead = later + (num_tiles > 1 ? GROUP / 2 * num_steps * F::STEP_BYTES : 0);
         for (; num_tiles > 0; --num_tiles) {
             const int64_t rows = (end - row + num_tiles - 1) / num_tiles;
             const Output output = {out + row * out_stride + column, out_stride, linear.num_outputs - column,
@@ -162,18 +185,34 @@ void multiply(Context *context, const Linear &linear, const typename F::X *x, in
     });
 }
 
-// One row of inputs, zeros behind it.
+// One row of inputs, zeros behind it. `make(i)`: the vector that begins at input i, of whose elements those that are
+// not there are zeros.
+template <class F, class Make>
+INLINE void store_x_row(typename F::X *to, int64_t size, const Make &make) {
+    if constexpr (F::QUANTIZED) {
+        for (int64_t group = 0; group * F::STEP < size; ++group) {
+            vec part[F::STEP / LANES];
+            for (int i = 0; i < F::STEP / LANES; ++i) {
+                const int64_t at = group * F::STEP + i * LANES;
+                part[i] = at < size ? make(at) : zero();
+            }
+            to[group] = quantized(part);
+        }
+    } else {
+        for (int64_t i = 0; i < padded(size); i += LANES) F::store_x(to + i, i < size ? make(i) : zero());
+    }
+}
+
 template <class F>
 INLINE void store_x_row(typename F::X *to, const float *from, int64_t size) {
-    for (int64_t i = 0; i < padded(size); i += LANES)
-        F::store_x(to + i, i < size ? load_some(from + i, size - i) : zero());
+    store_x_row<F>(to, size, [&](int64_t i) INLINE_LAMBDA { return load_some(from + i, size - i); });
 }
 
 template <class F>
 void linear(Context *context, const Linear *layer, const float *x, int64_t num_rows, float *out,
             int64_t out_stride) {
     typedef typename F::X X;
-    const int64_t stride = x_stride_of(layer->num_inputs);
+    const int64_t stride = x_stride_of<F>(layer->num_inputs);
     X *inputs = static_cast<X *>(scratch(context, SCRATCH_X, num_rows * stride * sizeof(X)));
     parallel_rows(context, num_rows, 32, [&](int64_t row) {
         store_x_row<F>(inputs + row * stride, x + row * layer->num_inputs, layer->num_inputs);
@@ -186,7 +225,7 @@ void embed(Context *context, const Linear *table, const int64_t *ids, int64_t nu
            float multiplier, float *out) {
     typedef typename F::Element Element;
     const int64_t size = table->num_inputs;
-    const int64_t panel_size = (size + F::STEP - 1) / F::STEP * F::STEP * PANEL;
+    const int64_t panel_size = (size + F::STEP - 1) / F::STEP * F::STEP_BYTES / (int64_t)sizeof(Element);
     parallel_rows(context, num_ids, 16, [&](int64_t i) {
         float *to = out + i * size;
         const int64_t id = ids[i] - first_id;
@@ -194,10 +233,12 @@ void embed(Context *context, const Linear *table, const int64_t *ids, int64_t nu
             memset(to, 0, size * sizeof(float));
             return;
         }
-        const Element *from = static_cast<const Element *>(table->weights) + id / PANEL * panel_size +
-                              id % PANEL * F::STEP;
-        for (int64_t k = 0; k < size; ++k)
-            to[k] = F::element(from + k / F::STEP * PANEL * F::STEP + k % F::STEP) * multiplier;
+        const Element *panel = static_cast<const Element *>(table->weights) + id / PANEL * panel_size;
+        for (int64_t k = 0; k < size; ++k) {
+            const Element *step = panel + k / F::STEP * (F::STEP_BYTES / (int64_t)sizeof(Element));
+            if constexpr (F::QUANTIZED) to[k] = F::element(step, id % PANEL, k % F::STEP) * multiplier;
+            else to[k] = F::element(step + id % PANEL * F::STEP + k % F::STEP) * multiplier;
+        }
     });
 }
 

@@ -34,10 +34,9 @@ template <class F>
 INLINE void norm_x_row(const float *x, int64_t size, const float *weight, float eps, typename F::X *to) {
     if (weight == nullptr) return store_x_row<F>(to, x, size);
     const vec scale = all(inverse_root_mean_square(x, size, eps));
-    for (int64_t i = 0; i < padded(size); i += LANES) {
-        const int64_t left = size - i;
-        F::store_x(to + i, left > 0 ? load_some(x + i, left) * scale * load_some(weight + i, left) : zero());
-    }
+    store_x_row<F>(to, size, [&](int64_t i) INLINE_LAMBDA {
+        return load_some(x + i, size - i) * scale * load_some(weight + i, size - i);
+    });
 }
 
 // hidden += norm(delta), or delta itself where there is no such norm.
@@ -60,12 +59,9 @@ INLINE vec activate(vec x, int64_t activation) {
 // activate(gate) * up, the two halves of a row, into a linear's inputs.
 template <class F>
 INLINE void gate_row(const float *gate, const float *up, int64_t size, int64_t activation, typename F::X *to) {
-    for (int64_t i = 0; i < padded(size); i += LANES) {
-        const int64_t left = size - i;
-        const vec gated =
-            left > 0 ? activate(load_some(gate + i, left), activation) * load_some(up + i, left) : zero();
-        F::store_x(to + i, gated);
-    }
+    store_x_row<F>(to, size, [&](int64_t i) INLINE_LAMBDA {
+        return activate(load_some(gate + i, size - i), activation) * load_some(up + i, size - i);
+    });
 }
 
 void norm(Context *context, const float *x, int64_t num_rows, int64_t size, const float *weight, float eps,
@@ -78,7 +74,7 @@ template <class F>
 void logits(Context *context, const Linear *head, const float *hidden, const int64_t *rows, int64_t num_rows,
             const float *norm_weight, float eps, float divisor, float soft_cap, float *out) {
     typedef typename F::X X;
-    const int64_t stride = x_stride_of(head->num_inputs);
+    const int64_t stride = x_stride_of<F>(head->num_inputs);
     X *inputs = static_cast<X *>(scratch(context, SCRATCH_X, num_rows * stride * sizeof(X)));
     for (int64_t i = 0; i < num_rows; ++i)
         norm_x_row<F>(hidden + rows[i] * head->num_inputs, head->num_inputs, norm_weight, eps, inputs + i * stride);

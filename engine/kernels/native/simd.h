@@ -11,6 +11,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace PHALANX_ISA {
 namespace {
@@ -125,7 +126,8 @@ INLINE vec from_bfloat16(const uint16_t *from) {
 struct Float32 {
     typedef float Element;
     typedef float X;
-    static constexpr int STEP = 1;
+    static constexpr bool QUANTIZED = false;
+    static constexpr int STEP = 1, STEP_BYTES = 64;  // inputs, and bytes of a panel, of a step
     struct Loaded { vec w[PIECES]; };
     static INLINE Loaded load_step(const Element *from) {
         Loaded loaded;
@@ -137,6 +139,7 @@ struct Float32 {
         for (int i = 0; i < PIECES; ++i) sums[i] = fma(loaded.w[i], b, sums[i]);
     }
     static INLINE void store_x(X *to, vec v) { store(to, v); }
+    static INLINE vec load_x(const X *from) { return load(from); }
     static INLINE vec load_element(const Element *from) { return load(from); }
     static INLINE void store_element(Element *to, float x) { *to = x; }
     static INLINE float element(const Element *from) { return *from; }
@@ -145,7 +148,8 @@ struct Float32 {
 
 struct BFloat16 {
     typedef uint16_t Element;
-    static constexpr int STEP = 2;
+    static constexpr bool QUANTIZED = false;
+    static constexpr int STEP = 2, STEP_BYTES = 64;
 #if defined(__AVX512BF16__)
     // Pairs of inputs are rounded to bfloat16 and multiplied by one instruction.
     typedef uint16_t X;
@@ -164,6 +168,7 @@ struct BFloat16 {
         const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
         memcpy(to, &h, sizeof h);
     }
+    static INLINE vec load_x(const X *from) { return from_bfloat16(from); }
 #else
     typedef float X;
     struct Loaded { vec even[PIECES], odd[PIECES]; };
@@ -183,6 +188,7 @@ struct BFloat16 {
         for (int i = 0; i < PIECES; ++i) sums[i] = fma(loaded.odd[i], odd, sums[i]);
     }
     static INLINE void store_x(X *to, vec v) { store(to, v); }
+    static INLINE vec load_x(const X *from) { return load(from); }
 #endif
     static INLINE vec load_element(const Element *from) { return from_bfloat16(from); }
     static INLINE void store_element(Element *to, float x) {
