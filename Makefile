@@ -85,6 +85,8 @@ bench: $(READY_TEST)
 	$(BIN)/python -m benchmarks.structured
 	$(BIN)/python -m benchmarks.control_plane
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.quantization
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.deterministic
 	$(BIN)/python -m benchmarks.journal
