@@ -43,7 +43,10 @@ def main() -> None:
     show(
         f"SmolLM2-135M, perplexity over {len(windows)} x {WINDOW_TOKENS} tokens",
         ["weights", "perplexity", "ratio"],
-        [["bfloat16" if name == "none" else name, value, value / plain] for name, value in perplexities.items()],
+        [
+            ["bfloat16" if name == "none" else name, value, value / plain]
+            for name, value in perplexities.items()
+        ],
     )
     write(
         "quantization",

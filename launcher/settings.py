@@ -24,7 +24,13 @@ LEAST_JOURNAL_BYTES = 1 << 24
 _SIZES = ("kv_cache_memory", "journal_max_size", "max_body_size")
 BACKENDS = ("auto", "phalanx", "deepspeed")
 QUANTIZATIONS = ("none", "int8", "int4")
-CHOICES = {"dtype": DTYPES, "quantization": QUANTIZATIONS, "spare": SPARES, "backend": BACKENDS, "journal": JOURNALS}
+CHOICES = {
+    "dtype": DTYPES,
+    "quantization": QUANTIZATIONS,
+    "spare": SPARES,
+    "backend": BACKENDS,
+    "journal": JOURNALS,
+}
 CHOICES |= {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS}
 RELOADABLE = (
     "model",

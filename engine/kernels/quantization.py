@@ -90,7 +90,9 @@ def _in_four_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
     steps = scales.float().clamp(min=1e-30).unsqueeze(-1)
     numbers = ((groups - offsets.float().unsqueeze(-1)) / steps).round().clamp(0, 15).to(torch.uint8)
     parts = _parts(numbers)
-    return _bytes(torch.cat((scales, offsets), dim=-1)), (parts[:, :, ::2] | parts[:, :, 1::2] << 4).flatten(2)
+    return _bytes(torch.cat((scales, offsets), dim=-1)), (parts[:, :, ::2] | parts[:, :, 1::2] << 4).flatten(
+        2
+    )
 
 
 def _parts(numbers: Tensor) -> Tensor:

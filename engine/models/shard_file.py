@@ -73,7 +73,7 @@ class ShardFile:
         quantization: Quantization = Quantization.NONE,
     ) -> ShardFile:
         name = DTYPE_NAMES[dtype]
-        identity = (LAYOUT_VERSION, name, packed, tensors)
+        identity: tuple[object, ...] = (LAYOUT_VERSION, name, packed, tensors)
         if quantization is not Quantization.NONE:
             identity += (quantization.value,)
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()
@@ -136,7 +136,9 @@ class ShardFile:
                     quantization = self.quantization.of(tensor.name)
                     packer = Packer(quantization) if self.packed and _is_matrix(tensor) else None
                     # What is to be quantized is rounded once.
-                    dtype = self.dtype if packer is None or quantization is Quantization.NONE else torch.float32
+                    dtype = (
+                        self.dtype if packer is None or quantization is Quantization.NONE else torch.float32
+                    )
                     for piece in tensor.slices:
                         for part in reader.read(piece):
                             part = part.to(dtype)

@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: what rounding them costs, and native linears against plain arithmetic on the same numbers."""
+"""Weights of 8 and 4 bits: what rounding costs, and native linears against plain arithmetic on the same numbers."""
 
 from __future__ import annotations
 
