@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,15 +79,31 @@ class Starvation:
             return wait_ns
         return max(0, after.waited_ns - before.waited_ns - self._ahead_ns.pop(name, 0))
 
-    def _look(self) -> dict[str, _Thread]:
-        found = {}
+    def _pids(self) -> Iterator[int]:
         for file in self._folder.glob(f"rank-*{PID_SUFFIX}"):
             with contextlib.suppress(OSError, ValueError):
-                tasks = f"/proc/{int(file.read_text())}/task"
+                yield int(file.read_text())
+
+    def _look(self) -> dict[str, _Thread]:
+        found = {}
+        for pid in self._pids():
+            tasks = f"/proc/{pid}/task"
+            with contextlib.suppress(OSError):
                 for name in os.listdir(tasks):
                     with contextlib.suppress(OSError, ValueError, IndexError):
                         found[name] = _read(f"{tasks}/{name}")
         return found
+
+
+class StarvationOf(Starvation):
+    """Of one process of this host, whichever: the supervisor asks it of a guard."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(Path())
+        self._pid = pid
+
+    def _pids(self) -> Iterator[int]:
+        yield self._pid
 
 
 def _read(folder: str) -> _Thread:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from launcher.guard_messages import Beat, GuardHello
+from launcher.hangs import STARVED_AT_MOST_S
 from launcher.hosts import Host
 from launcher.launchers import mpirun
 from launcher.leases import FENCE_MARGIN_S, LEASE_S
 from launcher.processes import ProcessId, host_id
+from launcher.starvation import StarvationOf
 from launcher.watch import Phase
 
 
@@ -53,6 +55,9 @@ class RankWatch:
     last_beat_at: float
     beat: Beat | None = None
     acknowledged: bool = False
+    starvation: StarvationOf | None = None
+    starved_s: float = 0.0
+    """Of the guard's silence, what it spent waiting for a processor."""
 
     @property
     def phase(self) -> Phase:
@@ -66,6 +71,20 @@ class RankWatch:
         if beat is None:
             return None
         return Doing(self.phase.name.lower(), beat.step, beat.collective, beat.age_s)
+
+    def hear(self, now: float) -> None:
+        """The guard lives."""
+        self.last_beat_at = now
+        self.starvation, self.starved_s = None, 0.0
+
+    def blocked_s(self, now: float) -> float:
+        """How long the guard, of this host, has been silent for no want of a processor. To be called again and again
+        while it is silent."""
+        if self.starvation is None:
+            self.starvation = StarvationOf(self.hello.guard_pid)
+        silent_s = now - self.last_beat_at
+        self.starved_s += self.starvation.new_wait_s(silent_s, now, 0.0)
+        return silent_s - min(self.starved_s, STARVED_AT_MOST_S)
 
     @property
     def is_remote(self) -> bool:

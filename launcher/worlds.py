@@ -30,8 +30,8 @@ from launcher.world_records import Doing, RankWatch, WorldFault, WorldPlan, Worl
 
 BEATS_LOST_AFTER_S = 1.0
 BEATS_STARVED_AFTER_S = 5.0
-"""The same for a guard of this host whose process runs or sleeps as it should: on a crowded machine it may
-just have got no turn."""
+"""The same for a guard of this host whose process runs or sleeps as it should; what it waited for a processor on a
+crowded machine comes on top."""
 JOIN_TIMEOUT_S = 60.0
 """How long the guards of a world may take to report after mpirun was started."""
 STARTUP_STALL_S = 300.0
@@ -181,7 +181,7 @@ class World:
             self._link.introduce(identity, self.epoch)
             return
         watch.identity = identity  # another one after each new connection
-        watch.last_beat_at = now
+        watch.hear(now)
         if watch.is_remote and self.state is WorldState.DYING:  # the order was lost on its way
             self._link.send(identity, Kill(epoch=self.epoch))
         if isinstance(message, Beat):
@@ -247,7 +247,9 @@ class World:
             return self.faults[0]
         for rank, watch in self.ranks.items():
             silent_s = now - watch.last_beat_at
-            if silent_s > BEATS_LOST_AFTER_S and (silent_s > BEATS_STARVED_AFTER_S or not _runs_here(watch)):
+            if silent_s <= BEATS_LOST_AFTER_S:
+                continue
+            if not _runs_here(watch) or watch.blocked_s(now) > BEATS_STARVED_AFTER_S:
                 detail = f"the guard of rank {rank} has been silent for {silent_s:.2f} s"
                 return WorldFault("lost", rank, watch.hello.host, detail, silent_s)
         if self._process is not None and (code := self._process.poll()) is not None:

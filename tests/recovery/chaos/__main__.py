@@ -45,6 +45,13 @@ def main() -> int:
     )
     parser.add_argument("--name", default="chaos", help="of the report's files in benchmarks/results")
     parser.add_argument("--report-only", action="store_true", help="of what has been done so far; no faults")
+    parser.add_argument(
+        "--also",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="states of other runs, for the report of all together",
+    )
     arguments = parser.parse_args()
     place: Place = arguments.place
     shapes = campaign.SHAPES if place is Place.USUAL else campaign.ELSEWHERE[place]
@@ -70,6 +77,8 @@ def main() -> int:
         expected = oracle.load()
         with surroundings(place) as around:
             legs = asyncio.run(_run(plan, expected, around))
+    for other in arguments.also:
+        legs += campaign.load_legs(other)
     page = report.write(legs, arguments.seed, arguments.name)
     violations = [violation for leg in legs for violation in leg.violations]
     done = sum(len(leg.numbers) for leg in legs)

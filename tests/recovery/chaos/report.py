@@ -18,6 +18,7 @@ from tests.recovery.chaos.campaign import Leg
 from tests.recovery.chaos.checker import Violation
 from tests.recovery.chaos.figures import Counts, Figure, Outage, counts, outages, table
 from tests.recovery.chaos.plots import scatter, timeline
+from tests.recovery.chaos.schedule import Place
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2733; --soft: #5d6b7a; --line: #d9dfe6; --ground: #fff; --panel: #f5f7f9;
@@ -135,6 +136,7 @@ def _page(
 def _title(number: int, leg: Leg) -> str:
     shape = f"tp {leg.tp}" + (f", pp {leg.pp}" if leg.pp > 1 else "")
     spare = "no spare" if leg.spare == "none" else f"{leg.spare} spare"
+    shape += "" if leg.place is Place.USUAL else f", {leg.place.value}"
     size = f"{len(leg.history.injections)} faults, {len(leg.history.requests)} requests"
     return f"{number + 1}: {shape}, {spare}, {size}"
 

@@ -1,0 +1,72 @@
+"""A guard that is silent since it gets no processor is not lost; one that is silent for another reason is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import pytest
+
+from launcher.guard_messages import GuardHello
+from launcher.processes import host_id
+from launcher.run_dir import RunDir
+from launcher.starvation import StarvationOf
+from launcher.world_records import RankWatch, WorldPlan, WorldState
+from launcher.worlds import BEATS_STARVED_AFTER_S, World
+
+BEGAN = 1000.0
+
+
+class Folder:
+    def world_dir(self, _epoch: int) -> Any:
+        return Path("/nowhere")
+
+
+@pytest.fixture
+def sleeper() -> Iterator[psutil.Popen]:
+    process = psutil.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def silent_world(guard: psutil.Popen) -> World:
+    """A world whose only guard is this process, which has not been heard of since BEGAN."""
+    world = World(1, cast(WorldPlan, None), cast(RunDir, Folder()), cast(Any, None))
+    start = int(Path(f"/proc/{guard.pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+    hello = GuardHello(1, 0, "here", host_id(), guard.pid, start, guard.pid, start)
+    world.state = WorldState.ACTIVE
+    world.ranks[0] = RankWatch(hello, b"", BEGAN)
+    return world
+
+
+def lost_after_s(world: World) -> float:
+    at = BEGAN
+    while at < BEGAN + 100:
+        at += 0.05
+        if (fault := world._find_fault(at)) is not None:
+            assert fault.kind == "lost"
+            return at - BEGAN
+    raise AssertionError("never")
+
+
+def test_a_guard_that_sleeps_is_lost(sleeper: psutil.Popen) -> None:
+    assert lost_after_s(silent_world(sleeper)) == pytest.approx(BEATS_STARVED_AFTER_S, abs=0.1)
+
+
+def test_a_guard_that_waits_for_a_processor_is_not(
+    sleeper: psutil.Popen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StarvationOf, "new_wait_s", lambda *_: 0.025)  # half of the time between two looks
+    took_s = lost_after_s(silent_world(sleeper))
+    assert took_s == pytest.approx(2 * BEATS_STARVED_AFTER_S, abs=1.5)
+
+
+def test_a_beat_begins_anew(sleeper: psutil.Popen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StarvationOf, "new_wait_s", lambda *_: 1.0)
+    watch = silent_world(sleeper).ranks[0]
+    assert watch.blocked_s(BEGAN + 3.0) == 2.0
+    watch.hear(BEGAN + 4.0)
+    assert watch.blocked_s(BEGAN + 5.0) == 0.0 and watch.starved_s == 1.0
