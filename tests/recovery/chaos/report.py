@@ -68,7 +68,11 @@ def write(legs: Sequence[Leg], seed: int, name: str = "chaos", folder: Path = RE
     every = [outage for of_leg in found.values() for outage in of_leg]
     violations = [violation for leg in legs for violation in leg.violations]
     total = counts([leg.history for leg in legs], violations, sum(_duration_s(leg) for leg in legs))
-    figures = table(every)
+    # Where machine or network is short of something, other things take their time.
+    usual = [
+        outage for index, of_leg in found.items() if legs[index].place is Place.USUAL for outage in of_leg
+    ]
+    figures = table(usual)
     cores = sorted({leg.cores for leg in legs})
     loads = [injection.load_average for leg in legs for injection in leg.history.injections]
     result = {
