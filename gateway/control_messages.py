@@ -12,6 +12,12 @@ from msgspec import Struct
 from gateway.protocol import decode_frame
 
 
+def of_front(name: str, front: int) -> str:
+    """A front's own file or socket in the run folder; the names of the first one have no number."""
+    stem, dot, suffix = name.partition(".")
+    return f"{stem}-{front}{dot}{suffix}" if front else name
+
+
 class RankEntry(Struct, frozen=True):
     """One rank as `/cluster` shows it."""
 

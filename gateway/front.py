@@ -22,13 +22,14 @@ from pathlib import Path
 
 import uvloop
 import zmq
+from starlette.types import ASGIApp
 
 from gateway import grammars
 from gateway.access import Access
 from gateway.admission import MAX_WAITING, MAX_WAITING_TOKENS
 from gateway.calls import GRACE_S, Calls
 from gateway.control import Control
-from gateway.control_messages import FrontState, WorldTable
+from gateway.control_messages import FrontState, WorldTable, of_front
 from gateway.curve import ServerKeys
 from gateway.dialect import Dialect
 from gateway.disk_journal import MAX_BYTES, DiskJournal
@@ -37,8 +38,9 @@ from gateway.http.app import make_app
 from gateway.http.batches.routes import Batches
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
+from gateway.http.peers import PEER_SOCKET, Peers, share
 from gateway.http.resumable import ResumableCalls
-from gateway.http.server import http_server
+from gateway.http.server import HttpServer, http_server
 from gateway.inference.diagnostic_models import Simple, SimpleIdentity
 from gateway.inference.language_model import LanguageModel
 from gateway.inference.repository import Repository
@@ -91,6 +93,9 @@ class FrontConfig:
     access: Access = field(default_factory=Access)
     zmq_curve_dir: Path | None = None
     """Keys of the ZeroMQ server and of its clients; None: connections are plain."""
+    front: int = 0
+    fronts: int = 1
+    """Which one this is, from 0 on, of how many on the port."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,22 @@ class JournalConfig:
     retention_s: float = RETENTION_S
     max_bytes: int = MAX_BYTES
     disconnect_grace_s: float = GRACE_S
+
+
+def peer_socket(run_dir: Path, front: int) -> socket.socket:
+    """Where other fronts pass requests on to this one. Raises EndpointError."""
+    path = run_dir / of_front(PEER_SOCKET, front)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)  # of a front that was killed
+        listener.bind(str(path))
+        os.chmod(path, 0o600)
+        listener.listen(2048)
+    except OSError as error:
+        raise EndpointError(
+            f"{path}: {error}; give a shorter --run-dir, or one that can be written"
+        ) from None
+    return listener
 
 
 class Front:
@@ -123,13 +144,13 @@ class Front:
             metrics,
             log,
             max_wait_s=config.max_wait_s,
-            max_waiting=config.max_waiting,
-            max_waiting_tokens=config.max_waiting_tokens,
+            max_waiting=share(config.max_waiting, config.front, config.fronts),
+            max_waiting_tokens=share(config.max_waiting_tokens, config.front, config.fronts),
         )
         self._calls = Calls(self._requests, journal, log, grace_s=config.journal.disconnect_grace_s)
         self._zmq_server = bind_zmq(config, self._calls, text)
         self._worlds = Worlds(self._context, self._requests, log, self._serving_changed)
-        self._supervision = Supervision(config.run_dir, config.http_fd, log)
+        self._supervision = Supervision(config.run_dir, config.http_fd, log, config.front)
         self._control = Control(
             self._context,
             config.control,
@@ -145,7 +166,7 @@ class Front:
         access = config.access
         keys = access.key_ring(log)
         self._certificates = access.certificates(log)
-        resumable = ResumableCalls(self._calls, text)
+        resumable = ResumableCalls(self._calls, text, config.front)
         dialect = Dialect.of_model(text, config.tool_call_parser, config.reasoning_parser)
         openai = OpenAI(config.model, self._requests, text, resumable, dialect, access.max_body_bytes)
         metrics.journal = journal
@@ -165,24 +186,33 @@ class Front:
                 self._control.send_state,
                 GrpcAccess(keys, self._certificates, access.max_body_bytes),
             )
-        self._batches = Batches(config.run_dir, log)
+        # What clients store is with the first front.
+        self._batches = Batches(config.run_dir if config.front == 0 else None, log)
         app = make_app(
             openai, operations, self._repository, self._batches, metrics, log, config.page, access, keys
         )
-        self._http = http_server(app, access.connections, self._certificates, log, SHUTDOWN_S)
+        self._servers: list[tuple[HttpServer, socket.socket]] = []
         self._http_socket = socket.socket(fileno=config.http_fd)
+        public: ASGIApp = app
+        if config.fronts > 1 and config.run_dir is not None:
+            public = Peers(app, config.front, config.fronts, config.run_dir)
+            between_fronts = http_server(app, access.connections, None, log, SHUTDOWN_S)
+            self._servers.append((between_fronts, peer_socket(config.run_dir, config.front)))
+        server = http_server(public, access.connections, self._certificates, log, SHUTDOWN_S)
+        self._servers.append((server, self._http_socket))
 
     async def run(self) -> None:
         """Serves until `stop`."""
         watch = asyncio.create_task(self._watch_clients())
-        serving = asyncio.create_task(self._http.serve(sockets=[self._http_socket]))
+        serving = asyncio.gather(*(server.serve(sockets=[at]) for server, at in self._servers))
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
         await self._drain()
         # Open streams end with an error that says why; then nothing holds uvicorn up.
         self._requests.close()
         await self._batches.close()
-        self._http.should_exit = True
+        for server, _ in self._servers:
+            server.should_exit = True
         if self._grpc is not None:
             await self._grpc.stop(GRPC_SHUTDOWN_S)
         with contextlib.suppress(asyncio.TimeoutError):
@@ -264,7 +294,7 @@ def open_journal(config: FrontConfig, log: Logger) -> Journal:
     if not options.on_disk or config.run_dir is None:
         return Journal(options.retention_s)
     return DiskJournal(
-        config.run_dir / "journal.sqlite",
+        config.run_dir / of_front("journal.sqlite", config.front),
         log,
         identity=tokenizer_identity(config.model_dir / "tokenizer.json"),
         sync=options.sync,
@@ -316,6 +346,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
     parser.add_argument("--grpc", type=_address, metavar="HOST:PORT", help="where gRPC listens; port 0: any")
     parser.add_argument("--control", required=True, help="the supervisor's control socket, ipc://...")
     parser.add_argument("--run-dir", type=Path, help="run folder of the deployment")
+    parser.add_argument("--front", type=int, default=0, help="which of the fronts this is, from 0 on")
+    parser.add_argument("--fronts", type=int, default=1, help="how many fronts there are")
     parser.add_argument(
         "--max-wait-s", type=float, default=60.0, help="how long a new request waits for a world"
     )
@@ -354,6 +386,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> FrontConfig:
         control=options.control,
         run_dir=options.run_dir,
         page=options.page,
+        front=options.front,
+        fronts=options.fronts,
         max_wait_s=options.max_wait_s,
         max_waiting=options.max_waiting,
         max_waiting_tokens=options.max_waiting_tokens,

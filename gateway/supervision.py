@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from gateway.control_messages import of_front
 from gateway.log import Logger
 
 LISTENER_SOCKET = "listen.sock"
@@ -39,14 +40,14 @@ def adoption_wait_s(environment: Mapping[str, str] = os.environ) -> float:
 class Supervision:
     """The parent process at first; after it, whoever takes over."""
 
-    def __init__(self, run_dir: Path | None, http_fd: int, log: Logger) -> None:
+    def __init__(self, run_dir: Path | None, http_fd: int, log: Logger, front: int = 0) -> None:
         """To be made in the running loop. Without a run folder nobody can take over."""
         self._http_fd = http_fd
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._supervisor: int | None = None
         self._gone_at: float | None = None
-        self._path = run_dir / LISTENER_SOCKET if run_dir is not None else None
+        self._path = run_dir / of_front(LISTENER_SOCKET, front) if run_dir is not None else None
         self._server: socket.socket | None = None
         supervisor = int(os.environ.get(SUPERVISOR_VARIABLE) or os.getppid())
         self._watch(supervisor)

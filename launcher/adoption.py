@@ -5,11 +5,12 @@ the run folder's lock; must never let two worlds of one deployment live that bot
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gateway.control_messages import of_front
 from launcher.errors import LauncherError
 from launcher.guard_link import GuardLink, LinkKeys
 from launcher.hosts import Host
@@ -20,7 +21,7 @@ from launcher.world_records import WorldPlan
 from launcher.worlds import World
 
 RECORD = "deployment.json"
-FORMAT = 1
+FORMAT = 2
 """Of the record and of the messages between guards and supervisor; raised with every change that an earlier version
 would misread."""
 
@@ -55,8 +56,18 @@ class Found:
     kv_blocks: int
     prepared: Mapping[str, Any]
     """The model as it was prepared then."""
-    front: ProcessId | None
+    fronts: tuple[ProcessId | None, ...]
+    """None for one that is not there."""
     worlds: list[FoundWorld]
+
+    @property
+    def front(self) -> ProcessId | None:
+        """The first one that is there."""
+        return next((front for front in self.fronts if front is not None), None)
+
+    @property
+    def front_pids(self) -> list[int]:
+        return [front.pid for front in self.fronts if front is not None]
 
     @property
     def world(self) -> FoundWorld | None:
@@ -81,7 +92,7 @@ def find(run_dir: RunDir, settings: Mapping[str, Any]) -> Found | None:
         )
     run_dir.remove_leftovers(
         keep_epochs=[world.epoch for world in found.worlds],
-        keep_pid=found.front.pid if found.front is not None else None,
+        keep_pids=found.front_pids,
     )
     run_dir.run_id = record["run_id"]
     return found
@@ -92,7 +103,7 @@ def _read(run_dir: RunDir) -> Found | None:
     try:
         if record.get("format") != FORMAT or record["host_id"] != host_id():
             return None
-        front = ProcessId(**record["front"]) if record["front"] else None
+        recorded = [ProcessId(**front) if front else None for front in record["fronts"]]
         worlds = [
             FoundWorld(
                 int(entry["epoch"]),
@@ -108,7 +119,7 @@ def _read(run_dir: RunDir) -> Found | None:
             remote_endpoint=str(record["remote_endpoint"]),
             kv_blocks=int(record["kv_blocks"]),
             prepared=dict(record["prepared"]),
-            front=front if front is not None and is_alive(front) else None,
+            fronts=tuple(front if front is not None and is_alive(front) else None for front in recorded),
             worlds=[world for world in worlds if is_alive(world.mpirun)],
         )
     except (KeyError, TypeError, ValueError):  # a record that no version of this program has written
@@ -173,7 +184,7 @@ class RecordKeeper:
         self,
         supervisor: ProcessId,
         link: GuardLink,
-        front: ProcessId | None,
+        fronts: Sequence[ProcessId | None],
         current: World | None,
         worlds: Iterable[World],
         kv_blocks: int,
@@ -181,13 +192,18 @@ class RecordKeeper:
         """Writes what has changed since the last call. `worlds` are those that are not dying. Raises OSError, after
         which the next call tries again."""
         worlds = list(worlds)
-        key = (front, kv_blocks, current, [(world.epoch, world.is_spare, world.is_whole) for world in worlds])
+        key = (
+            list(fronts),
+            kv_blocks,
+            current,
+            [(world.epoch, world.is_spare, world.is_whole) for world in worlds],
+        )
         if key == self._key:
             return
         spare = next((world for world in worlds if world.is_spare), None)
         self._run_dir.record(
             supervisor=supervisor,
-            front=front,
+            **{of_front("front", number): front for number, front in enumerate(fronts)},
             mpirun=current.mpirun if current is not None else None,
             spare_mpirun=spare.mpirun if spare is not None else None,
         )
@@ -202,7 +218,7 @@ class RecordKeeper:
                 "keys": asdict(link.keys),
                 "remote_endpoint": link.remote_endpoint,
                 "kv_blocks": kv_blocks,
-                "front": asdict(front) if front is not None else None,
+                "fronts": [asdict(front) if front is not None else None for front in fronts],
                 "worlds": [
                     {
                         "epoch": world.epoch,

@@ -73,7 +73,7 @@ class RunDir:
 
     def close(self) -> None:
         """Gives up the lock; the folder stays, with its logs."""
-        for path in (self.control_socket, self.guards_socket):
+        for path in (*self.path.glob("control*.sock"), self.guards_socket):
             with contextlib.suppress(OSError):
                 path.unlink()
         os.close(self._lock)
@@ -174,15 +174,16 @@ class RunDir:
     def forget(self) -> None:
         """Removes the records: nothing runs any more."""
         records = [self.path / name for name in ("processes.json", "deployment.json", ADDRESS_FILE)]
-        for path in (*records, self.listener_socket):
+        sockets = [path for name in ("listen", "peer", "zmq") for path in self.path.glob(f"{name}*.sock")]
+        for path in (*records, *sockets):
             with contextlib.suppress(OSError):
                 path.unlink()
 
     def remove_leftovers(
-        self, timeout_s: float = 5.0, keep_epochs: Collection[int] = (), keep_pid: int | None = None
+        self, timeout_s: float = 5.0, keep_epochs: Collection[int] = (), keep_pids: Collection[int] = ()
     ) -> list[int]:
         """Ends what an earlier supervisor, killed in mid-run, left behind in this folder, and removes its
-        shared memory; except for the worlds of `keep_epochs` and the front `keep_pid`, which are taken over.
+        shared memory; except for the worlds of `keep_epochs` and the fronts `keep_pids`, which are taken over.
         Returns the pids ended. Raises LauncherError if some outlive `timeout_s`."""
         run_id = self.read_json("processes.json").get("run_id")
         if not isinstance(run_id, str) or not run_id.isalnum():
@@ -191,7 +192,7 @@ class RunDir:
         ended: list[int] = []
         give_up_at = time.monotonic() + timeout_s
         while left := [
-            process for process, epoch in _processes_of_run(run_id, keep_pid) if epoch not in keep
+            process for process, epoch in _processes_of_run(run_id, keep_pids) if epoch not in keep
         ]:
             if time.monotonic() > give_up_at:
                 pids = ", ".join(str(process.pid) for process in left)
@@ -207,16 +208,16 @@ class RunDir:
         for temporary in (self.path / "worlds").glob("*/tmp"):
             if temporary.parent.name not in keep:
                 shutil.rmtree(temporary, ignore_errors=True)
-        if not keep and keep_pid is None:
+        if not keep and not keep_pids:
             self.forget()
         return ended
 
 
-def _processes_of_run(run_id: str, keep_pid: int | None) -> list[tuple[ProcessId, str]]:
-    """The living ones but `keep_pid`, each with the epoch of its world; without one, an empty string."""
+def _processes_of_run(run_id: str, keep_pids: Collection[int]) -> list[tuple[ProcessId, str]]:
+    """The living ones but `keep_pids`, each with the epoch of its world; without one, an empty string."""
     found = []
     for stat in all_processes():
-        if stat.state in "ZX" or stat.pid == keep_pid:
+        if stat.state in "ZX" or stat.pid in keep_pids:
             continue
         variables = environment_of(stat.pid)
         if variables.get(RUN_ID_VARIABLE) == run_id:

@@ -14,12 +14,13 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gateway.control_messages import FrontState
+from gateway.control_messages import FrontState, of_front
 from launcher.access_settings import KEY_VARIABLE, AccessSettings
 from launcher.adoption import Found, RecordKeeper, find, receive_listener
 from launcher.children import child_environment, python_module
 from launcher.display import Display, choose_display
 from launcher.errors import LauncherError
+from launcher.fronts import FrontPlan
 from launcher.grpc_port import DEFAULT_PORT, choose_grpc_port
 from launcher.hangup import HangupReload, has_terminal
 from launcher.hosts import address_towards, parse_hosts
@@ -74,10 +75,10 @@ def _serve(
     hosts = parse_hosts(settings.hosts)
     if hosts and mpirun.flavor is not Flavor.OPEN_MPI:
         raise LauncherError(f"--hosts needs Open MPI so far, and {mpirun.path} is of {mpirun.flavor.value}")
-    run_dir, listener, found = _claim(settings, log)
+    run_dir, listeners, found = _claim(settings, log)
     try:
         log.to_file(run_dir.path / "supervisor.log")
-        port = listener.getsockname()[1]
+        port = listeners[0].getsockname()[1]
         grpc_port: int | None = DEFAULT_PORT if settings.grpc_port is None else settings.grpc_port
         if found is not None:
             prepared = PreparedModel(**{**found.prepared, "path": Path(found.prepared["path"])})
@@ -108,7 +109,8 @@ def _serve(
             hosts=hosts,
             remote_endpoint=f"tcp://{address_towards(hosts)}:*" if len(hosts) > 1 else "",
         )
-        _listen(listener, settings)
+        for listener in listeners:
+            _listen(listener, settings)
         run_dir.write_address(client_url(settings, port))
         hangups = HangupReload(run_dir.path, read_settings, log)
         progress = _StartProgress(display)
@@ -122,8 +124,13 @@ def _serve(
         Supervisor(
             plan=plan,
             run_dir=run_dir,
-            front_command=front_command(settings, prepared, name, listener.fileno(), run_dir, grpc_port),
-            listener=listener,
+            fronts=[
+                FrontPlan(
+                    front_command(settings, prepared, name, listener.fileno(), run_dir, grpc_port, number),
+                    listener,
+                )
+                for number, listener in enumerate(listeners)
+            ],
             environment=environment,
             front_secrets=settings.front_secrets(),
             log=log,
@@ -139,7 +146,8 @@ def _serve(
         ).run()
         display.say("stopped")
     finally:
-        listener.close()
+        for listener in listeners:
+            listener.close()
         run_dir.close()
 
 
@@ -159,15 +167,15 @@ def recorded_model(prepared: PreparedModel) -> dict[str, Any]:
     return {**asdict(prepared), "path": str(prepared.path)}
 
 
-def _claim(settings: Settings, log: EventLog) -> tuple[RunDir, socket.socket, Found | None]:
-    """The run folder, tidied of what an earlier run left, the bound port, and what of an earlier run goes on. The
-    folder comes first: a front that an earlier run left behind may hold the port."""
-    listener = None
+def _claim(settings: Settings, log: EventLog) -> tuple[RunDir, list[socket.socket], Found | None]:
+    """The run folder, tidied of what an earlier run left, the bound sockets of the fronts, and what of an earlier run
+    goes on. The folder comes first: a front that an earlier run left behind may hold the port."""
+    listeners: list[socket.socket] = []
     path = settings.run_dir
     if path is None:
         if settings.port == 0:
-            listener = bind(settings.host, 0)
-        path = default_run_dir(settings.port if listener is None else listener.getsockname()[1])
+            listeners = bind_fronts(settings.host, 0, settings.fronts)
+        path = default_run_dir(listeners[0].getsockname()[1] if listeners else settings.port)
     try:
         run_dir = RunDir(path)
     except RunDirInUse as error:
@@ -178,29 +186,64 @@ def _claim(settings: Settings, log: EventLog) -> tuple[RunDir, socket.socket, Fo
         ) from None
     try:
         found = find(run_dir, recorded_settings(settings))
-        if found is not None and found.front is not None:
-            listener = receive_listener(run_dir.listener_socket)
-            if listener is None:  # it hangs, or is about to end
-                log.warning(
-                    "the front of an earlier run does not answer; it is replaced", pid=found.front.pid
-                )
-                found = replace(found, front=None)
-                run_dir.remove_leftovers(keep_epochs=[world.epoch for world in found.worlds])
-        return run_dir, listener if listener is not None else bind(settings.host, settings.port), found
+        if found is not None:
+            found, received = _take_listeners(found, run_dir, log)
+            if received:
+                port = next(iter(received.values())).getsockname()[1]
+                listeners = [
+                    received.get(number) or bind(settings.host, port, shared=settings.fronts > 1)
+                    for number in range(settings.fronts)
+                ]
+        return run_dir, listeners or bind_fronts(settings.host, settings.port, settings.fronts), found
     except LauncherError:
         run_dir.close()
         raise
 
 
-def bind(host: str, port: int) -> socket.socket:
+def _take_listeners(found: Found, run_dir: RunDir, log: EventLog) -> tuple[Found, dict[int, socket.socket]]:
+    """The sockets of the fronts that are there, by their numbers. One that does not answer is ended."""
+    received: dict[int, socket.socket] = {}
+    for number, front in enumerate(found.fronts):
+        if front is None:
+            continue
+        listener = receive_listener(run_dir.path / of_front("listen.sock", number))
+        if listener is not None:
+            received[number] = listener
+            continue
+        # It hangs, or is about to end.
+        log.warning("the front of an earlier run does not answer; it is replaced", pid=front.pid)
+        fronts = tuple(None if other == front else other for other in found.fronts)
+        found = replace(found, fronts=fronts)
+        run_dir.remove_leftovers(
+            keep_epochs=[world.epoch for world in found.worlds], keep_pids=found.front_pids
+        )
+    return found, received
+
+
+def bind_fronts(host: str, port: int, count: int) -> list[socket.socket]:
+    """A socket for each front, all at one port: the kernel gives each connection to one of them, by its addresses.
+    Raises LauncherError that names the flag."""
+    first = bind(host, port)
+    if count == 1:
+        return [first]
+    # Whoever shares a port can share it with strangers of the same user, so that it was taken alone first.
+    port = first.getsockname()[1]
+    first.close()
+    return [bind(host, port, shared=True) for _ in range(count)]
+
+
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """A socket bound for HTTP, not listening yet: until the front runs, clients are refused rather than kept
-    waiting. Raises LauncherError that names the flag."""
+    waiting. `shared`: others may be bound to the same port (SO_REUSEPORT). Raises LauncherError that names the
+    flag."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise LauncherError(f"--host {host}: {error.strerror}; give an address of this machine") from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind(address)
     except OSError as error:
@@ -233,8 +276,9 @@ def front_command(
     http_fd: int,
     run_dir: RunDir,
     grpc_port: int | None = None,
+    number: int = 0,
 ) -> list[str]:
-    """What the supervisor starts as the front."""
+    """What the supervisor starts as front `number`. The first has the ports of ZeroMQ and gRPC."""
     command = [
         *python_module("gateway.front"),
         "--model-dir",
@@ -242,12 +286,16 @@ def front_command(
         "--served-model-name",
         name,
     ]
-    command += ["--http-fd", str(http_fd), "--zmq", settings.zmq]
+    own_zmq = f"ipc://{run_dir.path / of_front('zmq.sock', number)}"
+    command += ["--http-fd", str(http_fd), "--zmq", own_zmq if number else settings.zmq]
+    if settings.fronts > 1:
+        command += ["--front", str(number), "--fronts", str(settings.fronts)]
     if settings.zmq_curve_dir is not None:
         command += ["--zmq-curve-dir", str(settings.zmq_curve_dir.absolute())]
-    if grpc_port is not None:
+    if grpc_port is not None and number == 0:
         command += ["--grpc", f"{settings.host}:{grpc_port}"]
-    command += ["--control", f"ipc://{run_dir.control_socket}", "--run-dir", str(run_dir.path)]
+    control = run_dir.path / of_front("control.sock", number)
+    command += ["--control", f"ipc://{control}", "--run-dir", str(run_dir.path)]
     command += ["--max-waiting", str(settings.max_waiting)]
     command += ["--max-waiting-tokens", str(settings.max_waiting_tokens)]
     command += ["--max-wait-s", f"{settings.max_wait_s:g}"]

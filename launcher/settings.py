@@ -20,6 +20,7 @@ from launcher.zmq_keys import check_zmq
 DTYPES = ("auto", "float32", "bfloat16")
 SPARES = ("none", "warm", "hot")
 JOURNALS = ("off", "disk")
+MOST_FRONTS = 64
 LEAST_JOURNAL_BYTES = 1 << 24
 _SIZES = ("kv_cache_memory", "journal_max_size", "max_body_size")
 BACKENDS = ("auto", "phalanx", "deepspeed")
@@ -149,6 +150,12 @@ class Settings(AccessSettings):
         "processes, parked after their imports, for some 200 MB a rank; hot: weights mapped as well, shared on "
         "CPUs, and half the share of memory for the KV cache. `phalanx status` shows what it takes",
     )
+    fronts: int = _flag(
+        1,
+        "front processes on the port: each serves its share of the connections, and is restarted by itself. The "
+        "first one has ZeroMQ and gRPC",
+        "N",
+    )
     max_wait_s: float = _flag(60.0, "how long a request waits for a world before it is refused", "SECONDS")
     max_waiting: int = _flag(1024, "how many requests may wait for their first token", "N")
     max_waiting_tokens: int = _flag(2**22, "how many tokens the prompts of those may have together", "N")
@@ -208,6 +215,12 @@ class Settings(AccessSettings):
             value = getattr(self, name)
             if value < least:
                 raise SettingsError(f"{_as_flag(name)} {value}: must be {least} or more")
+        if not 1 <= self.fronts <= MOST_FRONTS:
+            raise SettingsError(f"--fronts {self.fronts}: must be from 1 to {MOST_FRONTS}")
+        if self.max_waiting < self.fronts:
+            raise SettingsError(
+                f"--max-waiting {self.max_waiting}: must be at least --fronts ({self.fronts}), which share it"
+            )
         check_slots(parse_hosts(self.hosts), self.tp * self.pp)
         if self.dtype not in DTYPES:
             raise SettingsError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")

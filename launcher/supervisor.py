@@ -6,21 +6,20 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import zmq
 
 from gateway.control_messages import FrontState
 from launcher.adoption import Found, RecordKeeper, adopt_worlds
 from launcher.fault_log import FaultLog
-from launcher.front_process import FrontProcess
+from launcher.fronts import FrontPlan, Fronts
 from launcher.guard_link import GuardLink
 from launcher.guard_messages import Kill
 from launcher.hosts import HostPool, host_of
 from launcher.logs import EventLog
-from launcher.processes import AdoptedProcess, ProcessId
+from launcher.processes import ProcessId
 from launcher.reload import ChangeMaker, Reloads
 from launcher.run_dir import RUN_ID_VARIABLE, RunDir
 from launcher.spares import Spares
@@ -51,8 +50,7 @@ class Supervisor:
         self,
         plan: WorldPlan,
         run_dir: RunDir,
-        front_command: list[str],
-        listener: socket.socket,
+        fronts: Sequence[FrontPlan],
         environment: dict[str, str],
         log: EventLog,
         stop: StopSignals,
@@ -90,17 +88,12 @@ class Supervisor:
             found.keys if found is not None else None,
             found.remote_endpoint if found is not None else plan.remote_endpoint,
         )
-        self._front = FrontProcess(
-            self._context,
-            front_command,
-            {**self._environment, **(front_secrets or {})},
-            listener,
-            run_dir.control_socket,
-            run_dir.path / "front.log",
+        self._fronts = Fronts(
+            self._context, fronts, {**self._environment, **(front_secrets or {})}, run_dir, log
         )
         self._reloads = Reloads(self._context, run_dir.commands_socket, changes)
         self._poller = zmq.Poller()
-        own = (self._link.router, self._link.zap, self._front.router, self._reloads.socket)
+        own = (self._link.router, self._link.zap, *self._fronts.routers, self._reloads.socket)
         for pollable in (*own, stop):
             self._poller.register(pollable, select.POLLIN)
         self._worlds: list[World] = []
@@ -120,7 +113,6 @@ class Supervisor:
         """The front finishes what runs; worlds are watched and replaced as ever."""
         self._stopping = False
         self._faults = FaultLog(log)
-        self._front_notice: str | None = None
         self._recovering_since: float | None = None
         self._resumed_epoch = 0
         self._table = TableTeller()
@@ -133,8 +125,7 @@ class Supervisor:
         """Serves until a signal comes, or until no relaunch can help (LauncherError)."""
         self._keep_record()
         try:
-            if not self._front.is_there:
-                self._front.start()
+            self._fronts.start_missing()
             while not self._stop.requested():
                 self._turn()
             self._drain()
@@ -155,7 +146,7 @@ class Supervisor:
         self._on_turn()
         self._link.answer_zap()
         self._hear_guards(now)
-        self._hear_front(now)
+        self._hear_fronts(now)
         self._hear_commands(now)
         for world in list(self._worlds):
             world.extend_deadlines(late_s)
@@ -166,10 +157,10 @@ class Supervisor:
             elif self._spares.is_due(now) and not self._draining and self._reloads.world is None:
                 self._start_spare(now)
             if not self._draining:
-                self._judge_front(now)
+                self._fronts.restart_ended(now)
             if not self._was_ready and self._current is not None:
                 self._on_progress(self._current)
-        self._tell_front(now)
+        self._tell_fronts(now)
         self._keep_record()
 
     def _turn_length_s(self) -> float:
@@ -189,11 +180,8 @@ class Supervisor:
             else:
                 self._link.send(identity, Kill(epoch=message.epoch))
 
-    def _hear_front(self, now: float) -> None:
-        for state in self._front.receive():
-            if state.notice is not None and state.notice != self._front_notice:
-                self._log.error("the front says", notice=state.notice, log=str(self._front.log_path))
-            self._front_notice = state.notice
+    def _hear_fronts(self, now: float) -> None:
+        for state in self._fronts.receive():
             if self._reloads.world is not None and state.serving_epoch == self._reloads.world.epoch:
                 self._change_world(state, now)
             world = self._current
@@ -289,8 +277,7 @@ class Supervisor:
         """What an earlier supervisor left becomes this one's own; what it lacks is started as after a fault."""
         self._starts.epoch = self._run_dir.epoch
         self._kv_blocks = found.kv_blocks
-        if found.front is not None:
-            self._front.adopt(found.front)
+        self._fronts.adopt(found.fronts)
         self._worlds = adopt_worlds(found, self._plan, self._run_dir, self._link)
         for world in self._worlds:
             if world.is_spare:
@@ -306,7 +293,7 @@ class Supervisor:
         living = [w for w in self._worlds if w.state is not WorldState.DYING and w is not next_world]
         try:
             self._keeper.keep(
-                self._own_id, self._link, self._front.process, self._current, living, self._kv_blocks
+                self._own_id, self._link, self._fronts.processes, self._current, living, self._kv_blocks
             )
         except OSError as error:  # a full disk; it is tried again at every turn
             if not self._record_failed:
@@ -344,10 +331,9 @@ class Supervisor:
                 )
 
     def _find_unserved(self, world: World, now: float) -> WorldFault | None:
-        state = self._front.state
-        if state is not None and state.serving_epoch == world.epoch:
+        if self._fronts.serving_epoch == world.epoch:
             return None
-        since = max(world.times.active or now, self._front.started_at)
+        since = max(world.times.active or now, self._fronts.started_at)
         if now - since < SERVE_TIMEOUT_S:
             return None
         detail = f"the front and the gateway of rank 0 did not meet within {SERVE_TIMEOUT_S:.0f} s"
@@ -397,20 +383,13 @@ class Supervisor:
 
     # ----------------------------------------------------------------- the front
 
-    def _judge_front(self, now: float) -> None:
-        code = self._front.check(now)
-        if code is not None:
-            known = code if code != AdoptedProcess.UNKNOWN_CODE else None
-            self._log.error("front ended", exit_code=known, log=str(self._front.log_path))
-            self._front.start()
-
-    def _tell_front(self, now: float) -> None:
+    def _tell_fronts(self, now: float) -> None:
         if any(world.is_being_adopted for world in self._worlds):
             return  # the front serves from it all the while, and must not be told that it is not active
         order = {self._current: 0, self._spares.world: 1}
         worlds = sorted(self._worlds, key=lambda world: order.get(world, 2))
         notice = self._restarts.notice(now)
-        self._table.tell(self._front, self._starts.epoch, worlds, self._faults, notice, now)
+        self._table.tell(self._fronts, self._starts.epoch, worlds, self._faults, notice, now)
 
     # ----------------------------------------------------------------- the end
 
@@ -418,10 +397,10 @@ class Supervisor:
         """The front takes nothing new and ends when what runs has finished, or its time is over. A second signal
         cuts that short."""
         self._draining = True
-        self._front.terminate()
+        self._fronts.terminate()
         began = time.monotonic()
         told = False
-        while not self._front.has_ended() and self._stop.count < 2:
+        while not self._fronts.has_ended() and self._stop.count < 2:
             lasts_s = time.monotonic() - began
             if lasts_s > self._drain_timeout_s + FRONT_GRACE_S:
                 return
@@ -434,11 +413,11 @@ class Supervisor:
 
     def _shut_down(self) -> None:
         """Front first, so that it can still tell its clients; then the world."""
-        self._front.terminate(at_once=True)
+        self._fronts.terminate(at_once=True)
         grace_ends = time.monotonic() + LAST_GRACE_S
-        while not self._front.has_ended() and time.monotonic() < grace_ends:
+        while not self._fronts.has_ended() and time.monotonic() < grace_ends:
             self._turn()
-        self._front.end()
+        self._fronts.end()
         for world in self._worlds:
             world.abort(time.monotonic())
         give_up_at = time.monotonic() + DEATH_TIMEOUT_S
@@ -446,7 +425,7 @@ class Supervisor:
             self._turn()
         if not self._worlds:
             self._run_dir.forget()
-        self._front.close()
+        self._fronts.close()
         self._reloads.close()
         self._link.close()
         self._context.term()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from gateway.control_messages import RankEntry, WorldEntry, WorldTable
 from launcher.fault_log import FaultLog
-from launcher.front_process import FrontProcess
+from launcher.fronts import Fronts
 from launcher.world_records import RankWatch, WorldState
 from launcher.worlds import World
 
@@ -23,7 +23,7 @@ class TableTeller:
 
     def tell(
         self,
-        front: FrontProcess,
+        fronts: Fronts,
         epoch: int,
         worlds: Sequence[World],
         faults: FaultLog,
@@ -33,7 +33,7 @@ class TableTeller:
         """`worlds` in the order of the table."""
         key = (
             epoch,
-            front.state.pid if front.state is not None else None,
+            fronts.identities,
             faults.version,
             notice is None,
             *((world.epoch, world.state, world.is_spare, len(world.ranks)) for world in worlds),
@@ -43,7 +43,7 @@ class TableTeller:
         self._key = key
         self._sent_at = now
         entries = [world_entry(world, now) for world in worlds]
-        front.send(WorldTable(epoch, entries, faults.records, notice))
+        fronts.send(WorldTable(epoch, entries, faults.records, notice))
 
 
 def world_entry(world: World, now: float) -> WorldEntry:

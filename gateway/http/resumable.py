@@ -29,6 +29,7 @@ from gateway.http.answers import (
 from gateway.http.anthropic.answer import MessagesAnswer
 from gateway.http.errors import ApiError, from_failure
 from gateway.http.logprobs import Namer
+from gateway.http.peers import name_front
 from gateway.http.reading import EventId, Place, Reading
 from gateway.http.streams import ClientGone, Collector, EventQueue, EventStream, Reader
 from gateway.journal import JournalCall, JournalEntry
@@ -83,6 +84,8 @@ class ResumableCalls:
 
     calls: Calls
     text: TextModel
+    front: int = 0
+    """Which of the fronts this is; the ids of its calls name it."""
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -140,7 +143,7 @@ class ResumableCalls:
         ApiError."""
         default = OnDisconnect.GRACE if content.stream else OnDisconnect.CANCEL
         content.owner = owner_id()
-        call_id = f"{_ANSWERS[claim.kind].prefix}-{uuid.uuid4().hex}"
+        call_id = f"{_ANSWERS[claim.kind].prefix}-{name_front(uuid.uuid4().hex, self.front)}"
         encoded = _encode_content(content)
         call = self.open_call(claim, call_id, prompts, params, conditions, encoded, default, commit_soon=True)
         return await self._respond(call, content, http, None)

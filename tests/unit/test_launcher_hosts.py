@@ -12,6 +12,7 @@ import pytest
 
 from launcher.children import child_environment
 from launcher.errors import SettingsError
+from launcher.fronts import FrontPlan
 from launcher.guard_messages import GuardHello
 from launcher.host_faults import WINDOW_S
 from launcher.hosts import LOST_FOR_S, Host, HostPool, check_slots, host_of, parse_hosts
@@ -156,8 +157,7 @@ def test_the_supervisor_counts_each_fault(rank: int | None, tmp_path: Path) -> N
         supervisor = Supervisor(
             plan=plan,
             run_dir=run_dir,
-            front_command=[],
-            listener=listener,
+            fronts=[FrontPlan([], listener)],
             environment=child_environment(),
             log=log,
             stop=stop,

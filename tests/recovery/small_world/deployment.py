@@ -8,6 +8,7 @@ from pathlib import Path
 from launcher.adoption import RecordKeeper, find, receive_listener
 from launcher.children import child_environment, python_module
 from launcher.errors import LauncherError
+from launcher.fronts import FrontPlan
 from launcher.hosts import Host, address_towards, parse_hosts
 from launcher.launchers.mpirun import find_mpirun
 from launcher.logs import EventLog
@@ -53,8 +54,7 @@ def main(path: Path, tp: int, spare: SpareKind, hosts: tuple[Host, ...]) -> int:
             Supervisor(
                 plan=plan,
                 run_dir=run_dir,
-                front_command=front,
-                listener=listener,
+                fronts=[FrontPlan(front, listener)],
                 environment=child_environment(),
                 log=log,
                 stop=stop,
