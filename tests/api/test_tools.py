@@ -6,14 +6,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from tests.api.client_environments import run_script
 from tests.api.conftest import MODEL
+from tests.client_environments import client_environment
 from tests.recovery.served import Served, processes_of
 
 CLIENTS = Path(__file__).parent / "clients"
@@ -58,6 +59,14 @@ NUMBERS: Any = {
         },
     },
 }
+
+
+def run_script(requirement: str, script: Path, *arguments: str) -> None:
+    """Runs a script in the environment of a package; it fails where the script does."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [str(client_environment(requirement)), str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def rank_pid(served: Served) -> int:

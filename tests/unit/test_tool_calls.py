@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.grammars import from_json_schema
 from gateway.message_parser import MessageParser, Parsing
 from gateway.tool_calls.formats import FORMATS, format_of_template
-from gateway.tool_calls.grammar import FunctionShape, checked_calls, forced_calls
+from gateway.tool_calls.grammar import FunctionShape, after_thinking, checked_calls, either, forced_calls
 from gateway.tool_calls.pieces import Kind, Piece
 
 TYPES = {"weather": {"city": "string", "days": "integer"}, "clock": {}}
@@ -307,3 +308,29 @@ def test_every_format_forces_a_call_without_arguments() -> None:
 )
 def test_the_format_is_read_from_the_template(source: str, name: str) -> None:
     assert format_of_template(source) == name
+
+
+def test_what_a_grammar_demands_begins_behind_the_thoughts() -> None:
+    body = forced_calls(FORMATS["hermes"], FUNCTIONS, {}, only_one=True)
+    call = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+    begun = after_thinking(body, "<think>", "</think>", {}, has_begun=True)
+    assert accepts(begun, "I want {to} know.\n</think>\n\n" + call)
+    assert not accepts(begun, "I want {to} know.\n" + call)
+    maybe = after_thinking(body, "<think>", "</think>", {}, has_begun=False)
+    assert accepts(maybe, call) and accepts(maybe, "<think>\nHm.\n</think>\n" + call)
+    assert not accepts(maybe, "<think>\nHm.\n</think>\nIt is noon.")
+    # Special tokens stand for themselves: their text is none.
+    named = after_thinking(body, "[THINK]", "[/THINK]", {"[THINK]": 300, "[/THINK]": 301}, has_begun=True)
+    assert not accepts(named, "Hm.[/THINK]" + call)
+
+
+def test_content_that_must_match_and_calls_are_alternatives() -> None:
+    content = from_json_schema(
+        '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
+    )
+    calls = forced_calls(FORMATS["hermes"], FUNCTIONS, {}, only_one=False)
+    grammar = after_thinking(either(content, calls), "<think>", "</think>", {}, has_begun=True)
+    call = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+    for answer in ('{"a": 1}', call, call + "\n" + call):
+        assert accepts(grammar, "Hm.</think>" + answer), answer
+    assert not accepts(grammar, 'Hm.</think>{"b": 1}')
