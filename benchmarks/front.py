@@ -1,6 +1,7 @@
 """What the front costs: requests per second against a bare route, time that it adds to a token, and 500 streams.
 
-`python -m benchmarks.front [--rounds N] [--fronts 1 2]`. The engine is the echo model, so that nothing but Phalanx is
+`python -m benchmarks.front [--rounds N]`; on four cores also two fronts against one. The engine is the echo model:
+nothing but Phalanx is
 measured. Each front, and the bare route of FastAPI in the same run and in turn, has one core for itself; the load
 generator (benchmarks.http_load, in this process) and rank 0 have the others. What the generator used of a core is in
 the results.
@@ -40,6 +41,7 @@ STREAM_TOKENS = 400
 STREAM_STEP_S = 0.005
 ROUND_TRIPS = 400
 
+ALL_CORES = sorted(os.sched_getaffinity(0))
 MANY_STREAMS = 500
 MANY_STEP_S = 0.1
 MANY_TOKENS = 500
@@ -55,7 +57,7 @@ class Cores:
 
     @classmethod
     def split(cls, num_servers: int) -> Cores:
-        cores = sorted(os.sched_getaffinity(0))
+        cores = ALL_CORES
         if len(cores) <= num_servers:
             sys.exit(f"{num_servers} fronts want a core each and one for the load; here are {len(cores)}")
         return cls(cores[:num_servers], cores[num_servers:])
@@ -83,24 +85,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--many-tokens", type=int, default=MANY_TOKENS, help="of each of the 500 streams")
-    parser.add_argument(
-        "--only", choices=("throughput", "overhead", "many"), help="one part, nothing written"
-    )
-    parser.add_argument("--no-write", action="store_true")
     arguments = parser.parse_args()
     cores = Cores.split(1)
     result: dict[str, object] = {
         "machine": machine([*cores.servers, *cores.others]), "connections": CONNECTIONS, "prompt_tokens": len(PROMPT),
         "load_average": os.getloadavg()[0],
     }  # fmt: skip
-    if arguments.only in (None, "throughput"):
-        result["throughput"] = throughput(cores, arguments.rounds, arguments.seconds)
-    if arguments.only in (None, "overhead"):
-        result["overhead"] = overhead(cores)
-    if arguments.only in (None, "many"):
-        result["many_streams"] = many_streams(cores, arguments.many_tokens)
-    if arguments.only is None and not arguments.no_write:
-        write("front", result)
+    result["throughput"] = throughput(cores, arguments.rounds, arguments.seconds)
+    result["overhead"] = overhead(cores)
+    result["many_streams"] = many_streams(cores, arguments.many_tokens)
+    if len(ALL_CORES) >= 4:
+        result["fronts"] = several_fronts(Cores.split(2), arguments.rounds, arguments.seconds)
+    write("front", result)
 
 
 # --------------------------------------------------------------------------- the servers
@@ -128,7 +124,7 @@ def echo(cores: Cores, step_s: float, **options: object) -> Iterator[Target]:
         run_dir = Path(folder, "run")
         with phalanx.serve("echo", run_dir=run_dir, spare="none", **options) as server:
             fronts = [p for p in psutil.process_iter(["cmdline"]) if _is_front(p, run_dir)]
-            for core, front in zip(cores.servers, fronts, strict=True):
+            for core, front in zip(cores.servers, fronts, strict=False):
                 for thread in front.threads():
                     os.sched_setaffinity(thread.id, [core])
             yield Target(server.url, fronts, server.zmq, _rank_endpoint(server.url))
@@ -200,6 +196,22 @@ def _drive(target: Target, request: bytes, seconds: float) -> dict[str, float]:
 def _completion(new_tokens: int, stream: bool = False) -> bytes:
     body = {"model": "echo", "prompt": PROMPT, "max_tokens": new_tokens, "ignore_eos": True, "temperature": 0}
     return post("/v1/completions", {**body, "stream": True} if stream else body)
+
+
+def several_fronts(cores: Cores, rounds: int, seconds: float) -> dict[str, object]:
+    """Requests per second of a deployment with one front and of one with two, each front on a core of its own."""
+    figures: dict[str, list[float]] = {"1": [], "2": []}
+    with echo(cores, 0.0) as one, echo(cores, 0.0, fronts=2) as two:
+        works = {"1": one, "2": two}
+        for number in range(rounds):
+            for name in sorted(works, reverse=number % 2 == 1):
+                found = _drive(works[name], _completion(NEW_TOKENS[-1]), seconds)
+                figures[name].append(found["requests_per_second"])
+    ratio = median([b / a for a, b in zip(figures["1"], figures["2"], strict=True)])
+    medians = {name: median(values) for name, values in figures.items()}
+    rows: list[list[object]] = [[f"fronts: {name}", value] for name, value in medians.items()]
+    show(f"answers of {NEW_TOKENS[-1]} tokens, ratio {ratio:.2f}", ["", "requests/s"], rows)
+    return {"requests_per_second": medians, "ratio": ratio}
 
 
 # --------------------------------------------------------------------------- what a token costs

@@ -217,6 +217,29 @@ def _structured(result: Result) -> str:
     )
 
 
+def _front(result: Result) -> str:
+    rates, ratios = result["throughput"], result["throughput"]["ratio_to_bare"]
+    overhead, many = result["overhead"], result["many_streams"]
+    memory = many["memory_mb"]
+    rows = [["a bare route of FastAPI, requests/s", _number(rates["bare"]["requests_per_second"])]]
+    for count, ratio in ratios.items():
+        label = f"the front, answers of {count} token{'s' * (count != '1')}, requests/s (ratio)"
+        rows.append([label, f"{_number(rates[count]['requests_per_second'])} ({_ratio(ratio)})"])
+    rows += [
+        ["added to a token, ms p50 / p99", _spread(overhead["token_ms"])],
+        ["added to a request of one token, ms p50 / p99", _spread(overhead["request_ms"])],
+        [
+            f"memory with {many['streams']} streams, MB after a quarter / at the end",
+            f"{_number(memory['first_quarter'])} / {_number(memory['end'])}",
+        ],
+    ]
+    if several := result.get("fronts"):
+        each = several["requests_per_second"]
+        label = "one front / two fronts on a core each, answers of 16 tokens, requests/s (ratio)"
+        rows.append([label, f"{_number(each['1'])} / {_number(each['2'])} ({_ratio(several['ratio'])})"])
+    return _table(["", ""], rows)
+
+
 SECTIONS: dict[str, tuple[Callable[[Result], str], Callable[[Result], str]]] = {
     "offline": (lambda result: "Tokens per second, SmolLM2-135M in bfloat16.", _offline),
     "serve": (lambda result: f"Serving, tp {result['tp']}.", _serve),
@@ -240,6 +263,13 @@ SECTIONS: dict[str, tuple[Callable[[Result], str], Callable[[Result], str]]] = {
         _journal,
     ),
     "deterministic": (lambda result: "What `--deterministic` costs, bfloat16, in pairs.", _deterministic),
+    "front": (
+        lambda result: (
+            f"The front with an engine that answers at once, on one core, {result['connections']} connections, at a "
+            f"load average of {result['load_average']:.0f}."
+        ),
+        _front,
+    ),
     "interference": (
         lambda result: (
             f"Time between tokens of 8 streams while a prompt of 6,000 tokens comes in, tp {result['tp']}, "
