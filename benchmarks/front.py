@@ -1,10 +1,9 @@
 """What the front costs: requests per second against a bare route, time that it adds to a token, and 500 streams.
 
-`python -m benchmarks.front [--rounds N]`; on four cores also two fronts against one. The engine is the echo model:
-nothing but Phalanx is
-measured. Each front, and the bare route of FastAPI in the same run and in turn, has one core for itself; the load
-generator (benchmarks.http_load, in this process) and rank 0 have the others. What the generator used of a core is in
-the results.
+`python -m benchmarks.front [--rounds N]`; on four cores also two fronts against one. The engine is the echo model, so
+that nothing but Phalanx is measured. Each front, and the bare route of FastAPI in the same run and in turn, has one
+core for itself; the load generator (benchmarks.http_load, in this process) and rank 0 have the others. What the
+generator used of a core is in the results.
 """
 
 from __future__ import annotations
