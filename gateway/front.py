@@ -187,7 +187,7 @@ class Front:
                 GrpcAccess(keys, self._certificates, access.max_body_bytes),
             )
         # What clients store is with the first front.
-        self._batches = Batches(config.run_dir if config.front == 0 else None, log)
+        self._batches = Batches(config.run_dir if config.front == 0 else None, log, keys)
         app = make_app(
             openai, operations, self._repository, self._batches, metrics, log, config.page, access, keys
         )

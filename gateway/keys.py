@@ -154,6 +154,13 @@ class KeyRing:
         self._known[digest] = holder
         return holder
 
+    def holder(self, holder_id: str) -> Holder | None:
+        """Who had a key once, by what `owner_id` said; None if that key is worthless now."""
+        self._look_at_file()
+        if self._given is not None and holder_id == GIVEN_ID:
+            return self._given[1]
+        return self._holders.get(holder_id)
+
     # ----------------------------------------------------------------------- inside
 
     def _digest(self, key: bytes) -> bytes:

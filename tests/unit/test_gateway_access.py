@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,13 +22,14 @@ ALICE, ALICE_RECORD = make_key("alice")
 BOB, BOB_RECORD = make_key("bob")
 CAROL, CAROL_RECORD = make_key("carol", requests_per_minute=3, tokens_per_minute=1000)
 DAVE, DAVE_RECORD = make_key("dave", tokens_per_minute=30)
+ERIN, ERIN_RECORD = make_key("erin", tokens_per_minute=1000)
 COMPLETION = {"prompt": "abc", "max_tokens": 3}
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EchoCluster]:
     folder: Path = tmp_path_factory.mktemp("run")
-    save(folder / "keys.json", [ALICE_RECORD, BOB_RECORD, CAROL_RECORD, DAVE_RECORD])
+    save(folder / "keys.json", [ALICE_RECORD, BOB_RECORD, CAROL_RECORD, DAVE_RECORD, ERIN_RECORD])
     options = ("--api-key-file", str(folder / "keys.json"), "--grpc", "127.0.0.1:0", "--access-log")
     options += ("--allowed-origins", "https://a.example,https://b.example")
     options += ("--allowed-hosts", "127.0.0.1,api.example", "--log-level", "debug")
@@ -89,6 +91,40 @@ def test_requests_belong_to_their_key(cluster: EchoCluster) -> None:
     cluster.wait_serving(cluster.epoch)
     assert ask(cluster, path, method="GET", headers=bearer(BOB))[0] == 404
     assert ask(cluster, path, method="GET", headers=bearer(ALICE))[0] == 200
+
+
+def test_files_and_batches_belong_to_their_key_and_count_for_it(cluster: EchoCluster) -> None:
+    erin, bob = (
+        openai.OpenAI(base_url=f"{cluster.url}/v1", api_key=key, max_retries=0) for key in (ERIN, BOB)
+    )
+    body = {"prompt": "abcde", "max_tokens": 20, "ignore_eos": True}
+    lines = [{"custom_id": str(n), "method": "POST", "url": TEXT, "body": body} for n in range(4)]
+    content = "\n".join(json.dumps(line) for line in lines).encode()
+    file = erin.files.create(file=("in.jsonl", content), purpose="batch")
+    batch = erin.batches.create(input_file_id=file.id, endpoint=TEXT, completion_window="24h")
+    deadline = time.monotonic() + 30
+    while batch.status != "completed":
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.05)
+        batch = erin.batches.retrieve(batch.id)
+    assert batch.request_counts is not None and batch.request_counts.completed == 4
+    assert batch.output_file_id is not None
+    for file_id in (file.id, batch.output_file_id):
+        assert erin.files.retrieve(file_id).id == file_id
+        for asks in (bob.files.retrieve, bob.files.content, bob.files.delete):
+            with pytest.raises(openai.NotFoundError):
+                asks(file_id)
+    for asks in (bob.batches.retrieve, bob.batches.cancel):
+        with pytest.raises(openai.NotFoundError):
+            asks(batch.id)
+    with pytest.raises(openai.BadRequestError, match="No such File"):
+        bob.batches.create(input_file_id=file.id, endpoint=TEXT, completion_window="24h")
+    assert not bob.files.list().data and not bob.batches.list().data
+    assert batch.id in [entry.id for entry in erin.batches.list().data]
+    _, got, _ = ask(cluster, "/v1/models", method="GET", headers=bearer(ERIN))
+    # A minute gives 1,000 tokens back.
+    spent = 1000 - int(got["x-ratelimit-remaining-tokens"])
+    assert 0 < spent <= 4 * 25
 
 
 def test_a_limit_of_requests(cluster: EchoCluster) -> None:

@@ -260,7 +260,7 @@ def test_uploads_that_are_refused(cluster: EchoCluster, api: openai.OpenAI) -> N
 def test_the_store_is_bounded_and_forgets(tmp_path: Path) -> None:
     store = BatchStore(tmp_path, max_bytes=1000)
     store.check_room(1000)
-    file = store.add_file(store.write_content([b"x" * 600]), "a", "batch", 3600)
+    file = store.add_file(store.write_content([b"x" * 600]), "a", "batch", 3600, "")
     store.check_room(400)
     with pytest.raises(StorageFull, match="600 of 1000 bytes are in use"):
         store.check_room(401)

@@ -53,7 +53,10 @@ def lost_after_s(world: World) -> float:
 
 
 def test_a_guard_that_sleeps_is_lost(sleeper: psutil.Popen) -> None:
-    assert lost_after_s(silent_world(sleeper)) == pytest.approx(BEATS_STARVED_AFTER_S, abs=0.1)
+    world = silent_world(sleeper)
+    took_s = lost_after_s(world)
+    # On a busy machine it may really have waited for a processor, before it slept.
+    assert took_s == pytest.approx(BEATS_STARVED_AFTER_S + world.ranks[0].starved_s, abs=0.2)
 
 
 def test_a_guard_that_waits_for_a_processor_is_not(

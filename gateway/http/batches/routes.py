@@ -37,6 +37,7 @@ from gateway.http.openai import read_body
 from gateway.http.responses.routes import page_of
 from gateway.http.responses.schema import check_metadata, unsupported
 from gateway.http.schema import check, decode_body
+from gateway.keys import KeyRing, owner_id
 from gateway.log import Logger
 
 MAX_FILE_BYTES = 256 * 2**20
@@ -69,10 +70,11 @@ class BatchRequest(Struct, kw_only=True):
 class Batches:
     """The endpoints, and the batches that run behind them."""
 
-    def __init__(self, run_dir: Path | None, log: Logger) -> None:
-        """To be made in the running loop. Without a run folder everything ends with this front."""
+    def __init__(self, run_dir: Path | None, log: Logger, keys: KeyRing | None = None) -> None:
+        """To be made in the running loop. Without a run folder everything ends with this front. With `keys`, lines
+        count for whoever made the batch, and nobody else sees it or its files."""
         self._store = BatchStore(run_dir)
-        self._runner = BatchRunner(self._store, log)
+        self._runner = BatchRunner(self._store, log, keys)
 
     def start(self, app: ASGIApp) -> None:
         """Runs batches, whose lines ask this application."""
@@ -115,14 +117,23 @@ class Batches:
                 file_id = await asyncio.to_thread(self._store.write_content, pieces)
             except StorageFailed as error:
                 raise _unavailable(error) from None
-            return _json(_file(_kept(lambda: self._store.add_file(file_id, name, "batch", expires_after_s))))
+            return _json(
+                _file(
+                    _kept(lambda: self._store.add_file(file_id, name, "batch", expires_after_s, owner_id()))
+                )
+            )
         finally:
             await form.close()
 
     async def list_files(self, http: Request) -> Response:
         """GET /v1/files."""
         purpose = http.query_params.get("purpose")
-        files = [file for file in _kept(self._store.files) if purpose in (None, file.purpose)]
+        owner = owner_id()
+        files = [
+            file
+            for file in _kept(self._store.files)
+            if purpose in (None, file.purpose) and file.owner == owner
+        ]
         order = http.query_params.get("order", "desc")
         check(order in ("asc", "desc"), "order", repr(order[:20]), "asc, desc")
         shown = [_file(file) for file in (files if order == "asc" else reversed(files))]
@@ -171,6 +182,7 @@ class Batches:
             status="validating",
             created_at=now,
             expires_at=now + window_s,
+            owner=owner_id(),
             metadata=request.metadata,
             output_expires_after_s=expiry.seconds if expiry is not None else None,
         )
@@ -180,7 +192,8 @@ class Batches:
 
     async def list_batches(self, http: Request) -> Response:
         """GET /v1/batches: the newest first."""
-        batches = {batch.id: batch for batch in _kept(self._store.batches)}
+        owner = owner_id()
+        batches = {batch.id: batch for batch in _kept(self._store.batches) if batch.owner == owner}
         page = _page([{"id": name} for name in batches], http, default=20, most=100)
         page["data"] = [self._shown(batches[entry["id"]]) for entry in page["data"]]
         return _json(page)
@@ -205,7 +218,7 @@ class Batches:
 
     def _file(self, file_id: str, status: int = 404) -> StoredFile:
         file = _kept(lambda: self._store.file(file_id))
-        if file is None:
+        if file is None or file.owner != owner_id():
             text = f"No such File object: {file_id[:64]}"
             param = "id" if status == 404 else "input_file_id"
             raise ApiError(status, text, param=param, code="file_not_found")
@@ -213,7 +226,7 @@ class Batches:
 
     def _batch(self, batch_id: str) -> Batch:
         batch = _kept(lambda: self._store.batch(batch_id))
-        if batch is None:
+        if batch is None or batch.owner != owner_id():
             text = f"No batch found with id '{batch_id[:64]}'"
             raise ApiError(404, text, param="id", code="batch_not_found")
         return batch

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from gateway.http.batches.lines import LineError, ask, check_lines, decode_line, read_lines
 from gateway.http.batches.store import Batch, BatchStore, StorageFailed, StorageFull
+from gateway.keys import KeyRing, current
 from gateway.log import Logger
 
 MAX_LINES_AT_ONCE = 32
@@ -32,9 +33,10 @@ _LIVE = ("validating", "in_progress")
 class BatchRunner:
     """Everything that runs of batches in this front."""
 
-    def __init__(self, store: BatchStore, log: Logger) -> None:
+    def __init__(self, store: BatchStore, log: Logger, keys: KeyRing | None = None) -> None:
         self._store = store
         self._log = log
+        self._keys = keys
         self._app: ASGIApp | None = None
         self._slots = asyncio.Semaphore(MAX_LINES_AT_ONCE)
         self._wake = asyncio.Event()
@@ -173,6 +175,17 @@ class BatchRunner:
             return
         self._store.check_room(len(content))
         while True:
+            if self._keys is not None and batch.owner:
+                holder = self._keys.holder(batch.owner)
+                if holder is None:
+                    text = "the API key that made this batch is not good any more"
+                    revoked = _error_line(batch, number, line.custom_id, "invalid_api_key", text)
+                    self._store.add_result(batch.id, number, ok=False, content=revoked)
+                    return
+                if (refused := holder.take_request()) is not None:
+                    await asyncio.sleep(min(MAX_RETRY_S, refused[1]))
+                    continue
+                current.set(holder)  # of this line's task alone
             answer = await ask(self._app, line, key)
             if answer.status not in (429, 503):
                 break
@@ -209,7 +222,7 @@ class BatchRunner:
                 results = store.results(batch.id, ok=ok)
                 file_id = f"file-{name}-{batch.id.removeprefix('batch_')}"
                 await asyncio.to_thread(store.write_content, results, file_id)
-                store.add_file(file_id, f"{batch.id}_{name}.jsonl", "batch_output", after_s)
+                store.add_file(file_id, f"{batch.id}_{name}.jsonl", "batch_output", after_s, batch.owner)
                 if ok:
                     batch.output_file_id = file_id
                 else:

@@ -27,7 +27,7 @@ MAX_STORED_BYTES = 2**30
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
   number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, name TEXT NOT NULL, purpose TEXT NOT NULL,
-  bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER);
+  bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER, owner TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS batches (
   number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, status TEXT NOT NULL, content BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS results (
@@ -57,6 +57,8 @@ class StoredFile:
     num_bytes: int
     created_at: int
     expires_at: int | None
+    owner: str = ""
+    """See gateway.keys.owner_id."""
 
 
 class Batch(msgspec.Struct, kw_only=True):
@@ -69,6 +71,8 @@ class Batch(msgspec.Struct, kw_only=True):
     status: str
     created_at: int
     expires_at: int
+    owner: str = ""
+    """See gateway.keys.owner_id."""
     metadata: dict[str, str] | None = None
     output_expires_after_s: int | None = None
     times: dict[str, int] = {}
@@ -177,17 +181,19 @@ class BatchStore:
                 raise
         return found
 
-    def add_file(self, file_id: str, name: str, purpose: str, expires_after_s: int | None) -> StoredFile:
+    def add_file(
+        self, file_id: str, name: str, purpose: str, expires_after_s: int | None, owner: str
+    ) -> StoredFile:
         """Makes written content a file."""
         now = int(time.time())
         expires_at = None if expires_after_s is None else now + expires_after_s
         with _translated():
             num_bytes = (self._files / file_id).stat().st_size
-            found = StoredFile(file_id, name, purpose, num_bytes, now, expires_at)
+            found = StoredFile(file_id, name, purpose, num_bytes, now, expires_at, owner)
             self._db.execute(
-                "INSERT OR REPLACE INTO files (id, name, purpose, bytes, created_at, expires_at)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                (file_id, name, purpose, num_bytes, now, expires_at),
+                "INSERT OR REPLACE INTO files (id, name, purpose, bytes, created_at, expires_at, owner)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (file_id, name, purpose, num_bytes, now, expires_at, owner),
             )
         return found
 
@@ -226,7 +232,7 @@ class BatchStore:
     def _select_files(self, rest: str, *values: object) -> list[StoredFile]:
         with _translated():
             rows = self._db.execute(
-                f"SELECT id, name, purpose, bytes, created_at, expires_at FROM files {rest}", values
+                f"SELECT id, name, purpose, bytes, created_at, expires_at, owner FROM files {rest}", values
             ).fetchall()
         now = time.time()
         found = [StoredFile(*row) for row in rows]
