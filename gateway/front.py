@@ -65,8 +65,6 @@ GRPC_SHUTDOWN_S = 0.5
 """For gRPC streams to read their last error; one whose client keeps it open without a request has nothing to read."""
 DRAIN_CHECK_S = 0.02
 CLIENT_CHECK_S = 1.0
-GC_THRESHOLD = 10_000
-"""Objects between two collections of the youngest: a request makes some hundreds, most without cycles."""
 
 
 @dataclass(frozen=True)
@@ -325,10 +323,10 @@ async def serve(config: FrontConfig, text: TextModel, log: Logger) -> None:
     """Runs a front until SIGTERM, after which it drains, or SIGINT. Raises EndpointError, JournalLocked."""
     journal = open_journal(config, log)
     front = Front(config, journal, text, log)
-    # What was made by now stays for good: collections need not walk through it, and less often through the rest.
+    # What was made by now stays for good: collections need not walk through it. They come as often as ever: errors of
+    # requests hold on to bodies of megabytes until the next one.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, 20, 20)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, front.stop)
     loop.add_signal_handler(signal.SIGINT, front.stop_now)
