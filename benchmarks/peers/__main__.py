@@ -27,6 +27,8 @@ from gateway.client import Client
 BATCHES = (1, 8, 32)
 PROMPT_TOKENS, DECODED_TOKENS = 64, 64
 PREFILL_SEQUENCES, PREFILL_TOKENS = 8, 1024
+KV_CACHE_BYTES = 512 * 2**20
+"""Of each rank: all worlds are there at once."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ OURS = (
     Ours("phalanx bfloat16, tp 1", 1),
     Ours("phalanx bfloat16, tp 2", 2),
     Ours("phalanx bfloat16, tp 1, one core", 1, cores=1),
+    Ours("phalanx int8, tp 1", 1, options=("--quantization", "int8")),
+    Ours("phalanx int8, tp 2", 2, options=("--quantization", "int8")),
+    Ours("phalanx int4, tp 1", 1, options=("--quantization", "int4")),
+    Ours("phalanx int4, tp 2", 2, options=("--quantization", "int4")),
 )
 
 DECODE_1, DECODE_32, PREFILL = "decode, 1 sequence", "decode, 32 sequences", "prefill, 8 x 1024"
@@ -54,7 +60,7 @@ TARGETS = (
     (DECODE_1, "int8", "ctranslate2 int8", 1.5),
     (DECODE_1, "int4", "llama-cpp Q4_1", 1.5),
 )
-"""(work, our weights, peer, ratio): the better of our shapes on all cores counts."""
+"""(work, our weights, peer, ratio). The better of our shapes on all cores counts."""
 
 
 def main() -> None:
@@ -87,7 +93,8 @@ def main() -> None:
             print(f"{peer.label}: loaded after {starts[peer.label]:.1f} s", file=sys.stderr)
         for ours in OURS:
             begin = time.perf_counter()
-            world = bare_world(folder, ours.tp, 1, *ours.options, cores=cores[: ours.cores])
+            options = ("--kv-cache-memory", str(KV_CACHE_BYTES), *ours.options)
+            world = bare_world(folder, ours.tp, 1, *options, cores=cores[: ours.cores])
             generate = phalanx_generate(stack.enter_context(Client(stack.enter_context(world))))
             generate(2, PROMPT_TOKENS, 4)
             starts[ours.label] = time.perf_counter() - begin
