@@ -15,6 +15,8 @@ from typing import Any
 from benchmarks.common import RESULTS, ROOT, median
 
 README = ROOT / "README.md"
+WEIGHT_BYTES = 269_000_000
+"""Of SmolLM2-135M in bfloat16, all of which a step reads."""
 BEGIN = "<!-- numbers: written by `python -m benchmarks.table`, do not edit -->"
 END = "<!-- end of numbers -->"
 
@@ -59,18 +61,32 @@ def _measured_on(result: Result) -> str:
 # --------------------------------------------------------------------------- one table for each benchmark
 
 
-def _offline(result: Result) -> str:
-    speeds, ratios = result["tokens_per_second"], result["ratio_to_transformers"]
-    columns = ["", "transformers"]
-    for name in ratios:
-        columns += [name, "ratio"]
-    rows = []
-    for work, peer in speeds["transformers"].items():
-        row = [work, _number(median(peer))]
-        for name, ratio in ratios.items():
-            row += [_number(median(speeds[name][work])), _ratio(ratio[work])]
-        rows.append(row)
-    return _table(columns, rows)
+def _peers(result: Result) -> str:
+    speeds, starts = result["tokens_per_second"], result["loaded_after_s"]
+    works = list(dict.fromkeys(work for done in speeds.values() for work in done))
+    order = sorted(speeds, key=lambda label: label.startswith("phalanx"))
+    rows = [
+        [
+            label if not label.startswith("phalanx") else f"**{label}**",
+            *(_number(median(speeds[label][work])) if work in speeds[label] else "" for work in works),
+            _number(starts[label]),
+        ]
+        for label in order
+    ]
+    reached = "; ".join(
+        f"{found['work']}, {found['weights']}: {found['ratio']:.2f} times {found['peer']} "
+        f"(target {found['target']})"
+        for found in result["targets"]
+    )
+    plain = next(label for label in speeds if label.startswith("phalanx bfloat16"))
+    share = median(speeds[plain]["decode, 1 sequence"]) * WEIGHT_BYTES / result["bytes_per_second"]
+    bandwidth = f"{result['bytes_per_second'] / 1e9:.1f} GB/s"
+    return _table(["tokens/s", *works, "loaded after, s"], rows) + (
+        f"\n\nMedians of the rounds' ratios: {reached}. torch's sum over an array reads {bandwidth} from memory on "
+        f"these cores; one bfloat16 stream reads {share:.0%} of that. Peers are driven by their Python interface, "
+        "Phalanx by a ZeroMQ client. vLLM had compiled the model in an earlier run; llama.cpp and OpenVINO read the "
+        "GGUF file, and have no batches in these interfaces.\n\n![Tokens per second](docs/peers.svg)"
+    )
 
 
 def _serve(result: Result) -> str:
@@ -241,7 +257,12 @@ def _front(result: Result) -> str:
 
 
 SECTIONS: dict[str, tuple[Callable[[Result], str], Callable[[Result], str]]] = {
-    "offline": (lambda result: "Tokens per second, SmolLM2-135M in bfloat16.", _offline),
+    "peers": (
+        lambda result: (
+            f"Beside other engines, SmolLM2-135M, at a load average of {float(result['load'][0]):.0f}."
+        ),
+        _peers,
+    ),
     "serve": (lambda result: f"Serving, tp {result['tp']}.", _serve),
     "startup": (lambda result: f"Start of `phalanx serve`, tp {result['tp']}.", _startup),
     "recovery": (
