@@ -37,6 +37,7 @@ from launcher.guard_messages import (
     from_bytes,
 )
 from launcher.hangs import HangWatch
+from launcher.laggards import EXCUSED_TIMES, Laggards
 from launcher.life_lock import LifeLock
 from launcher.post_mortem import (
     describe_progress,
@@ -54,6 +55,7 @@ from launcher.supervisor_tie import SupervisorTie
 from launcher.watch import (
     LIFE_SUFFIX,
     Phase,
+    Progress,
     ProgressPage,
     SpareKind,
 )
@@ -112,6 +114,7 @@ class Guard:
         self._spare = spare
         self._gate = StartGate()
         self._hangs = HangWatch()
+        self._laggards = Laggards(self._environment.shm_dir, self.rank)
         self._starvation = Starvation(environment.shm_dir)
         self._memory_bytes = 0
         self._memory_at = -MEMORY_INTERVAL_S
@@ -271,13 +274,7 @@ class Guard:
         starved_s = self._starvation.new_wait_s(silence_s, now, late_s)
         hung_s = self._hangs.check(progress, now, late_s, starved_s)
         if hung_s is not None and self._report is None:
-            doing = describe_progress(progress)
-            limit_s = self._hangs.limit_s(progress.num_tokens)
-            detail = f"rank {self.rank} has made no progress for {hung_s:.2f} s while {doing}"
-            detail += f"; {limit_s:.1f} s were allowed"
-            if self._hangs.starved_s > 0.1:
-                detail += f", and {self._hangs.starved_s:.1f} s more without a processor"
-            self._tell_fault("hung", detail, None, hung_s)
+            self._judge_silence(progress, hung_s)
         parked = progress.phase is Phase.PARKED and self._gate.is_shut
         measure, interval_s = (
             (memory_bytes, MEMORY_INTERVAL_S) if parked else (resident_bytes, RESIDENT_INTERVAL_S)
@@ -312,6 +309,18 @@ class Guard:
                     sent_s=now,
                 )
             )
+
+    def _judge_silence(self, progress: Progress, silent_s: float) -> None:
+        limit_s = self._hangs.limit_s(progress.num_tokens)
+        if silent_s <= EXCUSED_TIMES * limit_s and self._laggards.behind(progress) is not None:
+            return  # it waits for one that its own guard judges
+        detail = (
+            f"rank {self.rank} has made no progress for {silent_s:.2f} s while {describe_progress(progress)}"
+        )
+        detail += f"; {limit_s:.1f} s were allowed"
+        if self._hangs.starved_s > 0.1:
+            detail += f", and {self._hangs.starved_s:.1f} s more without a processor"
+        self._tell_fault("hung", detail, None, silent_s)
 
     def _tell_fault(self, kind: str, detail: str, exit_code: int | None, detect_s: float) -> None:
         progress = self._page.read()

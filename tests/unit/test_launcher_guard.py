@@ -19,7 +19,7 @@ from launcher.guard_link import GuardLink
 from launcher.guard_messages import Beat, FaultReport, Go, GuardHello, Kill, Killed, Lease, Message
 from launcher.leases import LEASE_S
 from launcher.processes import ProcessId, is_alive
-from launcher.watch import Phase
+from launcher.watch import Phase, ProgressPage
 from tests.cgroups import frozen_cgroup
 
 EPOCH = 7
@@ -192,6 +192,16 @@ def test_rank_that_hangs_in_a_step_is_reported(start: Start) -> None:
     fault = watched.expect(FaultReport, timeout_s=15.0)
     assert (fault.kind, fault.exit_code) == ("hung", None)
     assert "in step 52, after 1 collectives" in fault.detail and 3.0 < fault.detect_s < 5.0
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_another_one_is_not_the_one_that_hangs(start: Start) -> None:
+    steps = "\nfor step in range(42, 52): page.step(step); time.sleep(0.2)\n"
+    watched = start(steps + "page.step(52, 1); page.collective(); time.sleep(100)")
+    ProgressPage.create(watched.shm_dir / "rank-0.progress").step(52)
+    fault = watched.expect(FaultReport, timeout_s=30.0)
+    # It is found all the same, if nobody says that the other one hangs.
+    assert fault.kind == "hung" and 9.0 < fault.detect_s < 12.0
 
 
 @pytest.mark.parametrize(("code", "exit_code"), [("sys.exit(0)", 0), ("sys.exit(78)", 78), ("1/0", 1)])
