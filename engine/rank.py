@@ -393,14 +393,20 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _is_configuration(error: BaseException) -> bool:
-    from engine.collectives.mpi import WorldShapeError
-    from engine.engine import ConfigurationError
-    from engine.models.errors import ModelError, ShardingError
+_CONFIGURATION = (
+    ("engine.collectives.mpi", "WorldShapeError"),
+    ("engine.engine", "ConfigurationError"),
+    ("engine.models.errors", "ModelError"),
+    ("engine.models.errors", "ShardingError"),
+)
 
-    return isinstance(
-        error, WorldShapeError | ConfigurationError | ModelError | ShardingError | EndpointError | CurveError
-    )
+
+def _is_configuration(error: BaseException) -> bool:
+    """Whether somebody has to change something before another start can work. Imports nothing: a failed import may
+    be what ends this rank."""
+    loaded = ((sys.modules.get(module), name) for module, name in _CONFIGURATION)
+    kinds = [getattr(module, name) for module, name in loaded if hasattr(module, name)]
+    return isinstance(error, (EndpointError, CurveError, *kinds))
 
 
 if __name__ == "__main__":
