@@ -35,6 +35,8 @@ class HangupReload:
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._log_path = run_dir / "reload.log"
+        self._asked = False
+        """Whether a signal has come that is not answered yet."""
 
     def check(self, asked: bool) -> None:
         """To be called now and then. `asked`: a signal has come."""
@@ -42,11 +44,12 @@ class HangupReload:
             self._process = None
             if code:
                 self._log.error("SIGHUP: nothing was changed", log=str(self._log_path), exit_code=code)
-        if not asked:
+        if asked and self._process is not None:
+            self._log.info("SIGHUP: a reload is under way; settings and model are read once more after it")
+        self._asked |= asked
+        if not self._asked or self._process is not None:
             return
-        if self._process is not None:
-            self._log.warning("SIGHUP: a reload is under way already")
-            return
+        self._asked = False
         try:
             settings = self._read_settings()
             wanted = json.dumps({name: getattr(settings, name) for name in RELOADABLE})

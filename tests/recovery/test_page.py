@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(
 )
 WORDS = "document.querySelector('.turn.it:last-of-type .words').textContent"
 STATUS = "document.getElementById('status').textContent"
-MOST_TOKENS = 2000
+MOST_TOKENS = 1000
+STEP_S = "0.008"
+"""At least, for a step: the browser sees an answer while it is made, on a busy machine too."""
 
 # The lowest contrast of any text that is shown, with the text: relative luminance as WCAG 2.2 defines it. Colours
 # are read back from a canvas, since computed ones may be in any notation.
@@ -51,8 +53,10 @@ LOWEST_CONTRAST = """(() => {
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     model = make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny", max_model_len=4096)
     flags = ("--tp", "2", "--dtype", "float32", "--deterministic", "--kv-cache-memory", "16MiB")
-    with Served(str(model), tmp_path_factory.mktemp("run"), *flags) as deployment:
-        yield deployment
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PHALANX_FAULTS", f"sleep={STEP_S}")
+        with Served(str(model), tmp_path_factory.mktemp("run"), *flags) as deployment:
+            yield deployment
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fault_of(served: Served, file: Path, what: str) -> dict[str, Any]:
     """The record of one fault on purpose, in the middle of streams, once everything about it is known."""
     world = served.active_world()
-    streams = Streams(served, ["Once", "upon"], 200)
+    streams = Streams(served, ["Once", "upon"], 1500)  # they are to run still when the file is read
     streams.wait_begun(2)
     file.write_text(f"{what} epoch={world['epoch']}")
     assert all(stream.error is None and stream.done for stream in streams.finish())
