@@ -187,7 +187,7 @@ def test_one_in_the_background_is_cancelled_and_deleted(api: openai.OpenAI, serv
 
 
 def test_interactive_requests_pass_the_lines_of_a_batch(api: openai.OpenAI, served: Served) -> None:
-    batch = begin_batch(api, 80, 60)
+    batch = begin_batch(api, 80, 300)
     wait(lambda: api.batches.retrieve(batch.id).request_counts.completed >= 4)
     before = api.batches.retrieve(batch.id).request_counts.completed
     answer = api.completions.create(model=served.model, prompt="abc", max_tokens=10)
