@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
+import subprocess
 import time
 from urllib.parse import urlsplit
 
@@ -11,7 +13,10 @@ import httpx
 import pytest
 
 from tests.api.conftest import MODEL
+from tests.docs_pages import PAGES, Command, commands
 from tests.recovery.served import Served
+
+CURLS = [command for page in PAGES for command in commands(page) if command.program == "curl"]
 
 
 def metric(served: Served, name: str) -> float:
@@ -42,6 +47,13 @@ def test_cluster(served: Served) -> None:
     assert len({rank["pid"] for rank in world["ranks"]} | {r["guard_pid"] for r in world["ranks"]}) == 4
     assert all(rank["heartbeat_age_s"] < 2 for rank in world["ranks"])
     assert cluster["faults"] == [] and cluster["serving_epoch"] == world["epoch"]
+
+
+@pytest.mark.parametrize("command", CURLS, ids=lambda command: command.place[:60])
+def test_requests_of_the_docs_are_answered(served: Served, command: Command) -> None:
+    words = [re.sub(r"^http://[^/]+", served.url, word) for word in command.words]
+    answer = subprocess.run([*words, "--fail-with-body", "-sS"], capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 0 and answer.stdout.strip(), answer
 
 
 def test_tokens_are_counted(served: Served) -> None:
