@@ -24,7 +24,7 @@ from launcher.fronts import FrontPlan
 from launcher.grpc_port import DEFAULT_PORT, choose_grpc_port
 from launcher.hangup import HangupReload, has_terminal
 from launcher.hosts import address_towards, parse_hosts
-from launcher.launchers.mpirun import Flavor, find_mpirun
+from launcher.launchers.mpirun import Flavor, find_mpirun, flavor_named
 from launcher.logs import EventLog
 from launcher.planned_changes import PlannedChanges, rank_command
 from launcher.preparation import PreparationProgress, PreparedModel, Stopped, prepare
@@ -71,7 +71,7 @@ def _serve(
     read_settings: Callable[[], Settings],
 ) -> None:
     adopt_orphans()
-    mpirun = find_mpirun(settings.mpirun)
+    mpirun = find_mpirun(settings.mpirun, flavor_named(settings.mpi))
     hosts = parse_hosts(settings.hosts)
     if hosts and mpirun.flavor is not Flavor.OPEN_MPI:
         raise LauncherError(f"--hosts needs Open MPI so far, and {mpirun.path} is of {mpirun.flavor.value}")

@@ -25,6 +25,7 @@ LEAST_JOURNAL_BYTES = 1 << 24
 _SIZES = ("kv_cache_memory", "journal_max_size", "max_body_size")
 BACKENDS = ("auto", "phalanx", "deepspeed")
 QUANTIZATIONS = ("none", "int8", "int4")
+MPIS = ("auto", "openmpi", "mpich", "intel")
 CHOICES = {
     "dtype": DTYPES,
     "quantization": QUANTIZATIONS,
@@ -32,7 +33,7 @@ CHOICES = {
     "backend": BACKENDS,
     "journal": JOURNALS,
 }
-CHOICES |= {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS}
+CHOICES |= {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS, "mpi": MPIS}
 RELOADABLE = (
     "model",
     "tp",
@@ -197,6 +198,7 @@ class Settings(AccessSettings):
         default=None,
         metadata={"help": "the mpirun to start worlds with; default: found", "metavar": "PATH"},
     )
+    mpi: str = _flag("auto", "the MPI to start worlds with; auto: that of the mpirun that is found first")
 
     def __post_init__(self) -> None:
         self.check_access()

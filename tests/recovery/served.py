@@ -4,12 +4,13 @@ it."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +28,20 @@ READY_TIMEOUT_S = 180.0
 class Served:
     """One deployment that is ready. Leave the context to end it by SIGTERM."""
 
-    def __init__(self, model: str, run_dir: Path, *flags: str, new_session: bool = False) -> None:
-        """`new_session`: without a terminal, as a daemon."""
+    def __init__(
+        self,
+        model: str,
+        run_dir: Path,
+        *flags: str,
+        new_session: bool = False,
+        python: str = sys.executable,
+        variables: Mapping[str, str] = os.environ,
+    ) -> None:
+        """`new_session`: without a terminal, as a daemon. `python`: of another environment."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir = run_dir
         self._errors = run_dir / "serve.stderr"
-        command = [sys.executable, "-m", "launcher.cli", "serve", model]
+        command = [python, "-m", "launcher.cli", "serve", model]
         command += ["--port", "0", "--zmq", "tcp://127.0.0.1:*", "--run-dir", str(run_dir), *flags]
         if "--grpc-port" not in flags:
             command += ["--grpc-port", "0"]
@@ -42,6 +51,7 @@ class Served:
                 command,
                 stdout=subprocess.PIPE,
                 stderr=errors,
+                env=dict(variables),
                 text=True,
                 preexec_fn=end_with_parent,
                 start_new_session=new_session,

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import LauncherError
-from launcher.launchers.mpirun import Flavor, Mpirun, argv, environment, find_mpirun
+from launcher.launchers.mpirun import Flavor, Mpirun, argv, environment, find_mpirun, flavor_named
 
 OPEN_MPI = Mpirun(Path("/bin/mpirun"), Flavor.OPEN_MPI, "mpirun (Open MPI) 5.0.11")
 MPICH = Mpirun(Path("/bin/mpirun"), Flavor.MPICH, "HYDRA build details:")
+INTEL = Mpirun(Path("/bin/mpirun"), Flavor.INTEL, "Intel(R) MPI Library")
 
 
 def make(mpirun: Mpirun, ranks: int, cores: int, base: dict[str, str] | None = None) -> dict[str, str]:
@@ -22,7 +23,9 @@ def test_argv() -> None:
     command = argv(OPEN_MPI, 3, ["python", "x"])
     assert command[:3] == ["/bin/mpirun", "-n", "3"] and command[-2:] == ["python", "x"]
     assert "--oversubscribe" in command
-    assert argv(MPICH, 3, ["python"]) == ["/bin/mpirun", "-n", "3", "python"]
+    assert argv(MPICH, 3, ["python"]) == ["/bin/mpirun", "-n", "3", "-bind-to", "none", "python"]
+    assert argv(INTEL, 3, ["python"]) == ["/bin/mpirun", "-n", "3", "python"]
+    assert make(INTEL, 2, 8)["I_MPI_PIN"] == "off"
 
 
 def test_huge_pages_unless_the_user_tunes() -> None:
@@ -98,3 +101,30 @@ def test_flavors(tmp_path: Path, answer: str, flavor: Flavor) -> None:
     path.write_text(f"#!/bin/sh\nprintf '{answer}\\n'\n")
     path.chmod(0o755)
     assert find_mpirun(path).flavor is flavor
+
+
+def write_mpirun(folder: Path, answer: str, name: str = "mpirun") -> Path:
+    folder.mkdir(exist_ok=True)
+    program = folder / name
+    program.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    program.chmod(0o755)
+    return program
+
+
+def test_the_mpi_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    intel = write_mpirun(tmp_path / "intel", "Intel(R) MPI Library for Linux* OS, Version 2021.18")
+    mpich = write_mpirun(tmp_path / "debian", "HYDRA build details:\n    Version:    4.0.2", "mpirun.mpich")
+    open_mpi = write_mpirun(tmp_path / "debian", "mpirun (Open MPI) 4.1.4")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setenv("PATH", f"{intel.parent}:{open_mpi.parent}:/bin:/usr/bin")
+    assert find_mpirun().path == intel
+    assert find_mpirun(flavor=flavor_named("auto")).path == intel
+    assert find_mpirun(flavor=flavor_named("intel")).path == intel
+    assert find_mpirun(flavor=flavor_named("openmpi")).path == open_mpi
+    found = find_mpirun(flavor=flavor_named("mpich"))
+    assert (found.path, found.version) == (mpich, "MPICH 4.0.2")
+    with pytest.raises(LauncherError, match="is of Intel MPI, not of MPICH"):
+        find_mpirun(intel, Flavor.MPICH)
+    mpich.unlink()
+    with pytest.raises(LauncherError, match=r"no mpirun of MPICH .* is of Intel MPI, .*pip install mpich"):
+        find_mpirun(flavor=Flavor.MPICH)
