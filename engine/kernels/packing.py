@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kernels.ggml_blocks import pack_blocks
 from engine.kernels.quantization import Quantization, quantize
 
 PANEL = 16
@@ -38,7 +39,7 @@ def padded(size: int) -> int:
 
 
 class Packer:
-    """Packs a tensor that comes in parts of any number of rows."""
+    """Packs a tensor that comes in parts of any number of rows: all of them values, or all blocks of a GGUF file."""
 
     def __init__(self, quantization: Quantization = Quantization.NONE) -> None:
         self._quantization = quantization
@@ -58,7 +59,11 @@ class Packer:
         return self._pack(self._rest)
 
     def _pack(self, rows: Tensor) -> Tensor:
-        return pack(rows) if self._quantization is Quantization.NONE else quantize(rows, self._quantization)
+        if self._quantization is Quantization.NONE:
+            return pack(rows)
+        if rows.dtype == torch.uint8:
+            return pack_blocks(rows, self._quantization)
+        return quantize(rows, self._quantization)
 
 
 def _step(dtype: torch.dtype) -> int:

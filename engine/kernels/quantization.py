@@ -1,6 +1,7 @@
 """Weights as whole numbers of 8 or 4 bits, as the native kernels read them (`native/quantized.h` has the same words).
 
 Called where shard files are built and in tests. Rounds to the nearest value of each group: there is no calibration.
+What a GGUF file has rounded already comes by `ggml_blocks`.
 """
 
 from __future__ import annotations
@@ -54,8 +55,7 @@ def quantize(rows: Tensor, quantization: Quantization) -> Tensor:
     num_outputs, num_inputs = rows.shape
     padded = torch.nn.functional.pad(rows.float(), (0, -num_inputs % GROUP_INPUTS, 0, -num_outputs % PANEL))
     groups = padded.view(-1, PANEL, padded.shape[1] // GROUP_INPUTS, GROUP_INPUTS).transpose(1, 2)
-    scales, numbers = _in_eight_bits(groups) if quantization is Quantization.INT8 else _in_four_bits(groups)
-    return torch.cat((scales, numbers), dim=-1).contiguous()
+    return _in_eight_bits(groups) if quantization is Quantization.INT8 else _in_four_bits(groups)
 
 
 def dequantize(packed: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
@@ -75,24 +75,32 @@ def dequantize(packed: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
     return values.transpose(1, 2).reshape(panels * PANEL, -1)[:num_outputs, :num_inputs]
 
 
-def _in_eight_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """`[panels, groups, 16, 32]` to bytes of scales `[panels, groups, 64]` and of numbers."""
+def packed_groups(numbers: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
+    """Numbers `[panels, groups, 16, 32]` of uint8 as the kernels read them. They stand for `scales * (number - 128)`
+    without offsets, and are of 8 bits then; else for `scales * number + offsets`, of 4 bits. Scales `[panels, groups,
+    16]`: float32, with offsets float16 as those are."""
+    parts = _parts(numbers)
+    if offsets is None:
+        return torch.cat((_bytes(scales), parts.flatten(2)), dim=-1).contiguous()
+    pairs = parts[:, :, ::2] | parts[:, :, 1::2] << 4
+    return torch.cat((_bytes(torch.cat((scales, offsets), dim=-1)), pairs.flatten(2)), dim=-1).contiguous()
+
+
+def _in_eight_bits(groups: Tensor) -> Tensor:
+    """Values `[panels, groups, 16, 32]`, rounded to 255 steps around zero."""
     scales = groups.abs().amax(-1) / 127
     numbers = (groups / scales.clamp(min=1e-30).unsqueeze(-1)).round().clamp(-127, 127) + 128
-    return _bytes(scales), _parts(numbers.to(torch.uint8)).flatten(2)
+    return packed_groups(numbers.to(torch.uint8), scales, None)
 
 
-def _in_four_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
+def _in_four_bits(groups: Tensor) -> Tensor:
     """The same with 16 values between the least and the greatest; zero is always among them or between two."""
     least, greatest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scales = ((greatest - least) / 15).half()
     offsets = least.half()
     steps = scales.float().clamp(min=1e-30).unsqueeze(-1)
-    numbers = ((groups - offsets.float().unsqueeze(-1)) / steps).round().clamp(0, 15).to(torch.uint8)
-    parts = _parts(numbers)
-    return _bytes(torch.cat((scales, offsets), dim=-1)), (parts[:, :, ::2] | parts[:, :, 1::2] << 4).flatten(
-        2
-    )
+    numbers = ((groups - offsets.float().unsqueeze(-1)) / steps).round().clamp(0, 15)
+    return packed_groups(numbers.to(torch.uint8), scales, offsets)
 
 
 def _parts(numbers: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reading of GGUF files: their metadata with types checked, their tensors as float32 rows.
+"""Reading of GGUF files: their metadata with types checked, their tensors as float32 rows or as they lie.
 
 Called by the importer. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package
 does the reading; what it raises on a broken file becomes a ModelError here.
@@ -118,6 +118,14 @@ class GgufFile:
         """The shape as everybody but GGUF writes it: rows first."""
         return tuple(int(size) for size in reversed(self.tensors[tensor].shape))
 
+    def type_name(self, tensor: str) -> str:
+        """What its numbers are kept in: F32, Q4_1, ..."""
+        return str(self.tensors[tensor].tensor_type.name)
+
+    def row_bytes(self, tensor: str) -> int:
+        """What a row of it takes in the file, if it is quantized."""
+        return int(self.tensors[tensor].data.shape[-1])
+
     def check_type(self, name: str) -> None:
         """Raises ModelError if a tensor is of a type that cannot be read, without reading it."""
         import gguf
@@ -146,16 +154,22 @@ class GgufFile:
         from gguf.quants import dequantize
 
         self.check_type(name)
+        for part in self.stored_rows(name, row_order, expert):
+            yield np.asarray(dequantize(part, self.tensors[name].tensor_type), dtype=np.float32)
+
+    def stored_rows(
+        self, name: str, row_order: NDArray[np.intp] | None = None, expert: int | None = None
+    ) -> Iterator[NDArray[Any]]:
+        """The same rows as they lie in the file: the bytes of their blocks, or floats."""
         tensor = self.tensors[name]
         data = tensor.data if expert is None else tensor.data[expert]
         if row_order is not None:
             data = data[row_order]
         if len(self.shape(name)) == 1:
             data = data.reshape(1, -1)
-        row_elements = self.shape(name)[-1]
-        step = max(1, _ROWS_AT_ONCE_ELEMENTS // row_elements)
+        step = max(1, _ROWS_AT_ONCE_ELEMENTS // self.shape(name)[-1])
         for start in range(0, len(data), step):
-            yield np.asarray(dequantize(data[start : start + step], tensor.tensor_type), dtype=np.float32)
+            yield data[start : start + step]
 
 
 def _reader_class() -> Any:

@@ -22,7 +22,7 @@ from engine.models.gguf_rope import ROPE_TENSORS
 from engine.models.sharding import local_tensors, shard_world
 
 if TYPE_CHECKING:
-    from numpy import float32, intp
+    from numpy import float32, intp, uint8
 
 _EXPERT_MODULES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
@@ -83,6 +83,14 @@ def rows(
     offset = family.norm_offset if target.source.endswith("norm.weight") else 0.0
     for part in gguf.rows(target.source, order, target.expert):
         yield part - np.float32(offset) if offset else part
+
+
+def stored_rows(
+    gguf: GgufFile, family: GgufFamily, config: ModelConfig, target: Target
+) -> Iterator[NDArray[uint8]]:
+    """The same rows of a matrix that is quantized, as the bytes of their blocks."""
+    order = _row_order(gguf, family, config, target.source)
+    return gguf.stored_rows(target.source, order, target.expert)
 
 
 def _of(gguf: GgufFile, family: GgufFamily, config: ModelConfig, name: str) -> list[Target]:

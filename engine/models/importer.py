@@ -1,4 +1,5 @@
-"""Turns a GGUF file into a folder in Hugging Face format, once: weights as bfloat16, config, tokenizer.
+"""Turns a GGUF file into a folder in Hugging Face format, once: weights as bfloat16, config, tokenizer; beside them
+the blocks of matrices whose numbers the native kernels can take as they are.
 
 Called by the catalog. Imports numpy and gguf, never torch. The folder is written aside and renamed when it is
 whole, so that nobody ever sees half of it.
@@ -11,19 +12,24 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.models.errors import ModelError
 from engine.models.locks import locked
 from engine.models.safetensors_header import TensorEntry, lay_out
+from engine.models.source_blocks import BLOCK_INPUTS, BLOCK_TYPES, BLOCKS_FILE
 
 if TYPE_CHECKING:
+    from io import FileIO
+
+    from numpy.typing import NDArray
+
     from engine.models.config import ModelConfig
     from engine.models.gguf_families import GgufFamily
     from engine.models.gguf_file import GgufFile
     from engine.models.gguf_tensors import Target
 
-IMPORT_VERSION = 2
+IMPORT_VERSION = 3
 """To be raised whenever the same GGUF file is turned into another folder; older ones are made anew."""
 
 _NOTE = "phalanx_import.json"
@@ -126,6 +132,7 @@ def _write_folder(path: Path, folder: Path, progress: TensorProgress) -> None:
         # What the metadata came to is not what the user has before them.
         raise ModelError(str(error).replace(str(file), f"{path}, as {file.name}")) from None
     _write_weights(gguf, family, checked, found, folder / "model.safetensors", progress)
+    _write_blocks(gguf, family, checked, found, folder / BLOCKS_FILE)
 
 
 def _write_weights(
@@ -145,7 +152,33 @@ def _write_weights(
         for done, target in enumerate(found):
             progress(done, len(found))
             for part in rows(gguf, family, config, target):
-                data = to_bfloat16(part).reshape(-1).view("uint8").data
-                while data:  # one write call takes 2 GiB at most
-                    data = data[written.write(data) :]
+                _write(written, to_bfloat16(part))
         progress(len(found), len(found))
+
+
+def _write_blocks(
+    gguf: GgufFile, family: GgufFamily, config: ModelConfig, found: list[Target], file: Path
+) -> None:
+    """The quantized matrices, reordered but not changed, uint8 `[rows, blocks of a row, bytes of a block]`."""
+    from engine.models.gguf_tensors import stored_rows
+
+    kept: dict[TensorEntry, Target] = {}
+    for target in found:
+        if gguf.type_name(target.source) in BLOCK_TYPES and len(target.shape) == 2:
+            num_rows, num_inputs = target.shape
+            num_blocks = num_inputs // BLOCK_INPUTS
+            block_bytes = gguf.row_bytes(target.source) // num_blocks
+            kept[TensorEntry(target.name, "U8", (num_rows, num_blocks, block_bytes))] = target
+    if not kept:
+        return
+    with file.open("wb", buffering=0) as written:
+        written.write(lay_out(kept, {}).header)
+        for target in kept.values():
+            for part in stored_rows(gguf, family, config, target):
+                _write(written, part)
+
+
+def _write(file: FileIO, values: NDArray[Any]) -> None:
+    data = values.reshape(-1).view("uint8").data
+    while data:  # one write call takes 2 GiB at most
+        data = data[file.write(data) :]

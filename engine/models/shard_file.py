@@ -21,12 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.kernels.ggml_blocks import holds
 from engine.kernels.packing import Packer, packed_shape
 from engine.kernels.quantization import Quantization, quantized_shape
 from engine.models.errors import ModelError
 from engine.models.safetensors_header import Layout, TensorEntry, lay_out, read_header
 from engine.models.shard_cache import FolderUse
 from engine.models.sharding import LocalTensor, SourceSlice
+from engine.models.source_blocks import in_blocks
 from engine.models.source_files import SourceFiles, check_tensor
 
 LAYOUT_VERSION = 3
@@ -133,19 +135,17 @@ class ShardFile:
                 target.write(self.layout.header)
                 advance(len(self.layout.header))
                 for tensor in self.tensors:
-                    quantization = self.quantization.of(tensor.name)
-                    packer = Packer(quantization) if self.packed and _is_matrix(tensor) else None
-                    # What is to be quantized is rounded once.
-                    dtype = (
-                        self.dtype if packer is None or quantization is Quantization.NONE else torch.float32
-                    )
-                    for piece in tensor.slices:
-                        for part in reader.read(piece):
-                            part = part.to(dtype)
-                            _write(target, part if packer is None else packer.add(part))
-                            advance(part.numel() * self.dtype.itemsize)
-                    if packer is not None:
+                    if self.packed and _is_matrix(tensor):
+                        packer = Packer(self.quantization.of(tensor.name))
+                        for part in self._matrix_rows(tensor, reader):
+                            _write(target, packer.add(part))
+                            advance(part.shape[0] * tensor.shape[1] * self.dtype.itemsize)
                         _write(target, packer.finish())
+                    else:
+                        for piece in tensor.slices:
+                            for part in reader.read(piece):
+                                _write(target, part.to(self.dtype))
+                                advance(part.numel() * self.dtype.itemsize)
                     padding = -target.tell() % _ALIGNMENT
                     target.write(bytes(padding))
                     advance(padding)
@@ -159,6 +159,20 @@ class ShardFile:
             ) from None
         finally:
             aside.unlink(missing_ok=True)
+
+    def _matrix_rows(self, tensor: LocalTensor, reader: _SourceReader) -> Iterator[Tensor]:
+        """What a Packer takes: values, or blocks of the source that stand for the same ones."""
+        quantization = self.quantization.of(tensor.name)
+        block_bytes = reader.source.blocks.block_bytes(tensor.slices)
+        if block_bytes is not None and holds(quantization, block_bytes):
+            for piece in tensor.slices:
+                yield from reader.read_blocks(in_blocks(piece, block_bytes))
+            return
+        # What is to be quantized is rounded once.
+        dtype = self.dtype if quantization is Quantization.NONE else torch.float32
+        for piece in tensor.slices:
+            for part in reader.read(piece):
+                yield part.to(dtype)
 
 
 def _is_matrix(tensor: LocalTensor) -> bool:
@@ -213,15 +227,22 @@ class _SourceReader:
     """Reads slices out of the model's files, each of which is checked and opened once."""
 
     def __init__(self, source: SourceFiles, stack: contextlib.ExitStack) -> None:
-        self._source = source
+        self.source = source
         self._stack = stack
         self._files: dict[Path, tuple[dict[str, TensorEntry], Any]] = {}
 
     def read(self, piece: SourceSlice) -> Iterator[Tensor]:
         """The slice, in parts of some 32 MiB along axis 0. Raises ModelError that names file and tensor."""
-        path = self._source.file_of(piece.name)
+        path = self.source.file_of(piece.name)
         entries, opened = self._open(path)
         check_tensor(path, entries.get(piece.name), piece)
+        yield from self._read(opened, piece)
+
+    def read_blocks(self, piece: SourceSlice) -> Iterator[Tensor]:
+        """The slice of a tensor of blocks, in the same way."""
+        yield from self._read(self._open(self.source.blocks.path)[1], piece)
+
+    def _read(self, opened: Any, piece: SourceSlice) -> Iterator[Tensor]:
         tensor = opened.get_slice(piece.name)
         rows = range(piece.start, piece.stop) if piece.axis == 0 else range(piece.shape[0])
         row_bytes = 4 * math.prod(piece.shape[1:])

@@ -14,6 +14,7 @@ from engine.models.content_hash import Advance, ContentHashes
 from engine.models.errors import ModelError
 from engine.models.safetensors_header import TensorEntry, read_header
 from engine.models.sharding import SourceSlice, local_tensors, shard_world
+from engine.models.source_blocks import SourceBlocks
 
 _INDEX = "model.safetensors.index.json"
 
@@ -46,6 +47,9 @@ class SourceFiles:
                     f"{_INDEX}, which says what belongs to the model; fetch the model again"
                 )
             self._hashed = self.paths
+        self.blocks = SourceBlocks(folder)
+        if self.blocks.path.is_file():
+            self._hashed = [*self._hashed, self.blocks.path]
         for path in self.paths:
             if not path.is_file():
                 raise ModelError(f"{path} is missing, and {_INDEX} names it; fetch the model again")
