@@ -1,5 +1,5 @@
-"""Matrices that a GGUF file has in blocks of 32: their numbers get into the shard files unchanged, or are rounded from
-the values where that cannot be."""
+"""Matrices that a GGUF file has in blocks of 32: their numbers get into the shard files unchanged, or are
+rounded from the values where that cannot be."""
 
 from __future__ import annotations
 
