@@ -13,6 +13,7 @@ from pathlib import Path
 from gateway.http.connections import ConnectionLimits
 from gateway.keys import KeyRing
 from gateway.log import Logger
+from gateway.shared_counts import SharedCounts
 from gateway.tls import Certificates, TlsFiles
 from gateway.tracing import Tracer
 
@@ -39,11 +40,11 @@ class Access:
     otlp_endpoint: str = ""
     """Where traces go; empty for none."""
 
-    def key_ring(self, log: Logger) -> KeyRing | None:
-        """None if no keys are asked for. Raises KeyFileError."""
+    def key_ring(self, log: Logger, shared: SharedCounts | None = None) -> KeyRing | None:
+        """None if no keys are asked for. `shared`: where several fronts count together. Raises KeyFileError."""
         if not self.api_key and self.api_key_file is None:
             return None
-        return KeyRing(self.api_key, self.api_key_file, log)
+        return KeyRing(self.api_key, self.api_key_file, log, shared)
 
     def certificates(self, log: Logger) -> Certificates | None:
         """None without TLS. Raises CertificateError."""

@@ -94,6 +94,15 @@ class Fault(Struct, frozen=True):
     """Seconds from detection until the first request that went on had a new token; None if there was none."""
 
 
+class Claim(Struct, frozen=True):
+    """One of several fronts has a world for itself, to try a request that may be what kills worlds."""
+
+    front: int
+    epoch: int
+    is_alone: bool
+    """All others have said that they are out of it."""
+
+
 class WorldTable(Struct, frozen=True, tag="world_table", tag_field="type"):
     """The supervisor's view, sent to the front on every change and at least every 250 ms."""
 
@@ -105,6 +114,8 @@ class WorldTable(Struct, frozen=True, tag="world_table", tag_field="type"):
     """The last faults, newest first."""
     notice: str | None = None
     """What people who ask for the health should know: worlds that do not start, or die soon."""
+    claim: Claim | None = None
+    """Whose turn it is to have the world for itself."""
 
 
 class FrontState(Struct, frozen=True, tag="front_state", tag_field="type"):
@@ -121,6 +132,10 @@ class FrontState(Struct, frozen=True, tag="front_state", tag_field="type"):
     """Address and port for gRPC clients; None while there is none."""
     notice: str | None = None
     """What whoever runs the server should know: a journal that could not be used."""
+    claims: int | None = None
+    """Epoch of the world that it wants for itself."""
+    out_of: int | None = None
+    """Epoch of the world in which it has nothing, and puts nothing, as long as another front claims it."""
 
 
 ControlMessage = WorldTable | FrontState

@@ -38,7 +38,7 @@ from gateway.http.app import make_app
 from gateway.http.batches.routes import Batches
 from gateway.http.openai import OpenAI
 from gateway.http.operations import Operations
-from gateway.http.peers import PEER_SOCKET, Peers, share
+from gateway.http.peers import PEER_SOCKET, Peers
 from gateway.http.resumable import ResumableCalls
 from gateway.http.server import HttpServer, http_server
 from gateway.inference.diagnostic_models import Simple, SimpleIdentity
@@ -50,10 +50,12 @@ from gateway.log import Logger, configure_log
 from gateway.metrics import FrontMetrics
 from gateway.requests import Requests
 from gateway.rpc.grpc_port import GrpcAccess, GrpcPort
+from gateway.shared_counts import SharedCounts
 from gateway.sockets import Socket
 from gateway.supervision import Supervision, adoption_wait_s
 from gateway.text import TextModel
 from gateway.tokenizer_identity import tokenizer_identity
+from gateway.world_claim import WorldClaim
 from gateway.worlds import Worlds
 from gateway.zmq_server import ZmqServer
 
@@ -136,14 +138,20 @@ class Front:
         self._grpc: GrpcPort | None = None
         metrics = FrontMetrics(config.model)
         self._journal = journal
+        shared = None
+        if config.fronts > 1 and config.run_dir is not None:
+            shared = SharedCounts(config.run_dir, config.front, config.fronts)
+        self._claim = WorldClaim(config.front, config.fronts)
         self._requests = Requests(
             journal,
             text,
             metrics,
             log,
             max_wait_s=config.max_wait_s,
-            max_waiting=share(config.max_waiting, config.front, config.fronts),
-            max_waiting_tokens=share(config.max_waiting_tokens, config.front, config.fronts),
+            max_waiting=config.max_waiting,
+            max_waiting_tokens=config.max_waiting_tokens,
+            shared=shared,
+            claim=self._claim,
         )
         self._calls = Calls(self._requests, journal, log, grace_s=config.journal.disconnect_grace_s)
         self._zmq_server = bind_zmq(config, self._calls, text)
@@ -159,10 +167,10 @@ class Front:
             lambda: self._supervision.gone_s,
             adoption_wait_s(),
         )
-        self._requests.on_resumed = self._control.send_state
+        self._requests.on_resumed = self._claim.say = self._control.send_state
         self._log = log
         access = config.access
-        keys = access.key_ring(log)
+        self._keys = keys = access.key_ring(log, shared)
         self._certificates = access.certificates(log)
         resumable = ResumableCalls(self._calls, text, config.front)
         dialect = Dialect.of_model(text, config.tool_call_parser, config.reasoning_parser)
@@ -252,10 +260,14 @@ class Front:
             self._requests.resumed_at,
             self._grpc.endpoint if self._grpc is not None else None,
             self._journal.moved_aside,
+            self._claim.wanted,
+            self._claim.out_of,
         )
 
     def _on_table(self, table: WorldTable) -> None:
+        self._claim.note(table.claim)
         self._worlds.update(table)
+        self._requests.note_claims()
 
     def _serving_changed(self) -> None:
         if self._worlds.serving_epoch is not None:
@@ -279,6 +291,8 @@ class Front:
                 self._zmq_server.check_clients()
                 if self._certificates is not None:
                     self._certificates.check()
+                if self._keys is not None:
+                    self._keys.look()
                 self._journal.tick(time.time())
             except (
                 Exception

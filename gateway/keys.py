@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gateway.key_file import KeyFileError, KeyRecord, id_of, load, matches
 from gateway.log import Logger
+from gateway.shared_counts import SharedBucket, SharedCounts
 
 GIVEN_ID = "given"
 """Holder of the key of --api-key."""
@@ -25,23 +26,37 @@ _MOST_KNOWN = 4096
 
 class Bucket:
     """So many a minute: full after a minute's rest, filled evenly. It may be charged below nothing; then nobody is
-    let through before that is paid off."""
+    let through before that is paid off.
 
-    __slots__ = ("_at", "_level", "limit")
+    With several fronts each keeps a bucket of its own, from which it takes what the others charged, too. It has to
+    look (`level`) every second: what others charge between two looks counts as if it had come with the second one, so
+    that a bucket that was full is taken for emptier than it is by what flows in meanwhile, never for fuller."""
 
-    def __init__(self, limit: int) -> None:
+    __slots__ = ("_at", "_charged", "_level", "_shared", "limit")
+
+    def __init__(self, limit: int, shared: SharedBucket | None = None) -> None:
         self.limit = limit
-        self._level = float(limit)
-        self._at = time.monotonic()
+        now = time.monotonic()
+        known = None if shared is None else shared.last_level(now)
+        self._level, self._at = known or (float(limit), now)
+        self._shared = shared
+        self._charged = 0.0 if shared is None else shared.total()
+        """By all fronts, as far as it is taken from the level."""
 
     def level(self, now: float) -> float:
         """What is left at `now`, on the monotonic clock."""
         self._level = min(float(self.limit), self._level + (now - self._at) * self.limit / 60)
         self._at = now
+        if self._shared is not None and (charged := self._shared.total()) != self._charged:
+            self._level -= charged - self._charged
+            self._charged = charged
         return self._level
 
     def charge(self, amount: float, now: float) -> None:
         self._level = self.level(now) - amount
+        if self._shared is not None:
+            self._charged += amount
+            self._shared.charge(amount, self._level, now)
 
     def wait_s(self, wanted: float, now: float) -> float:
         """Until it holds as much; 0 if it does."""
@@ -57,11 +72,17 @@ class Holder:
 
     __slots__ = ("id", "name", "requests", "tokens")
 
-    def __init__(self, record: KeyRecord) -> None:
+    def __init__(self, record: KeyRecord, shared: SharedCounts | None = None) -> None:
         self.id = record.id
         self.name = record.name
-        self.requests = Bucket(record.requests_per_minute) if record.requests_per_minute else None
-        self.tokens = Bucket(record.tokens_per_minute) if record.tokens_per_minute else None
+
+        def bucket(kind: str, limit: int | None) -> Bucket | None:
+            if not limit:
+                return None
+            return Bucket(limit, None if shared is None else shared.bucket(f"{record.id} {kind}"))
+
+        self.requests = bucket("requests", record.requests_per_minute)
+        self.tokens = bucket("tokens", record.tokens_per_minute)
 
     @property
     def is_limited(self) -> bool:
@@ -79,6 +100,13 @@ class Holder:
         if self.requests is not None:
             self.requests.charge(1, now)
         return None
+
+    def look(self) -> None:
+        """Takes note of what other fronts have charged."""
+        now = time.monotonic()
+        for bucket in (self.requests, self.tokens):
+            if bucket is not None:
+                bucket.level(now)
 
     def charge_tokens(self, count: int) -> None:
         """Of a prompt that was accepted, or of an answer as it comes."""
@@ -113,9 +141,12 @@ def owner_id() -> str:
 class KeyRing:
     """All keys that are good now."""
 
-    def __init__(self, given: str | None, path: Path | None, log: Logger) -> None:
-        """`given`: one key of its own, without limits. Raises KeyFileError if the file cannot be read now; later a
-        bad one is reported, and what it said before holds."""
+    def __init__(
+        self, given: str | None, path: Path | None, log: Logger, shared: SharedCounts | None = None
+    ) -> None:
+        """`given`: one key of its own, without limits. `shared`: where several fronts count together. Raises
+        KeyFileError if the file cannot be read now; later a bad one is reported, and what it said before holds."""
+        self._shared = shared
         self._secret = secrets.token_bytes(32)
         self._path = path
         self._log = log
@@ -154,6 +185,12 @@ class KeyRing:
         self._known[digest] = holder
         return holder
 
+    def look(self) -> None:
+        """To be called every second where several fronts count together."""
+        if self._shared is not None:
+            for holder in self._holders.values():
+                holder.look()
+
     def holder(self, holder_id: str) -> Holder | None:
         """Who had a key once, by what `owner_id` said; None if that key is worthless now."""
         self._look_at_file()
@@ -188,7 +225,7 @@ class KeyRing:
             before = self._records.get(record.id)
             holder = self._holders.get(record.id)
             if before is None or holder is None or _limits(before) != _limits(record):
-                holder = Holder(record)
+                holder = Holder(record, self._shared)
             holder.name = record.name
             holders[record.id] = holder
         self._records = {record.id: record for record in records}

@@ -39,9 +39,11 @@ from gateway.protocol import (
 from gateway.quarantine import Quarantine, is_suspect
 from gateway.rank0 import with_seed
 from gateway.replay import ReplayQueue
+from gateway.shared_counts import SharedCounts
 from gateway.submissions import Submissions
 from gateway.text import TextModel
 from gateway.tracing import incoming as incoming_trace
+from gateway.world_claim import WorldClaim
 
 MAX_RESUBMITS_IN_A_WORLD = 3
 """A world that drops tokens of one request so often will not get it right."""
@@ -60,9 +62,12 @@ class Requests:
         max_wait_s: float,
         max_waiting: int,
         max_waiting_tokens: int = MAX_WAITING_TOKENS,
+        shared: SharedCounts | None = None,
+        claim: WorldClaim | None = None,
     ) -> None:
         """`max_wait_s`: how long a new request waits for a world. `max_waiting`, `max_waiting_tokens`: how
-        many requests may be without a first token, and how long their prompts may be together."""
+        many requests may be without a first token, and how long their prompts may be together; with several fronts
+        over all that count in `shared`. `claim`: how this front has a world for itself then."""
         self.max_wait_s = max_wait_s
         saved = journal.saved_welcome
         self.welcome: Welcome | None = None if saved is None else _read_welcome(saved)
@@ -78,12 +83,12 @@ class Requests:
         self._text = text
         self._metrics = metrics
         self._log = log
-        self.waiting = WaitingRoom(max_waiting, max_waiting_tokens)
+        self.waiting = WaitingRoom(max_waiting, max_waiting_tokens, shared)
         self._live: dict[str, Request] = {}
         self.draining = False
         self._closing = False
         self._replays = ReplayQueue()
-        self._quarantine = Quarantine(self, journal, metrics, log)
+        self._quarantine = Quarantine(self, journal, metrics, log, claim)
         self._submissions = Submissions(self._quarantine.leaves)
         self._numbers = itertools.count(journal.last_number + 1)
         self._world_waiters: list[asyncio.Future[None]] = []
@@ -293,6 +298,10 @@ class Requests:
         """What the supervisor knows of the worlds that died: see quarantine.py."""
         self._metrics.faults.update(faults)
         self._quarantine.judge(faults)
+
+    def note_claims(self) -> None:
+        """The supervisor has said which front has the world for itself: see world_claim.py."""
+        self._quarantine.note_claims()
 
     # ----------------------------------------------------------------------- for the quarantine
 

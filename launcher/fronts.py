@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
-from gateway.control_messages import FrontState, WorldTable, of_front
+from gateway.control_messages import Claim, FrontState, WorldTable, of_front
 from launcher.front_process import FrontProcess
 from launcher.logs import EventLog
 from launcher.processes import AdoptedProcess, ProcessId
 from launcher.run_dir import RunDir
+from launcher.world_claims import WorldClaims
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Fronts:
             )
             for number, plan in enumerate(plans)
         ]
+        self._claims = WorldClaims()
         self._notices: dict[int, str | None] = {}
 
     def adopt(self, processes: Sequence[ProcessId | None]) -> None:
@@ -88,6 +90,11 @@ class Fronts:
         """Of the world that serves every one of them; None while there is none."""
         epochs = {front.state.serving_epoch if front.state is not None else None for front in self._all}
         return epochs.pop() if len(epochs) == 1 else None
+
+    @property
+    def claim(self) -> Claim | None:
+        """Which one has a world for itself now."""
+        return self._claims.judge([front.state for front in self._all])
 
     def receive(self) -> list[FrontState]:
         """What was said since the last call, with the epoch that serves all of them and the ports of the first."""

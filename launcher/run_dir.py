@@ -175,7 +175,7 @@ class RunDir:
         """Removes the records: nothing runs any more."""
         records = [self.path / name for name in ("processes.json", "deployment.json", ADDRESS_FILE)]
         sockets = [path for name in ("listen", "peer", "zmq") for path in self.path.glob(f"{name}*.sock")]
-        for path in (*records, *sockets):
+        for path in (*records, *sockets, *self.path.glob("counts-*.shared")):
             with contextlib.suppress(OSError):
                 path.unlink()
 

@@ -219,10 +219,6 @@ class Settings(AccessSettings):
                 raise SettingsError(f"{_as_flag(name)} {value}: must be {least} or more")
         if not 1 <= self.fronts <= MOST_FRONTS:
             raise SettingsError(f"--fronts {self.fronts}: must be from 1 to {MOST_FRONTS}")
-        if self.max_waiting < self.fronts:
-            raise SettingsError(
-                f"--max-waiting {self.max_waiting}: must be at least --fronts ({self.fronts}), which share it"
-            )
         check_slots(parse_hosts(self.hosts), self.tp * self.pp)
         if self.dtype not in DTYPES:
             raise SettingsError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")

@@ -31,8 +31,10 @@ class TableTeller:
         now: float,
     ) -> None:
         """`worlds` in the order of the table."""
+        claim = fronts.claim
         key = (
             epoch,
+            claim,
             fronts.identities,
             faults.version,
             notice is None,
@@ -43,7 +45,7 @@ class TableTeller:
         self._key = key
         self._sent_at = now
         entries = [world_entry(world, now) for world in worlds]
-        fronts.send(WorldTable(epoch, entries, faults.records, notice))
+        fronts.send(WorldTable(epoch, entries, faults.records, notice, claim))
 
 
 def world_entry(world: World, now: float) -> WorldEntry:

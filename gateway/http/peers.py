@@ -51,11 +51,6 @@ def name_front(call_id_hex: str, front: int) -> str:
     return f"{front:02x}{call_id_hex[2:]}"
 
 
-def share(total: int, front: int, fronts: int) -> int:
-    """A front's part of a limit of all together; the parts add up to it."""
-    return total // fronts + (front < total % fronts)
-
-
 def home(scope: Scope, fronts: int) -> int | None:
     """The front that a request belongs to; None: whichever gets it."""
     path: str = scope["path"].removeprefix(_OPENAI_PREFIX)

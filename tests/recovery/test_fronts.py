@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 
+from gateway.key_file import make_key, save
 from tests.recovery.served import Served
 
 FLAGS = ("--fronts", "2", "--spare", "none")
@@ -180,6 +181,37 @@ def test_a_planned_change_takes_all_fronts_along(served: Served) -> None:
     assert done.returncode == 0, done.stderr
     assert served.active_world(above=epoch)
     assert all(reader.wait().text == TEXT for reader in readers)
+
+
+def test_limits_are_those_of_all_fronts(tmp_path: Path) -> None:
+    key, record = make_key("alice", requests_per_minute=6)
+    save(tmp_path / "keys.json", [record])
+    flags = (*FLAGS, "--api-key-file", str(tmp_path / "keys.json"), "--max-waiting", "4")
+    body = {"model": "echo", "prompt": "abc", "max_tokens": 1}
+    with Served("echo", tmp_path / "run", *flags) as served:
+        headers = {"Authorization": f"Bearer {key}"}
+        answers = [
+            httpx.post(
+                f"{served.url}/v1/completions", json=body, headers=headers
+            )  # each on a connection of its own
+            for _ in range(24)
+        ]
+        fronts_that_answered = {
+            int(answer.headers["x-phalanx-request-id"].rpartition("-")[2][:2], 16)
+            for answer in answers
+            if answer.status_code == 200
+        }
+        let_through = [answer.status_code for answer in answers].count(200)
+        began, ended = answers[0].headers["date"], answers[-1].headers["date"]
+        assert let_through in (6, 7), (began, ended)  # one more has flowed in where this took ten seconds
+        assert {answer.status_code for answer in answers} == {200, 429}
+        left = {
+            answer.headers["x-ratelimit-remaining-requests"]
+            for answer in answers
+            if answer.status_code == 429
+        }
+        assert left == {"0"}
+        assert fronts_that_answered == {0, 1}
 
 
 def test_the_next_supervisor_takes_over_all_fronts(tmp_path: Path) -> None:

@@ -59,14 +59,25 @@ class Asked:
 
 
 @pytest.mark.parametrize(
-    ("fault", "deaths", "stream"),
-    [("segv rank=1", 4, False), pytest.param("kill", 6, True, marks=pytest.mark.slow)],
+    ("fault", "deaths", "stream", "fronts"),
+    [
+        ("segv rank=1", 4, False, 1),
+        pytest.param("kill", 6, True, 1, marks=pytest.mark.slow),
+        pytest.param("segv rank=1", 5, False, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_poison_fails_alone(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, deaths: int, stream: bool
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    deaths: int,
+    stream: bool,
+    fronts: int,
 ) -> None:
     monkeypatch.setenv("PHALANX_FAULTS", f"{fault} token={POISON}")
-    with Served(str(tiny_model), tmp_path, "--tp", "2", "--kv-cache-memory", "16MiB") as served:
+    flags = ("--tp", "2", "--kv-cache-memory", "16MiB", "--fronts", str(fronts))
+    with Served(str(tiny_model), tmp_path, *flags) as served:
         innocents = [Asked([5 + number, 6, 7]).start(served) for number in range(3)]
         poison = Asked([8, POISON, 9], stream).start(served)
         poison.thread.join(90)
@@ -82,8 +93,8 @@ def test_poison_fails_alone(
             assert innocent.tokens == NUM_TOKENS
         cluster = served.cluster()
         # Once only: the SDK does not try again what is poisoned.
-        assert len(cluster["faults"]) in (deaths - 1, deaths), cluster[
+        assert deaths - fronts <= len(cluster["faults"]) <= deaths, cluster[
             "faults"
-        ]  # fewer if others were acquitted
+        ]  # fewer if some were acquitted
         assert Asked([5, 6]).start(served).thread.join(60) is None
-        assert served.active_world()["epoch"] >= deaths
+        assert served.active_world()["epoch"] >= deaths - fronts + 1

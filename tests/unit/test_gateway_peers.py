@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gateway.http.fronts_metrics import merge
-from gateway.http.peers import home, name_front, share
+from gateway.http.peers import home, name_front
 
 HEX = "ab" * 16
 
@@ -52,12 +52,6 @@ def test_a_key_is_always_of_the_same_front_and_keys_are_dealt_out() -> None:
     homes = [home(scope("/v1/completions", "POST", f"key {number}"), 2) for number in range(64)]
     assert homes == [home(scope("/v1/chat/completions", "POST", f"key {number}"), 2) for number in range(64)]
     assert set(homes) == {0, 1}
-
-
-@pytest.mark.parametrize(("total", "fronts"), [(1024, 3), (3, 3), (7, 2), (1, 1)])
-def test_shares_add_up(total: int, fronts: int) -> None:
-    shares = [share(total, front, fronts) for front in range(fronts)]
-    assert sum(shares) == total and max(shares) - min(shares) <= 1
 
 
 def exposition(accepted: int, live: int, bucket: int, preemptions: int, epoch: int) -> str:

@@ -18,6 +18,7 @@ from gateway.protocol import Cancel, Failed, Limits, Output, SamplingParams, Sub
 from gateway.replay import BATCH_TOKENS
 from gateway.requests import Requests
 from gateway.text import TextModel
+from gateway.world_claim import WorldClaim
 from tests.echo_world import write_text_folder
 
 LIMITS = Limits(100_000, 1_000_000, 64, 300)
@@ -57,11 +58,17 @@ class Sink:
 class Deployment:
     """Requests, and worlds that the test lets live and die."""
 
-    def __init__(self, text: TextModel) -> None:
+    def __init__(self, text: TextModel, claim: WorldClaim | None = None) -> None:
         self.journal = Journal()
         self.metrics = FrontMetrics("m")
         self.requests = Requests(
-            self.journal, text, self.metrics, structlog.get_logger(), max_wait_s=60.0, max_waiting=10_000
+            self.journal,
+            text,
+            self.metrics,
+            structlog.get_logger(),
+            max_wait_s=60.0,
+            max_waiting=10_000,
+            claim=claim,
         )
         self.world = World(0)
         self.epoch = 0
