@@ -46,8 +46,8 @@ class SharedCounts:
                 f"{self._path}: {error}; the fronts count together there: make room, or serve with one front"
             )
             raise EndpointError(text) from None
-        self._numbers = memory.cast("q")
-        self._floats = memory.cast("d")
+        self._numbers: memoryview[int] = memory.cast("q")
+        self._floats: memoryview[float] = memory.cast("d")
         if self._numbers[0] not in (0, _MAGIC):
             raise EndpointError(f"{self._path} was written by another version; remove it")
         self._numbers[0] = _MAGIC
@@ -109,7 +109,7 @@ class SharedBucket:
 
     __slots__ = ("_charged", "_floats", "_own")
 
-    def __init__(self, floats: memoryview, begin: int, front: int, fronts: int) -> None:
+    def __init__(self, floats: memoryview[float], begin: int, front: int, fronts: int) -> None:
         self._floats = floats
         self._own = begin + 3 * front
         self._charged = [begin + 3 * number for number in range(fronts)]

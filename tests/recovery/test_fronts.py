@@ -202,8 +202,7 @@ def test_limits_are_those_of_all_fronts(tmp_path: Path) -> None:
             if answer.status_code == 200
         }
         let_through = [answer.status_code for answer in answers].count(200)
-        began, ended = answers[0].headers["date"], answers[-1].headers["date"]
-        assert let_through in (6, 7), (began, ended)  # one more has flowed in where this took ten seconds
+        assert let_through in (6, 7)  # one more has flowed in where this took ten seconds
         assert {answer.status_code for answer in answers} == {200, 429}
         left = {
             answer.headers["x-ratelimit-remaining-requests"]
