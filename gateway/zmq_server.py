@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-import uuid
 
 import msgspec
 
+from gateway.call_ids import new_call_id
 from gateway.calls import Call, Calls, Conditions, KeyReused, OnDisconnect, Wanted
 from gateway.curve import ServerKeys
 from gateway.errors import GatewayError, RequestFailed
@@ -275,7 +275,7 @@ class ZmqServer:
                 )
             elif not self._attach(live, message):  # nobody was faster with the same key
                 record = JournalCall(
-                    f"zmq-{uuid.uuid4().hex}",
+                    f"zmq-{new_call_id()}",
                     "zmq",
                     time.time(),
                     _KEY_SPACE + message.key,

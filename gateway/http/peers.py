@@ -46,11 +46,6 @@ _HOP_BY_HOP = {
 _FROM_ANSWER = {b"connection", b"keep-alive", b"transfer-encoding", b"date"}
 
 
-def name_front(call_id_hex: str, front: int) -> str:
-    """An id of 32 hex digits that names its front: by its first two."""
-    return f"{front:02x}{call_id_hex[2:]}"
-
-
 def home(scope: Scope, fronts: int) -> int | None:
     """The front that a request belongs to; None: whichever gets it."""
     path: str = scope["path"].removeprefix(_OPENAI_PREFIX)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from gateway.call_ids import new_call_id
 from gateway.calls import MAX_KEY_LENGTH, Call, Calls, Conditions, KeyReused, OnDisconnect, Wanted
 from gateway.errors import RequestFailed
 from gateway.http.answers import (
@@ -29,7 +29,6 @@ from gateway.http.answers import (
 from gateway.http.anthropic.answer import MessagesAnswer
 from gateway.http.errors import ApiError, from_failure
 from gateway.http.logprobs import Namer
-from gateway.http.peers import name_front
 from gateway.http.reading import EventId, Place, Reading
 from gateway.http.streams import ClientGone, Collector, EventQueue, EventStream, Reader
 from gateway.journal import JournalCall, JournalEntry
@@ -143,7 +142,7 @@ class ResumableCalls:
         ApiError."""
         default = OnDisconnect.GRACE if content.stream else OnDisconnect.CANCEL
         content.owner = owner_id()
-        call_id = f"{_ANSWERS[claim.kind].prefix}-{name_front(uuid.uuid4().hex, self.front)}"
+        call_id = f"{_ANSWERS[claim.kind].prefix}-{new_call_id(self.front)}"
         encoded = _encode_content(content)
         call = self.open_call(claim, call_id, prompts, params, conditions, encoded, default, commit_soon=True)
         return await self._respond(call, content, http, None)

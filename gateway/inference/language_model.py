@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from gateway.call_ids import new_call_id
 from gateway.calls import Calls, Conditions, OnDisconnect, Wanted
 from gateway.checks import check_params, check_prompt
 from gateway.errors import RequestFailed
@@ -238,7 +238,7 @@ class LanguageModel:
         self, prompts: list[list[int]], params: SamplingParams, conditions: Conditions, target: Target
     ) -> Reader:
         record = JournalCall(
-            f"{CALL_KIND}-{uuid.uuid4().hex}",
+            f"{CALL_KIND}-{new_call_id()}",
             CALL_KIND,
             time.time(),
             on_disconnect=OnDisconnect.CANCEL,  # by nothing could its client find it again

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
+from gateway.call_ids import new_call_id
 from gateway.http.fronts_metrics import merge
-from gateway.http.peers import home, name_front
-
-HEX = "ab" * 16
+from gateway.http.peers import home
 
 
 def scope(path: str, method: str = "GET", key: str = "") -> dict[str, Any]:
@@ -19,16 +18,23 @@ def scope(path: str, method: str = "GET", key: str = "") -> dict[str, Any]:
 
 @pytest.mark.parametrize("front", [0, 1, 15, 63])
 def test_an_id_names_its_front(front: int) -> None:
-    call_id = f"chatcmpl-{name_front(HEX, front)}"
+    call_id = f"chatcmpl-{new_call_id(front)}"
     assert len(call_id) == len("chatcmpl-") + 32
     for path in (f"/v1/requests/{call_id}", f"/openai/v1/requests/{call_id}/stream"):
         assert home(scope(path), 64) == front
 
 
+def test_ids_grow_and_are_never_the_same() -> None:
+    ids = [new_call_id() for _ in range(2000)]
+    assert len(set(ids)) == 2000
+    moments = [each[2:13] for each in ids]
+    assert moments == sorted(moments)
+
+
 def test_what_belongs_to_nobody_is_served_where_it_arrives() -> None:
     for path in (
         "/v1/requests/nonsense",
-        f"/v1/requests/cmpl-{name_front(HEX, 7)}",
+        f"/v1/requests/cmpl-{new_call_id(7)}",
         "/v1/chat/completions",
         "/health",
     ):
