@@ -128,8 +128,8 @@ class Guard:
         """Spawns the rank and watches it until it is dead and the supervisor knows, or nobody is left to
         tell."""
         self._catch_signals()
-        self._environment.world_dir.mkdir(parents=True, exist_ok=True)
         self._environment.shm_dir.mkdir(mode=0o700, exist_ok=True)
+        self._place_logs()
         page_path = self._environment.shm_dir / f"rank-{self.rank}.progress"
         self._page = ProgressPage.create(page_path)
         self._life = LifeLock.create(page_path.with_suffix(LIFE_SUFFIX))
@@ -149,6 +149,17 @@ class Guard:
         finally:
             self._kill_rank()
             self._tidy_up()
+
+    def _place_logs(self) -> None:
+        """Into the run folder; on another host that cannot have it, as a pod with a read-only root, beside the shared
+        memory, where they last as long as the world."""
+        try:
+            self._environment.world_dir.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            if self._environment.supervisor_host_id == host_id():
+                raise
+            self._log_path = self._environment.shm_dir / self._log_path.name
+            self._stack_path = self._environment.shm_dir / self._stack_path.name
 
     def _catch_signals(self) -> None:
         # mpirun ends its processes by SIGTERM; the pair of sockets wakes the poll when one comes in.

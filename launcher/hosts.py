@@ -3,6 +3,7 @@ fail again and again. Used by `serve` and the supervisor; starts nothing and ask
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import time
@@ -59,6 +60,9 @@ def check_slots(hosts: Sequence[Host], ranks: int) -> None:
 
 def address_towards(hosts: Sequence[Host]) -> str:
     """This machine's address as the other hosts reach it. Raises LauncherError."""
+    if len(hosts) < 2:
+        return "127.0.0.1"
+    problems = []
     for host in hosts[1:]:
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -66,10 +70,13 @@ def address_towards(hosts: Sequence[Host]) -> str:
                 address: str = probe.getsockname()[0]
                 return address
         except OSError as error:
-            raise LauncherError(
-                f"--hosts: no way to {host.name} ({error.strerror}); check the name and the network"
-            ) from None
-    return "127.0.0.1"
+            problems.append(f"no way to {host.name} ({error.strerror})")
+    # The others may not be up yet, and have no addresses; this one has its own.
+    with contextlib.suppress(OSError):
+        own = socket.gethostbyname(hosts[0].name)
+        if not own.startswith("127."):
+            return own
+    raise LauncherError(f"--hosts: {', '.join(problems)}; check the names and the network")
 
 
 class HostPool:
@@ -107,6 +114,10 @@ class HostPool:
         self._faults.note(name or None, kind, now)
         if kind == "lost":
             self._lost_at[name] = now
+
+    def on_silent(self, name: str, now: float) -> None:
+        """It does not answer: another host takes its place, if there is one."""
+        self._lost_at[name] = now
 
     def _is_lost(self, name: str, now: float) -> bool:
         return now - self._lost_at.get(name, -LOST_FOR_S) < LOST_FOR_S

@@ -72,6 +72,10 @@ class Restarts:
         self.not_before = now + back_off_s
         return back_off_s
 
+    def on_hosts_away(self) -> None:
+        """Hosts of the next world do not answer: that worlds did not start there says nothing about the worlds."""
+        self.failed_starts = 0
+
     def on_fault(self, served_s: float, now: float) -> float:
         """A world that had served for so long dies of a fault. Returns the wait before the next one serves."""
         self._short_lives = self._short_lives + 1 if served_s < SHORT_LIFE_S else 0

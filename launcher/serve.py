@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import shlex
 import socket
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from launcher.fronts import FrontPlan
 from launcher.grpc_port import DEFAULT_PORT, choose_grpc_port
 from launcher.hangup import HangupReload, has_terminal
 from launcher.hosts import address_towards, parse_hosts
+from launcher.launchers import mpijob
 from launcher.launchers.mpirun import Flavor, find_mpirun, flavor_named
 from launcher.logs import EventLog
 from launcher.planned_changes import PlannedChanges, rank_command
@@ -38,9 +40,12 @@ from launcher.world_records import WorldPlan
 from launcher.worlds import World
 
 _BACKLOG = 2048
+HOSTS_WAIT_S = 60.0
+"""How long other hosts may take to answer before the first world, if nobody says otherwise."""
 NOT_RECORDED = (
     "run_dir",
     "max_wait_s",
+    "wait_for_hosts",
     "drain_timeout",
     *(setting.name for setting in fields(AccessSettings)),
 )
@@ -72,6 +77,7 @@ def _serve(
 ) -> None:
     adopt_orphans()
     mpirun = find_mpirun(settings.mpirun, flavor_named(settings.mpi))
+    settings = mpijob.complete(settings, os.environ, log)
     hosts = parse_hosts(settings.hosts)
     if hosts and mpirun.flavor is not Flavor.OPEN_MPI:
         raise LauncherError(f"--hosts needs Open MPI so far, and {mpirun.path} is of {mpirun.flavor.value}")
@@ -108,6 +114,7 @@ def _serve(
             served_model_name=name,
             hosts=hosts,
             remote_endpoint=f"tcp://{address_towards(hosts)}:*" if len(hosts) > 1 else "",
+            wait_for_hosts_s=settings.wait_for_hosts if settings.wait_for_hosts is not None else HOSTS_WAIT_S,
         )
         for listener in listeners:
             _listen(listener, settings)

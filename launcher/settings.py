@@ -187,6 +187,14 @@ class Settings(AccessSettings):
         "default: this machine alone. Open MPI starts them over ssh",
         "HOSTS",
     )
+    wait_for_hosts: float | None = field(
+        default=None,
+        metadata={
+            "help": "how long hosts may take to answer before the first world; default: 60, in an MPIJob as long as "
+            "it takes. Once a world has served, they are waited for in any case",
+            "metavar": "SECONDS",
+        },
+    )
     run_dir: Path | None = field(
         default=None,
         metadata={
@@ -251,6 +259,8 @@ class Settings(AccessSettings):
             raise SettingsError(f"--journal-retention-s {self.journal_retention_s:g}: must be 0 or more")
         if not 0 <= self.disconnect_grace_s <= 86400:
             raise SettingsError(f"--disconnect-grace-s {self.disconnect_grace_s:g}: must be from 0 to 86400")
+        if self.wait_for_hosts is not None and not self.wait_for_hosts >= 0:
+            raise SettingsError(f"--wait-for-hosts {self.wait_for_hosts:g}: must be 0 or more")
         if not 0 <= self.drain_timeout <= 86400:
             raise SettingsError(f"--drain-timeout {self.drain_timeout:g}: must be from 0 to 86400")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -371,10 +381,10 @@ def _convert(name: str, value: Any, where: str) -> Any:
     try:
         if kind in ("int", "int | None"):
             return int(str(value))
-        if kind == "float":
+        if kind in ("float", "float | None"):
             return float(value)
     except ValueError:
-        wanted = "a whole number" if kind != "float" else "a number"
+        wanted = "a number" if kind.startswith("float") else "a whole number"
         raise SettingsError(f"{where}: must be {wanted}") from None
     return Path(str(value)).expanduser() if kind == "Path | None" else str(value)
 

@@ -166,7 +166,7 @@ class Supervisor:
     def _turn_length_s(self) -> float:
         if any(world.state is WorldState.DYING for world in self._worlds):
             return DYING_TURN_S
-        if self._current is None:  # the next one is to start at once, or after the back-off
+        if self._current is None and not self._starts.is_waiting_for_hosts:  # at once, or after the back-off
             return min(TURN_S, max(0.0, self._restarts.not_before - time.monotonic()))
         return TURN_S
 
@@ -252,6 +252,8 @@ class Supervisor:
             spare.promote(now)
             self._current = spare
         elif all(world is self._reloads.world for world in self._worlds):
+            if not self._starts.hosts_answer(self._plan, now):
+                return
             try:
                 self._current = self._start_world(SpareKind.NONE)
             except NotStarted as error:
@@ -388,7 +390,7 @@ class Supervisor:
             return  # the front serves from it all the while, and must not be told that it is not active
         order = {self._current: 0, self._spares.world: 1}
         worlds = sorted(self._worlds, key=lambda world: order.get(world, 2))
-        notice = self._restarts.notice(now)
+        notice = self._starts.notice(now)
         self._table.tell(self._fronts, self._starts.epoch, worlds, self._faults, notice, now)
 
     # ----------------------------------------------------------------- the end
@@ -425,6 +427,7 @@ class Supervisor:
             self._turn()
         if not self._worlds:
             self._run_dir.forget()
+        self._starts.close()
         self._fronts.close()
         self._reloads.close()
         self._link.close()

@@ -155,3 +155,5 @@ class WorldPlan:
     """This machine first, then the others; empty: all ranks run here."""
     remote_endpoint: str = ""
     """Where the supervisor listens for guards of other hosts, like tcp://10.0.0.1:*."""
+    wait_for_hosts_s: float | None = None
+    """How long the other hosts may take to answer before the first world; None: they are not asked."""

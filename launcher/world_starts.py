@@ -9,7 +9,9 @@ import time
 from launcher.diagnosis import Machine, describe_failed_starts, diagnose
 from launcher.errors import LauncherError
 from launcher.guard_link import GuardLink
+from launcher.host_wait import HostWait
 from launcher.hosts import HostPool
+from launcher.launchers import remote_shell
 from launcher.logs import EventLog
 from launcher.obstacles import full_disk, may_pass
 from launcher.restarts import Restarts
@@ -57,6 +59,7 @@ class WorldStarts:
         self._environment = environment
         self._log = log
         self._machine = Machine.now()
+        self._host_wait = HostWait(lambda name: remote_shell.probe(environment, name), log)
 
     def raise_epoch_ahead(self) -> None:
         """A world was aborted: whatever still carries its epoch is old from now on. Where it cannot be written, it is
@@ -81,6 +84,39 @@ class WorldStarts:
             raise NotStarted(text, may_pass(error)) from None
         return world
 
+    def hosts_answer(self, plan: WorldPlan, now: float) -> bool:
+        """Whether a world may be started as far as its hosts go. Those that do not answer, before the first world or
+        after one that was lost with its host, are asked until they do: a world that has served before waits for them
+        as long as it takes. Raises GaveUp."""
+        if plan.wait_for_hosts_s is None:
+            return True
+        chosen = self._hosts.choose(plan.tp * plan.pp, now)
+        if self._host_wait.all_answer([host.name for host in chosen[1:]], now):
+            return True
+        if silent := self._host_wait.silent():
+            # It is no fault of what runs there that a world did not start.
+            self.restarts.on_hosts_away()
+            for name in silent:
+                self._hosts.on_silent(name, now)
+        if not self.has_served and self._host_wait.waited_s(now) > plan.wait_for_hosts_s:
+            raise GaveUp(
+                f"not all hosts answered within --wait-for-hosts {plan.wait_for_hosts_s:g}: "
+                f"{self._host_wait.notice()}; check that commands can be started there "
+                "(`ssh HOST true`), or give them more time"
+            )
+        return False
+
+    @property
+    def is_waiting_for_hosts(self) -> bool:
+        return self._host_wait.notice() is not None
+
+    def notice(self, now: float) -> str | None:
+        """For people who ask why nothing serves, or what is wrong; None if nothing is."""
+        return self._host_wait.notice() or self.restarts.notice(now)
+
+    def close(self) -> None:
+        self._host_wait.close()
+
     def on_served(self) -> None:
         self.has_served = True
         self.restarts.on_served()
@@ -102,6 +138,8 @@ class WorldStarts:
         """The world that was to serve, or did, is dead. Raises GaveUp if another one would not fare better."""
         if final := final_fault(world.faults):
             raise GaveUp(_last_error(final.last_lines) or final.detail)
+        if world.may_have_lost_hosts:
+            self._host_wait.doubt()
         if world.times.served is not None or world.is_adopted:
             return
         if self.has_served and (obstacle := full_disk(self._run_dir.path)) is not None:

