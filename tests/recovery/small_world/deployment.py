@@ -45,6 +45,7 @@ def main(path: Path, tp: int, spare: SpareKind, hosts: tuple[Host, ...]) -> int:
         served_model_name="small",
         hosts=hosts,
         remote_endpoint=f"tcp://{address_towards(hosts)}:*" if hosts else "",
+        wait_for_hosts_s=30.0 if hosts else None,
     )
     front = [*python_module("tests.recovery.small_world.front"), f"ipc://{run_dir.control_socket}", str(path)]
     front.append(str(listener.fileno()))
