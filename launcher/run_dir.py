@@ -143,6 +143,10 @@ class RunDir:
 
     # ----------------------------------------------------------------- who runs
 
+    def processes_of(self, epoch: int) -> set[ProcessId]:
+        """All of a world on this host, by their environment."""
+        return {process for process, of in _processes_of_run(self.run_id, ()) if of == str(epoch)}
+
     def record(self, **processes: ProcessId | None) -> None:
         """Writes down who runs, by pid and start time, for people and for the next supervisor."""
         self._record["run_id"] = self.run_id

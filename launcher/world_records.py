@@ -11,7 +11,7 @@ from enum import Enum
 from launcher.guard_messages import Beat, GuardHello
 from launcher.hangs import STARVED_AT_MOST_S
 from launcher.hosts import Host
-from launcher.launchers import mpirun
+from launcher.launchers import Launcher, mpirun
 from launcher.leases import FENCE_MARGIN_S, LEASE_S
 from launcher.processes import ProcessId, host_id
 from launcher.starvation import StarvationOf
@@ -157,3 +157,10 @@ class WorldPlan:
     """Where the supervisor listens for guards of other hosts, like tcp://10.0.0.1:*."""
     wait_for_hosts_s: float | None = None
     """How long the other hosts may take to answer before the first world; None: they are not asked."""
+    started_by: Launcher | None = None
+    """What starts its worlds; None: `mpirun`."""
+
+    @property
+    def launcher(self) -> Launcher:
+        """What starts its worlds."""
+        return self.started_by or mpirun.MpirunLauncher(self.mpirun)

@@ -10,7 +10,6 @@ from launcher.freezer import CgroupFreezer
 from launcher.guard_link import GuardLink
 from launcher.guard_messages import Beat, FaultReport, Go, GuardHello, Kill, Killed, Lease, Message
 from launcher.hosts import Host
-from launcher.launchers import mpirun
 from launcher.leases import FENCE_MARGIN_S, adoption_wait_s
 from launcher.placement import find_misplaced
 from launcher.post_mortem import last_lines
@@ -78,6 +77,8 @@ class World:
         self.is_adopted = False
         """Whether an earlier supervisor started it."""
         self._last_sweep = 0.0
+        self._command_ended_at: float | None = None
+        """When mpirun, or what stands for it, was told to end."""
         self._adoption_wait_s = 0.0
 
     @property
@@ -132,20 +133,21 @@ class World:
         world_dir, shm_dir = self._run_dir.world_dir(self.epoch), self._run_dir.shm_dir(self.epoch)
         guard = self._link.guard_environment(world_dir, shm_dir, adoption_wait_s(base))
         per_host = max((host.slots for host in self.hosts), default=self.size)
-        environment = mpirun.environment(
-            plan.mpirun, per_host, plan.cores, shm_dir, world_dir / "tmp", base, len(self.hosts) > 1
+        launcher = plan.launcher
+        environment = launcher.environment(
+            per_host, plan.cores, shm_dir, world_dir / "tmp", base, len(self.hosts) > 1
         )
         environment |= {**guard.to_environment(), EPOCH_VARIABLE: str(self.epoch)}
         host_file = world_dir / "hosts" if self.hosts else None
         if host_file is not None:
-            host_file.write_text("".join(f"{host.name} slots={host.slots}\n" for host in self.hosts))
+            host_file.write_text(launcher.host_file(self.hosts))
         command = [*plan.guard_command, "--epoch", str(self.epoch), "--spare", self.spare.value, "--"]
         command += [*plan.rank_command, "--epoch", str(self.epoch)]
         if kv_blocks:
             command += ["--kv-cache-blocks", str(kv_blocks)]
         with self._mpirun_log.open("ab") as log:
             self._process = subprocess.Popen(
-                mpirun.argv(plan.mpirun, self.size, command, host_file, environment),
+                launcher.argv(self.hosts, self.size, command, host_file, environment),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -263,7 +265,7 @@ class World:
                 return WorldFault("lost", rank, watch.hello.host, detail, silent_s)
         if self._process is not None and (code := self._process.poll()) is not None:
             lines = last_lines(self._mpirun_log)
-            detail = f"mpirun {_describe_exit(code)}"
+            detail = f"{self.plan.launcher.program} {_describe_exit(code)}"
             if not self.ranks:
                 return WorldFault("start", None, None, f"{detail} before a rank reported", last_lines=lines)
             return WorldFault("mpirun", None, None, detail, 0.0, last_lines=lines)
@@ -307,10 +309,19 @@ class World:
             # may say more than the first fault did; so those are given time.
             for watch in local:
                 kill(watch.guard)
-            if self._process is not None and self._process.returncode is None:
-                self._process.kill()
+            self._end_command(now)
         for watch in self.ranks.values():
             self._link.send(watch.identity, Kill(epoch=self.epoch))
+
+    def _end_command(self, now: float) -> bool:
+        """Asks mpirun, or what stands for it, to end. True while that has time left for it."""
+        launcher = self.plan.launcher
+        if self._process is None or self._process.returncode is not None:
+            return False
+        if self._command_ended_at is None:
+            self._command_ended_at = now
+            self._process.send_signal(launcher.end_signal)
+        return now - self._command_ended_at < launcher.end_grace_s
 
     def check_death(self, now: float) -> bool:
         """Call it while DYING: ends what is left, first when the guards have had their time. True once no
@@ -326,7 +337,8 @@ class World:
             self._process.poll()
         left = self.processes_left()
         if left:
-            for process in left:
+            spared = set(left) - self._known_here() if self._end_command(now) else set()
+            for process in set(left) - spared:
                 kill(process)
             pids = {process.pid for process in left}
             for pid in pids:
@@ -348,13 +360,9 @@ class World:
         those that the supervisor has adopted."""
         if self._process is None:
             return []
-        here = host_id()
-        known = {
-            process
-            for watch in self.ranks.values()
-            if watch.hello.host_id == here
-            for process in (watch.guard, watch.process)
-        }
+        known = self._known_here()
+        if not self.plan.launcher.has_ranks_in_session and len(self.ranks) < self.size:
+            known |= self._run_dir.processes_of(self.epoch)
         left = []
         for stat in all_processes():
             process = ProcessId(stat.pid, stat.start)
@@ -367,6 +375,16 @@ class World:
                     reap_orphan(stat.pid)
             left.append(process)
         return left
+
+    def _known_here(self) -> set[ProcessId]:
+        """Guards and ranks of this host that have reported."""
+        here = host_id()
+        return {
+            process
+            for watch in self.ranks.values()
+            if watch.hello.host_id == here
+            for process in (watch.guard, watch.process)
+        }
 
 
 def final_fault(faults: Iterable[WorldFault]) -> WorldFault | None:

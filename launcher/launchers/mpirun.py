@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 
 from launcher.errors import LauncherError
+from launcher.hosts import Host
 from launcher.launchers import remote_shell
 
 _REMEDY = (
@@ -223,3 +225,38 @@ def environment(
         variables.setdefault("I_MPI_FABRICS", "shm")
         variables.setdefault("I_MPI_PIN", "off")
     return variables
+
+
+@dataclass(frozen=True)
+class MpirunLauncher:
+    """Worlds started by `mpirun` (see launcher.launchers.Launcher)."""
+
+    mpirun: Mpirun
+    program: str = "mpirun"
+    end_signal: signal.Signals = signal.SIGKILL
+    end_grace_s: float = 0.0
+    has_ranks_in_session: bool = True
+
+    def host_file(self, hosts: Sequence[Host]) -> str:
+        return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
+
+    def environment(
+        self,
+        ranks: int,
+        cores: int,
+        shm_dir: Path,
+        session_dir: Path,
+        base: Mapping[str, str],
+        several_hosts: bool,
+    ) -> dict[str, str]:
+        return environment(self.mpirun, ranks, cores, shm_dir, session_dir, base, several_hosts)
+
+    def argv(
+        self,
+        hosts: Sequence[Host],
+        ranks: int,
+        command: Sequence[str],
+        host_file: Path | None,
+        names: Mapping[str, str],
+    ) -> list[str]:
+        return argv(self.mpirun, ranks, command, host_file, names)
