@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -50,6 +49,7 @@ from launcher.post_mortem import (
 )
 from launcher.processes import ProcessId, StateReader, ending_code, host_id, host_name
 from launcher.rank_start import StartGate, start_rank
+from launcher.segments import SegmentWatch, remove_shared_memory
 from launcher.starvation import Starvation
 from launcher.supervisor_tie import SupervisorTie
 from launcher.watch import (
@@ -142,6 +142,7 @@ class Guard:
         self._starvation.tell_pid(self.rank, self._process.pid)
         self._state = StateReader(self._process.pid)
         self._freezer = CgroupFreezer(self._process.pid)
+        self._segments = SegmentWatch(self._environment.shm_dir, self.rank, self._process.pid)
         try:
             with zmq.Context() as context, connect(self._environment, context) as link:
                 self._link = link
@@ -293,6 +294,9 @@ class Guard:
         if measure is not self._measured_by or now - self._memory_at >= interval_s:
             self._measured_by, self._memory_at = measure, now
             self._memory_bytes = measure(self._process.pid)
+            self._segments.look(progress.phase)
+        elif progress.phase in (Phase.JOINING, Phase.LOADING):
+            self._segments.look(progress.phase)
         view = (progress.phase, progress.endpoint)
         if now - self._last_beat >= 0.9 * BEAT_INTERVAL_S or view != self._last_view:
             self._last_beat = now
@@ -385,7 +389,7 @@ class Guard:
         """Removes the world's shared memory where no supervisor will: it has ended, or runs on another host."""
         tie = self._tie
         if os.getppid() != self._mpirun or tie is None or tie.is_waiting or tie.is_remote:
-            shutil.rmtree(self._environment.shm_dir, ignore_errors=True)
+            remove_shared_memory(self._environment.shm_dir)
 
     def _end_code(self) -> int:
         """The rank's own code where it had one; an end that nobody planned is never 0."""

@@ -1,54 +1,22 @@
-"""The hosts of a deployment: read from `--hosts`, chosen for each world, and left out while they are lost or
+"""The hosts of a deployment (read by host_list): chosen for each world, and left out while they are lost or
 fail again and again. Used by `serve` and the supervisor; starts nothing and asks nobody."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
 from launcher.errors import LauncherError, SettingsError
 from launcher.host_faults import HostFaults
+from launcher.host_list import Host as Host
+from launcher.host_list import parse_hosts as parse_hosts
 from launcher.logs import EventLog
 
 LOST_FOR_S = 60.0
 """How long a host that was lost is left out, as long as the others suffice."""
-
-_ENTRY = re.compile(r"(?P<name>[^\s:=]+)(?::(?P<count>\d+)|\s+slots\s*=\s*(?P<slots>\d+))?")
-
-
-@dataclass(frozen=True)
-class Host:
-    """A machine, and how many ranks of a world it may hold."""
-
-    name: str
-    slots: int
-
-
-def parse_hosts(text: str) -> tuple[Host, ...]:
-    """`host:slots,host:slots` or the path of a file with a `host slots=N` or `host:N` a line; without a number one
-    slot. Raises SettingsError."""
-    path = Path(text).expanduser()
-    if path.is_file():
-        lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
-    else:
-        lines = [entry.strip() for entry in text.split(",")]
-    hosts: dict[str, int] = {}
-    for line in filter(None, lines):
-        match = _ENTRY.fullmatch(line)
-        if match is None:
-            raise SettingsError(
-                f"--hosts: cannot read {line!r}; write host:slots,host:slots or give a file with a "
-                "`host slots=N` line for each host"
-            )
-        hosts[match["name"]] = hosts.get(match["name"], 0) + int(match["count"] or match["slots"] or 1)
-    if text and not hosts:
-        raise SettingsError(f"--hosts {text}: names no host")
-    return tuple(Host(name, slots) for name, slots in hosts.items())
 
 
 def check_slots(hosts: Sequence[Host], ranks: int) -> None:
@@ -105,7 +73,7 @@ class HostPool:
         chosen, left = [], ranks
         for host in [*own, *(host for host in others if host.name in kept), *lost]:
             if left > 0:
-                chosen.append(Host(host.name, min(left, host.slots)))
+                chosen.append(replace(host, slots=min(left, host.slots)))
                 left -= host.slots
         return tuple(chosen)
 

@@ -9,7 +9,7 @@ import select
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -168,6 +168,20 @@ def all_processes() -> Iterator[ProcessStat]:
             stat = read_stat(int(entry.name))
             if stat is not None:
                 yield stat
+
+
+def ancestors(process: ProcessId, up_to: Collection[int]) -> set[ProcessId]:
+    """Its parent, the parent of that, and so on, below the nearest of these pids; none where none of them is met."""
+    found: set[ProcessId] = set()
+    stat = read_stat(process.pid)
+    if stat is None or stat.start != process.start:
+        return set()
+    while stat.parent not in up_to:
+        stat = read_stat(stat.parent)
+        if stat is None or stat.pid <= 1:
+            return set()
+        found.add(ProcessId(stat.pid, stat.start))
+    return found
 
 
 def environment_of(pid: int) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from launcher.errors import LauncherError
 from launcher.processes import ProcessId, all_processes, environment_of, kill
+from launcher.segments import remove_shared_memory
 
 RUN_ID_VARIABLE = "PHALANX_RUN_ID"
 """Environment variable by which every process of a deployment can be told from all others."""
@@ -138,7 +139,7 @@ class RunDir:
 
     def remove_world_files(self, epoch: int) -> None:
         """Removes what a dead world leaves: shared memory and temporary files. Its logs stay."""
-        shutil.rmtree(self.shm_dir(epoch), ignore_errors=True)
+        remove_shared_memory(self.shm_dir(epoch))
         shutil.rmtree(self.world_dir(epoch) / "tmp", ignore_errors=True)
 
     # ----------------------------------------------------------------- who runs
@@ -208,7 +209,7 @@ class RunDir:
         for folder in {self.shm_dir(0).parent, Path("/dev/shm")}:
             for leftover in folder.glob(f"phalanx-{run_id}-*"):
                 if leftover.name.rpartition("-")[2] not in keep:
-                    shutil.rmtree(leftover, ignore_errors=True)
+                    remove_shared_memory(leftover)
         for temporary in (self.path / "worlds").glob("*/tmp"):
             if temporary.parent.name not in keep:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -10,7 +10,7 @@ import logging
 import os
 import shlex
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from launcher.errors import LauncherError
 from launcher.fronts import FrontPlan
 from launcher.grpc_port import DEFAULT_PORT, choose_grpc_port
 from launcher.hangup import HangupReload, has_terminal
-from launcher.hosts import address_towards, parse_hosts
+from launcher.hosts import Host, address_towards, parse_hosts
 from launcher.launchers import mpijob
-from launcher.launchers.mpirun import Flavor, find_mpirun, flavor_named
+from launcher.launchers.host_file import host_file
+from launcher.launchers.mpirun import find_mpirun, flavor_named
 from launcher.logs import EventLog
+from launcher.network import Interface, find_interface
 from launcher.planned_changes import PlannedChanges, rank_command
 from launcher.preparation import PreparationProgress, PreparedModel, Stopped, prepare
 from launcher.processes import usable_cores
@@ -79,8 +81,8 @@ def _serve(
     mpirun = find_mpirun(settings.mpirun, flavor_named(settings.mpi))
     settings = mpijob.complete(settings, os.environ, log)
     hosts = parse_hosts(settings.hosts)
-    if hosts and mpirun.flavor is not Flavor.OPEN_MPI:
-        raise LauncherError(f"--hosts needs Open MPI so far, and {mpirun.path} is of {mpirun.flavor.value}")
+    host_file(mpirun.flavor, hosts)  # what this MPI cannot name is refused at once
+    interface = find_interface(settings.interface) if settings.interface else None
     run_dir, listeners, found = _claim(settings, log)
     try:
         log.to_file(run_dir.path / "supervisor.log")
@@ -113,7 +115,8 @@ def _serve(
             guard_command=python_module("launcher.guard"),
             served_model_name=name,
             hosts=hosts,
-            remote_endpoint=f"tcp://{address_towards(hosts)}:*" if len(hosts) > 1 else "",
+            remote_endpoint=_remote_endpoint(hosts, interface),
+            interface=interface,
             wait_for_hosts_s=settings.wait_for_hosts if settings.wait_for_hosts is not None else HOSTS_WAIT_S,
         )
         for listener in listeners:
@@ -156,6 +159,13 @@ def _serve(
         for listener in listeners:
             listener.close()
         run_dir.close()
+
+
+def _remote_endpoint(hosts: Sequence[Host], interface: Interface | None) -> str:
+    """Where guards of other hosts report; empty if there are none."""
+    if len(hosts) < 2:
+        return ""
+    return f"tcp://{address_towards(hosts) if interface is None else interface.address}:*"
 
 
 def recorded_settings(settings: Settings) -> dict[str, Any]:

@@ -183,8 +183,8 @@ class Settings(AccessSettings):
     )
     hosts: str = _flag(
         "",
-        "hosts of the ranks, this machine first: host:slots,host:slots or a file of `host slots=N` lines; "
-        "default: this machine alone. Open MPI starts them over ssh",
+        "hosts of ranks, this machine first: host:slots,host:slots or a file of `host slots=N` or `host:N` lines; "
+        "default: this machine alone. MPI starts them over ssh",
         "HOSTS",
     )
     wait_for_hosts: float | None = field(
@@ -194,6 +194,12 @@ class Settings(AccessSettings):
             "it takes. Once a world has served, they are waited for in any case",
             "metavar": "SECONDS",
         },
+    )
+    interface: str = _flag(
+        "",
+        "network interface over which hosts reach each other: its name, or a network like 10.0.0.0/8; "
+        "default: as MPI and the routes find",
+        "NAME",
     )
     run_dir: Path | None = field(
         default=None,

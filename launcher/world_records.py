@@ -13,6 +13,7 @@ from launcher.hangs import STARVED_AT_MOST_S
 from launcher.hosts import Host
 from launcher.launchers import Launcher, mpirun
 from launcher.leases import FENCE_MARGIN_S, LEASE_S
+from launcher.network import Interface
 from launcher.processes import ProcessId, host_id
 from launcher.starvation import StarvationOf
 from launcher.watch import Phase
@@ -155,6 +156,8 @@ class WorldPlan:
     """This machine first, then the others; empty: all ranks run here."""
     remote_endpoint: str = ""
     """Where the supervisor listens for guards of other hosts, like tcp://10.0.0.1:*."""
+    interface: Interface | None = None
+    """Over which the hosts are to reach each other; None: as they find."""
     wait_for_hosts_s: float | None = None
     """How long the other hosts may take to answer before the first world; None: they are not asked."""
     started_by: Launcher | None = None
@@ -163,4 +166,4 @@ class WorldPlan:
     @property
     def launcher(self) -> Launcher:
         """What starts its worlds."""
-        return self.started_by or mpirun.MpirunLauncher(self.mpirun)
+        return self.started_by or mpirun.MpirunLauncher(self.mpirun, self.interface)

@@ -3,6 +3,7 @@ method returns at once, and a world that is dying never comes back."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterable, Sequence
 
@@ -17,6 +18,7 @@ from launcher.processes import (
     AdoptedProcess,
     ProcessId,
     all_processes,
+    ancestors,
     host_id,
     is_alive,
     kill,
@@ -72,6 +74,8 @@ class World:
         self._link = link
         self._mpirun_log = run_dir.world_dir(epoch) / "mpirun.log"
         self._process: subprocess.Popen[bytes] | AdoptedProcess | None = None
+        self._proxies: set[ProcessId] = set()
+        """What of MPI stands between mpirun and the guards of this host: Hydra's proxy, in a session of its own."""
         self.mpirun: ProcessId | None = None
         """Its mpirun, once started."""
         self.is_adopted = False
@@ -182,6 +186,7 @@ class World:
             return
         if isinstance(message, GuardHello):
             self.ranks[rank] = RankWatch(message, identity, now)
+            self._note_proxies(self.ranks[rank])
             if self.state is WorldState.DYING:  # it came up while its world was going down
                 self._link.send(identity, Kill(epoch=self.epoch))
             elif self.spare is not SpareKind.NONE and not self.is_spare:  # promoted before it had come up
@@ -220,6 +225,11 @@ class World:
             if self.state is not WorldState.DYING:
                 detail = f"the guard of rank {rank} was told to end, though not by the supervisor"
                 self.faults.append(WorldFault("killed", rank, watch.hello.host, detail, 0.0))
+
+    def _note_proxies(self, watch: RankWatch) -> None:
+        if self._process is None or watch.is_remote:
+            return
+        self._proxies |= ancestors(watch.guard, {self._process.pid, os.getpid()})
 
     def extend_deadlines(self, late_s: float) -> None:
         """The supervisor itself was late: silence of the guards in that time says nothing."""
@@ -360,7 +370,7 @@ class World:
         those that the supervisor has adopted."""
         if self._process is None:
             return []
-        known = self._known_here()
+        known = self._known_here() | self._proxies
         if not self.plan.launcher.has_ranks_in_session and len(self.ranks) < self.size:
             known |= self._run_dir.processes_of(self.epoch)
         left = []

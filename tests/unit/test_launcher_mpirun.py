@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, SettingsError
 from launcher.launchers.mpirun import Flavor, Mpirun, argv, environment, find_mpirun, flavor_named
+from launcher.network import Interface, find_interface
 
 OPEN_MPI = Mpirun(Path("/bin/mpirun"), Flavor.OPEN_MPI, "mpirun (Open MPI) 5.0.11")
 MPICH = Mpirun(Path("/bin/mpirun"), Flavor.MPICH, "HYDRA build details:")
@@ -128,3 +129,76 @@ def test_the_mpi_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     mpich.unlink()
     with pytest.raises(LauncherError, match=r"no mpirun of MPICH .* is of Intel MPI, .*pip install mpich"):
         find_mpirun(flavor=Flavor.MPICH)
+
+
+HOSTS = Path("/run/hosts")
+GUARD = ["python", "-m", "launcher.guard"]
+VARIABLES = {
+    "PHALANX_GUARD_SECRET_KEY": "hidden",
+    "OMP_NUM_THREADS": "2",
+    "LD_LIBRARY_PATH": "/opt/mpi/lib",
+    "FI_PROVIDER": "tcp",
+    "I_MPI_FABRICS": "shm:ofi",
+    "TMPDIR": "/here/only",
+    "HOME": "/root",
+}
+
+
+def test_over_several_hosts_mpich_reads_counts_and_passes_names() -> None:
+    names = "FI_PROVIDER,LD_LIBRARY_PATH,OMP_NUM_THREADS,PHALANX_GUARD_SECRET_KEY"
+    command = argv(MPICH, 3, GUARD, HOSTS, VARIABLES)
+    assert command[:9] == [
+        "/bin/mpirun",
+        "-n",
+        "3",
+        "-f",
+        "/run/hosts",
+        "-launcher",
+        "ssh",
+        "-bind-to",
+        "none",
+    ]
+    assert command[9:] == ["-genvlist", names, *GUARD]
+    assert "hidden" not in " ".join(command)
+
+
+def test_over_several_hosts_intel_reads_a_machine_file() -> None:
+    names = "FI_PROVIDER,I_MPI_FABRICS,LD_LIBRARY_PATH,OMP_NUM_THREADS,PHALANX_GUARD_SECRET_KEY"
+    command = argv(INTEL, 3, GUARD, HOSTS, VARIABLES)
+    assert command[:7] == ["/bin/mpirun", "-n", "3", "-machinefile", "/run/hosts", "-launcher", "ssh"]
+    assert command[7:] == ["-genvlist", names, *GUARD]
+    made = environment(INTEL, 1, 4, Path("/dev/shm/w"), Path("/tmp/w"), {}, several_hosts=True)
+    assert made["I_MPI_FABRICS"] == "shm:ofi" and made["I_MPI_PIN"] == "off"
+
+
+def test_who_launches_may_be_said_by_hydras_variables() -> None:
+    assert "-launcher" not in argv(MPICH, 3, GUARD, HOSTS, {"HYDRA_LAUNCHER": "rsh"})
+    assert "-launcher" not in argv(INTEL, 3, GUARD, HOSTS, {"I_MPI_HYDRA_BOOTSTRAP": "rsh"})
+
+
+def test_the_interface_reaches_every_part_that_opens_connections() -> None:
+    interface = Interface("10.0.0.0/8", "eth1", "10.1.2.3")
+    for mpirun in (MPICH, INTEL):
+        command = argv(mpirun, 3, GUARD, HOSTS, {}, interface)
+        assert command[command.index("-iface") + 1] == "eth1"
+
+    def made(mpirun: Mpirun, **given: str) -> dict[str, str]:
+        return environment(mpirun, 1, 4, Path("/dev/shm/w"), Path("/tmp/w"), given, True, interface)
+
+    assert made(OPEN_MPI)["OMPI_MCA_btl_tcp_if_include"] == "10.0.0.0/8"
+    assert made(OPEN_MPI)["PRTE_MCA_oob_tcp_if_include"] == "10.0.0.0/8"
+    assert made(INTEL)["FI_TCP_IFACE"] == made(MPICH)["UCX_NET_DEVICES"] == "eth1"
+    assert made(OPEN_MPI)["NCCL_SOCKET_IFNAME"] == "=eth1"
+    assert made(INTEL, FI_TCP_IFACE="eth7")["FI_TCP_IFACE"] == "eth7", "what the user has set stays"
+
+
+def test_the_interface_is_found_by_name_and_by_network() -> None:
+    assert find_interface("lo") == Interface("lo", "lo", "127.0.0.1")
+    assert find_interface("127.0.0.0/8") == Interface("127.0.0.0/8", "lo", "127.0.0.1")
+    for given, what in (
+        ("nope0", "it has lo 127.0.0.1"),
+        ("203.0.113.0/24", "no address in it"),
+        ("1/2/3", "like"),
+    ):
+        with pytest.raises(SettingsError, match=what):
+            find_interface(given)
