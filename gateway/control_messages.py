@@ -53,6 +53,19 @@ class WorldEntry(Struct, frozen=True):
     """Of a spare its kind, warm or hot; None once it is promoted."""
 
 
+class HostEntry(Struct, frozen=True):
+    """A host of `--hosts`."""
+
+    name: str
+    slots: int
+    """How many ranks of a world it may hold."""
+    state: str
+    """in use; spare: ready for the next world; lost: it cannot be reached; left out: several faults lately."""
+    since: float | None = None
+    """Unix time at which it was lost."""
+    detail: str | None = None
+
+
 class Fault(Struct, frozen=True):
     """What is known of one fault: the post-mortem record that `/cluster`, log and metrics show."""
 
@@ -113,9 +126,15 @@ class WorldTable(Struct, frozen=True, tag="world_table", tag_field="type"):
     faults: list[Fault]
     """The last faults, newest first."""
     notice: str | None = None
-    """What people who ask for the health should know: worlds that do not start, or die soon."""
+    """What people who ask for the health should know: worlds that do not start, die soon, or are smaller than asked
+    for."""
     claim: Claim | None = None
     """Whose turn it is to have the world for itself."""
+    tp: int | None = None
+    """What was asked for, which a world has fewer of while hosts are lost."""
+    pp: int | None = None
+    hosts: list[HostEntry] = []
+    """Those of `--hosts`, in its order."""
 
 
 class FrontState(Struct, frozen=True, tag="front_state", tag_field="type"):

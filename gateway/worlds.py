@@ -144,6 +144,8 @@ class Worlds:
                 "worlds": [],
                 "faults": [],
                 "notice": None,
+                "asked": {"tp": None, "pp": None},
+                "hosts": [],
                 "table_age_s": None,
             }
         age_s = time.monotonic() - self.table_at
@@ -161,6 +163,8 @@ class Worlds:
             "worlds": worlds,
             "faults": msgspec.to_builtins(table.faults),
             "notice": table.notice,
+            "asked": {"tp": table.tp, "pp": table.pp},
+            "hosts": msgspec.to_builtins(table.hosts),
             "table_age_s": round(age_s, 3),
         }
 

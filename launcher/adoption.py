@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,9 @@ class FoundWorld:
     spare: SpareKind
     """NONE: the one that serves."""
     hosts: tuple[Host, ...]
+    tp: int | None = None
+    pp: int | None = None
+    """None: as asked for; fewer while hosts are lost."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ def _read(run_dir: RunDir) -> Found | None:
                 ProcessId(**entry["mpirun"]),
                 SpareKind(entry["spare"]),
                 tuple(Host(**host) for host in entry["hosts"]),
+                entry.get("tp"),
+                entry.get("pp"),
             )
             for entry in record["worlds"]
             if entry["whole"]
@@ -153,7 +158,8 @@ def adopt_worlds(found: Found, plan: WorldPlan, run_dir: RunDir, link: GuardLink
     """The found worlds that are still there, whose guards now report to this link."""
     worlds = []
     for entry in sorted(found.worlds, key=lambda world: world.epoch):
-        world = World(entry.epoch, plan, run_dir, link, entry.spare, entry.hosts)
+        own = replace(plan, tp=entry.tp or plan.tp, pp=entry.pp or plan.pp)
+        world = World(entry.epoch, own, run_dir, link, entry.spare, entry.hosts)
         try:
             world.adopt(entry.mpirun)
         except ProcessLookupError:  # it ended just now; so do its guards
@@ -226,6 +232,8 @@ class RecordKeeper:
                         "spare": (world.spare if world.is_spare else SpareKind.NONE).value,
                         "whole": world.is_whole,
                         "hosts": [asdict(host) for host in world.hosts],
+                        "tp": world.plan.tp,
+                        "pp": world.plan.pp,
                     }
                     for world in worlds
                     if world.mpirun is not None

@@ -79,9 +79,9 @@ class HostWait:
         """Since they were asked first; 0 if none are asked."""
         return now - self._since if self._since is not None else 0.0
 
-    def silent(self) -> list[str]:
-        """Hosts that were asked at least once in vain, and have not answered since."""
-        return [name for name, question in self._questions.items() if question.failures]
+    def silent(self) -> dict[str, str]:
+        """Hosts that were asked at least once in vain, and have not answered since, and why."""
+        return {name: question.words for name, question in self._questions.items() if question.failures}
 
     def notice(self) -> str | None:
         """For people who ask why nothing serves; None if nobody is waited for."""

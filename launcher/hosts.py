@@ -7,16 +7,13 @@ import contextlib
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from launcher.errors import LauncherError, SettingsError
 from launcher.host_faults import HostFaults
 from launcher.host_list import Host as Host
 from launcher.host_list import parse_hosts as parse_hosts
 from launcher.logs import EventLog
-
-LOST_FOR_S = 60.0
-"""How long a host that was lost is left out, as long as the others suffice."""
 
 
 def check_slots(hosts: Sequence[Host], ranks: int) -> None:
@@ -47,29 +44,51 @@ def address_towards(hosts: Sequence[Host]) -> str:
     raise LauncherError(f"--hosts: {', '.join(problems)}; check the names and the network")
 
 
+@dataclass(frozen=True)
+class Loss:
+    """Since when a host is lost, and how that was found out."""
+
+    at: float
+    """On the monotonic clock."""
+    unix_at: float
+    reason: str
+
+
 class HostPool:
     """Which hosts the next world gets. The first one is the supervisor's own: rank 0 lives there, whatever happens
-    on it, so that a single host is never left out."""
+    on it, so that a single host is never left out. One that is lost stays so until somebody says that it is back."""
 
     def __init__(self, hosts: Sequence[Host], log: EventLog) -> None:
-        self._hosts = list(hosts)
+        self.hosts = list(hosts)
         self._log = log
-        self._lost_at: dict[str, float] = {}
+        self.lost: dict[str, Loss] = {}
         self._faults = HostFaults()
         self._told_until: dict[str, float] = {}
         """Until when a host is left out, as it was last logged."""
 
+    @property
+    def others(self) -> list[str]:
+        """All but the supervisor's own."""
+        return [host.name for host in self.hosts[1:]]
+
+    def slots_present(self, now: float, with_suspects: bool = True) -> int:
+        """Of the hosts that are not lost; suspects are those with several faults lately."""
+        suspects = [] if with_suspects else self._faults.suspects(now)
+        own, others = self.hosts[:1], self.hosts[1:]
+        kept = [host for host in others if host.name not in self.lost and host.name not in suspects]
+        return sum(host.slots for host in [*own, *kept])
+
     def choose(self, ranks: int, now: float) -> tuple[Host, ...]:
         """As many as the ranks fill, with the slots that they fill: those with several faults lately only where the
-        rest does not suffice, and those that were lost lately last of all, the latest of them at the very end."""
-        own, others = self._hosts[:1], self._hosts[1:]
-        present = {host.name: host.slots for host in others if not self._is_lost(host.name, now)}
+        rest does not suffice, and those that are lost last of all, the latest of them at the very end."""
+        own, others = self.hosts[:1], self.hosts[1:]
+        present = {host.name: host.slots for host in others if host.name not in self.lost}
         beside_own = ranks - sum(host.slots for host in own)
         kept = self._faults.choose(present, beside_own, now)
         for name in present.keys() - kept.keys():
             self._tell_left_out(name, now)
         lost = [host for host in others if host.name not in present]
-        lost.sort(key=lambda host: self._lost_at[host.name])  # the longer ago, the likelier it is back
+        lost.sort(key=lambda host: self.lost[host.name].at)  # the longer ago, the likelier it is back
         chosen, left = [], ranks
         for host in [*own, *(host for host in others if host.name in kept), *lost]:
             if left > 0:
@@ -81,14 +100,32 @@ class HostPool:
         """A world died of a rank on this host; "lost": its guard fell silent."""
         self._faults.note(name or None, kind, now)
         if kind == "lost":
-            self._lost_at[name] = now
+            self.on_lost(name, "its guards fell silent", now)
 
-    def on_silent(self, name: str, now: float) -> None:
-        """It does not answer: another host takes its place, if there is one."""
-        self._lost_at[name] = now
+    def on_lost(self, name: str, reason: str, now: float) -> None:
+        """It cannot be reached, or is dead."""
+        if name in self.others and name not in self.lost:
+            self.lost[name] = Loss(now, time.time(), reason)
+            self._log.warning("host lost", host=name, reason=reason)
 
-    def _is_lost(self, name: str, now: float) -> bool:
-        return now - self._lost_at.get(name, -LOST_FOR_S) < LOST_FOR_S
+    def on_back(self, name: str, now: float) -> None:
+        """Ranks can be started on it."""
+        if (loss := self.lost.pop(name, None)) is not None:
+            self._log.info("host is back", host=name, lost_s=now - loss.at)
+
+    def describe_lost(self) -> str | None:
+        """Who is lost and why, for people; None if nobody is."""
+        lost = ", ".join(f"{name} ({loss.reason})" for name, loss in self.lost.items())
+        return f"lost: {lost}" if lost else None
+
+    def state_of(self, host: Host, in_use: bool, now: float) -> str:
+        """As HostEntry.state."""
+        if in_use:
+            return "in use"
+        if host.name in self.lost:
+            return "lost"
+        is_own = host is self.hosts[0]
+        return "left out" if not is_own and host.name in self._faults.suspects(now) else "spare"
 
     def _tell_left_out(self, name: str, now: float) -> None:
         until = self._faults.until(name)

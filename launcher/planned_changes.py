@@ -21,10 +21,16 @@ HOT_MEMORY_SHARE = 0.5
 
 
 def rank_command(settings: Settings, prepared: PreparedModel, name: str) -> list[str]:
-    """What a guard starts as its rank, without `--epoch`."""
+    """What a guard starts as its rank, without what differs between worlds (see WorldPlan)."""
     command = [*python_module("engine.rank"), "--model", str(prepared.path), "--served-model-name", name]
-    command += ["--tp", str(settings.tp), "--pp", str(settings.pp), "--dtype", prepared.dtype]
-    command += ["--quantization", settings.quantization, "--backend", settings.backend]
+    command += [
+        "--dtype",
+        prepared.dtype,
+        "--quantization",
+        settings.quantization,
+        "--backend",
+        settings.backend,
+    ]
     command += ["--max-num-seqs", str(settings.max_num_seqs)]
     command += ["--max-num-batched-tokens", str(settings.max_num_batched_tokens)]
     command += ["--step-factor", f"{settings.step_factor:g}"]
@@ -71,7 +77,7 @@ class PlannedChanges:
             raise SettingsError(f"only these can be changed: {', '.join(RELOADABLE)}")
         new = dataclasses.replace(self._settings, **settings)
         model = PreparedModel(**{**prepared, "path": Path(prepared["path"])})
-        before, after = (_max_model_len(*of) for of in ((self._settings, self._prepared), (new, model)))
+        before, after = (longest_request(*of) for of in ((self._settings, self._prepared), (new, model)))
         if after < before:
             raise LauncherError(
                 f"--max-model-len would become {after}, and requests of up to {before} tokens have been accepted; "
@@ -83,6 +89,7 @@ class PlannedChanges:
             pp=new.pp,
             rank_command=rank_command(new, model, self._plan.served_model_name),
             version=str(int(self._plan.version) + 1),
+            max_model_len=after,
         )
         return Change(plan, SpareKind(new.spare), after, new, model)
 
@@ -91,5 +98,6 @@ class PlannedChanges:
         self._on_made(change.settings, change.prepared)
 
 
-def _max_model_len(settings: Settings, prepared: PreparedModel) -> int:
+def longest_request(settings: Settings, prepared: PreparedModel) -> int:
+    """Tokens of prompt and output together."""
     return settings.max_model_len or prepared.max_model_len

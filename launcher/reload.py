@@ -112,6 +112,13 @@ class Reloads:
             self._send(self._asker, event="going on", text=text, done=done, total=total)
         return None
 
+    def begin_own(self, plan: WorldPlan, spare: SpareKind, now: float) -> Change:
+        """A change that nobody asked for: the same settings, on more hosts."""
+        self.change = Change(plan, spare, plan.max_model_len, None, None)
+        self._asker = None
+        self._began = self._next_word = now
+        return self.change
+
     def problem(self, current: World | None) -> str | None:
         """Why the new world must not take over: the front goes to the youngest one only, and what was accepted must
         fit into its KV cache, once that is known."""
@@ -126,7 +133,7 @@ class Reloads:
             return None
         tokens = self.world.kv_blocks * BLOCK_TOKENS
         before = current.kv_blocks * BLOCK_TOKENS if current is not None else 0
-        if tokens >= min(before, self.change.max_model_len):
+        if tokens >= min(before, self.change.max_model_len or before):
             return None
         return (
             f"its KV cache holds {tokens} tokens, the one before {before}: what was accepted might not fit; "
@@ -137,7 +144,7 @@ class Reloads:
         """The front serves from the new world."""
         assert self.change is not None and self.world is not None
         change, world = self.change, self.world
-        if self._changes is not None:
+        if self._changes is not None and change.settings is not None:
             self._changes.made(change)
         self._send(
             self._asker,

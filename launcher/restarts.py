@@ -57,6 +57,12 @@ class Restarts:
         self.not_before = now + back_off_s
         return back_off_s
 
+    def on_host_back(self, now: float) -> None:
+        """What was waited for is there again: the next start need not wait any more."""
+        if self.failed_starts or self._obstacle is not None:
+            self.not_before = min(self.not_before, now)
+            self.failed_starts = min(self.failed_starts, 1)
+
     def on_failed_start(self, now: float) -> float | None:
         """A world has died that never served. Returns the wait before the next start in seconds; None if there
         should be no other."""

@@ -30,7 +30,7 @@ from launcher.launchers.host_file import host_file
 from launcher.launchers.mpirun import find_mpirun, flavor_named
 from launcher.logs import EventLog
 from launcher.network import Interface, find_interface
-from launcher.planned_changes import PlannedChanges, rank_command
+from launcher.planned_changes import PlannedChanges, longest_request, rank_command
 from launcher.preparation import PreparationProgress, PreparedModel, Stopped, prepare
 from launcher.processes import usable_cores
 from launcher.run_dir import RunDir, RunDirInUse
@@ -115,6 +115,8 @@ def _serve(
             guard_command=python_module("launcher.guard"),
             served_model_name=name,
             hosts=hosts,
+            elastic=settings.elastic,
+            max_model_len=longest_request(settings, prepared),
             remote_endpoint=_remote_endpoint(hosts, interface),
             interface=interface,
             wait_for_hosts_s=settings.wait_for_hosts if settings.wait_for_hosts is not None else HOSTS_WAIT_S,

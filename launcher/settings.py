@@ -201,6 +201,11 @@ class Settings(AccessSettings):
         "default: as MPI and the routes find",
         "NAME",
     )
+    elastic: bool = _flag(
+        False,
+        "while hosts of --hosts are lost and the others do not suffice, serve with fewer ranks, and with all again "
+        "when they are back",
+    )
     run_dir: Path | None = field(
         default=None,
         metadata={
@@ -233,7 +238,10 @@ class Settings(AccessSettings):
                 raise SettingsError(f"{_as_flag(name)} {value}: must be {least} or more")
         if not 1 <= self.fronts <= MOST_FRONTS:
             raise SettingsError(f"--fronts {self.fronts}: must be from 1 to {MOST_FRONTS}")
-        check_slots(parse_hosts(self.hosts), self.tp * self.pp)
+        hosts = parse_hosts(self.hosts)
+        check_slots(hosts, self.tp * self.pp)
+        if self.elastic and len(hosts) < 2:
+            raise SettingsError("--elastic: there is one host only; name two or more with --hosts")
         if self.dtype not in DTYPES:
             raise SettingsError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
         if self.backend not in BACKENDS:

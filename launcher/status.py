@@ -43,6 +43,9 @@ def format_cluster(cluster: dict[str, Any]) -> list[str]:
         state = world["state"]
         if world.get("spare"):
             state += f" ({', '.join([world['spare'], *_memory(world)])})"
+        asked = cluster.get("asked") or {}
+        if world["tp"] * world["pp"] < (asked.get("tp") or 0) * (asked.get("pp") or 0):
+            shape += f"; asked for: tp {asked['tp']}, pp {asked['pp']}"
         lines.append(f"world {world['epoch']}  {state}  {world['model']}  ({shape})")
         rows = [("rank", "tp", "pp", "host", "pid", "guard", "state", "step", "heartbeat")]
         rows += [
@@ -74,6 +77,8 @@ def format_cluster(cluster: dict[str, Any]) -> list[str]:
             f"then. Requests are served on, but no fault is mended: start `phalanx serve` with the same flags to "
             f"take over, or everything ends in {left_s:.0f} s (`phalanx stop` ends it now)",
         )
+    if any(host["state"] != "in use" for host in cluster.get("hosts") or []):
+        lines.append(f"hosts: {', '.join(map(_host, cluster['hosts']))}")
     if cluster.get("notice"):
         lines.append(f"notice: {cluster['notice']}")
     faults = cluster.get("faults", [])
@@ -86,6 +91,13 @@ def format_cluster(cluster: dict[str, Any]) -> list[str]:
         if line := telling_line(fault.get("last_lines") or ""):
             lines.append(f"      it said: {line}")
     return lines
+
+
+def _host(host: dict[str, Any]) -> str:
+    words = host["state"]
+    if host.get("since"):
+        words += f" since {time.strftime('%H:%M:%S', time.localtime(host['since']))}: {host['detail']}"
+    return f"{host['name']} ({words})"
 
 
 def _place(fault: dict[str, Any]) -> list[str]:

@@ -15,12 +15,13 @@ from gateway.control_messages import FrontState
 from launcher.adoption import Found, RecordKeeper, adopt_worlds
 from launcher.fault_log import FaultLog
 from launcher.fronts import FrontPlan, Fronts
+from launcher.growth import Growth
 from launcher.guard_link import GuardLink
 from launcher.guard_messages import Kill
-from launcher.hosts import HostPool, host_of
+from launcher.host_watch import HostWatch
 from launcher.logs import EventLog
 from launcher.processes import ProcessId
-from launcher.reload import ChangeMaker, Reloads
+from launcher.reload import Change, ChangeMaker, Reloads
 from launcher.run_dir import RUN_ID_VARIABLE, RunDir
 from launcher.spares import Spares
 from launcher.stop_signals import StopSignals
@@ -80,7 +81,7 @@ class Supervisor:
         assert own_id is not None
         self._own_id = own_id
         self._keeper = keeper or RecordKeeper(run_dir, {})
-        self._hosts = HostPool(plan.hosts, log)
+        self._hosts = HostWatch(plan, self._environment, log)
         self._link = GuardLink(
             self._context,
             own_id,
@@ -101,12 +102,11 @@ class Supervisor:
         self._current: World | None = None
         """The one that serves, or is to serve next; all before it are dying."""
         self._spares = Spares(spare)
-        self._kv_blocks = 0
-        """Of the first world that served; all later ones get the same."""
         self._starts = WorldStarts(
-            run_dir, self._link, self._hosts, self._environment, log, waits_for_hosts=bool(plan.hosts)
+            run_dir, self._link, self._hosts.pool, self._environment, log, waits_for_hosts=bool(plan.hosts)
         )
         self._restarts = self._starts.restarts
+        self._growth = Growth(self._hosts.pool, self._starts.sizes)
         self._was_ready = False
         self._drain_timeout_s = drain_timeout_s
         self._draining = False
@@ -148,14 +148,19 @@ class Supervisor:
         self._hear_guards(now)
         self._hear_fronts(now)
         self._hear_commands(now)
+        self._hear_hosts(now)
         for world in list(self._worlds):
             world.extend_deadlines(late_s)
             self._judge_world(world, now)
         if not self._stopping:
             if self._current is None:
                 self._replace_world(now)
-            elif self._spares.is_due(now) and not self._draining and self._reloads.world is None:
-                self._start_spare(now)
+            elif not self._draining and self._reloads.change is None:
+                if self._growth.is_due(self._plan, self._current, now):
+                    self._log.info("a larger world starts: hosts are back")
+                    self._begin_change(self._reloads.begin_own(self._plan, self._spares.kind, now))
+                elif self._spares.is_due(now):
+                    self._start_spare(now)
             if not self._draining:
                 self._fronts.restart_ended(now)
             if not self._was_ready and self._current is not None:
@@ -205,10 +210,22 @@ class Supervisor:
         change = self._reloads.hear(now, refusal)
         if change is not None and self._reloads.world is None:
             self._log.info("planned change", version=change.plan.version)
-            try:
-                self._reloads.world = self._start_world(SpareKind.NONE, change.plan)
-            except NotStarted as error:
-                self._reloads.fail(WorldFault("start", None, None, str(error)))
+            self._begin_change(change)
+
+    def _begin_change(self, change: Change) -> None:
+        try:
+            self._reloads.world = self._start_world(SpareKind.NONE, change.plan, is_change=True)
+        except NotStarted as error:
+            self._reloads.fail(WorldFault("start", None, None, str(error)))
+            self._growth.on_failed(time.monotonic())
+
+    def _hear_hosts(self, now: float) -> None:
+        """What was asked of hosts that are lost, or may be."""
+        is_back, hopeless = self._hosts.hear(self._worlds, now, not self._starts.is_waiting_for_hosts)
+        if is_back:
+            self._restarts.on_host_back(now)
+        for world, fault in hopeless:
+            self._abort(world, fault, now)
 
     def _change_world(self, state: FrontState, now: float) -> None:
         """The front serves from the new world: it is the current one, and what belongs to the old plan ends."""
@@ -219,17 +236,17 @@ class Supervisor:
                 self._log.info("world ends as planned", epoch=old.epoch)
                 old.abort(now)
         self._current, self._spares.world = new, None
-        self._kv_blocks = new.kv_blocks
+        new.is_change = False
         change = self._reloads.done(now)
+        self._growth.on_done()
         self._plan, self._spares.kind = change.plan, change.spare
         new.times.served = now
         self._on_served(new, state, now)
 
     def _on_served(self, world: World, state: FrontState, now: float) -> None:
-        self._starts.on_served()
+        self._starts.on_served(world)
         if not self._was_ready:
             self._was_ready = True
-            self._kv_blocks = world.kv_blocks
             self._keep_record()  # from the moment at which anybody is told, it can be taken over
             self._on_ready(world, state)
         self._spares.on_served(now, recovered=self._recovering_since is not None)
@@ -247,7 +264,10 @@ class Supervisor:
         if now < self._restarts.not_before:
             return
         spare = self._spares.take()
-        if spare is not None:
+        if spare is not None and self._hosts.has_lost_host(spare):
+            self._log.warning("spare lost with its host", epoch=spare.epoch)
+            spare.abort(now)
+        elif spare is not None:
             self._log.info("spare promoted", epoch=spare.epoch, state=spare.state.value)
             spare.promote(now)
             self._current = spare
@@ -266,9 +286,9 @@ class Supervisor:
         except NotStarted as error:
             self._log.warning("spare not started", detail=str(error), next_start_s=self._spares.lose(now))
 
-    def _start_world(self, spare: SpareKind, plan: WorldPlan | None = None) -> World:
+    def _start_world(self, spare: SpareKind, plan: WorldPlan | None = None, is_change: bool = False) -> World:
         """Raises NotStarted."""
-        world = self._starts.start(spare, plan or self._plan, self._kv_blocks if plan is None else 0)
+        world = self._starts.start(spare, plan or self._plan, is_change)
         self._worlds.append(world)
         if self._faults:  # a start in good health says nothing
             event = "spare started" if world.is_spare else "world started"
@@ -278,14 +298,15 @@ class Supervisor:
     def _take_over(self, found: Found) -> None:
         """What an earlier supervisor left becomes this one's own; what it lacks is started as after a fault."""
         self._starts.epoch = self._run_dir.epoch
-        self._kv_blocks = found.kv_blocks
         self._fronts.adopt(found.fronts)
         self._worlds = adopt_worlds(found, self._plan, self._run_dir, self._link)
+        self._hosts.ask_all(time.monotonic())  # whom the earlier one had lost nobody knows
         for world in self._worlds:
             if world.is_spare:
                 self._spares.world = world
             else:
                 self._current = world
+                self._starts.sizes.note_blocks(world.plan, found.kv_blocks)
         epochs = " ".join(str(world.epoch) for world in self._worlds) or None
         self._log.warning("taken over from a supervisor that was killed", worlds=epochs, front=found.front)
 
@@ -293,9 +314,10 @@ class Supervisor:
         # One that is to take over is no world to be adopted before it has: then it is ended as a leftover.
         next_world = self._reloads.world
         living = [w for w in self._worlds if w.state is not WorldState.DYING and w is not next_world]
+        kv_blocks = self._starts.sizes.blocks(self._current.plan) if self._current is not None else 0
         try:
             self._keeper.keep(
-                self._own_id, self._link, self._fronts.processes, self._current, living, self._kv_blocks
+                self._own_id, self._link, self._fronts.processes, self._current, living, kv_blocks
             )
         except OSError as error:  # a full disk; it is tried again at every turn
             if not self._record_failed:
@@ -310,6 +332,8 @@ class Supervisor:
         fault = None
         if world is self._reloads.world and (problem := self._reloads.problem(self._current)):
             fault = WorldFault("start", None, None, problem)
+        elif world.times.served is None and world.size < self._plan.size:
+            fault = self._starts.sizes.problem(world)
         fault = fault or world.check(now, may_serve=fenced)
         # While another world is to take over, the front is asked to leave this one.
         next_world = self._reloads.world
@@ -343,8 +367,7 @@ class Supervisor:
 
     def _abort(self, world: World, fault: WorldFault, now: float) -> None:
         world.abort(now)  # first of all: until it is dead it may still send tokens
-        if fault.rank is not None:
-            self._hosts.on_fault(host_of(world.hosts, fault.rank), fault.kind, now)
+        self._hosts.on_fault(world, fault, now)
         if self._is_over_for(world):
             return
         if world is self._current:
@@ -363,6 +386,7 @@ class Supervisor:
         elif world is self._reloads.world:
             self._log.error("planned change failed", epoch=world.epoch, rank=fault.rank, detail=fault.detail)
             self._reloads.fail(fault)
+            self._growth.on_failed(now)
         elif world is self._spares.world:
             self._faults.record(world, fault, "spare fault", 0.0)
             self._log.warning("spare lost", epoch=world.epoch, next_start_s=self._spares.lose(now))
@@ -379,9 +403,9 @@ class Supervisor:
         assert world.times.aborted is not None
         self._log.info("world dead", epoch=world.epoch, abort_s=now - world.times.aborted)
         self._faults.on_dead(world.epoch, now - world.times.aborted)
-        if world.is_spare or world.plan.version != self._plan.version:
+        if world.is_spare or world.is_change or world.plan.version != self._plan.version:
             return  # nobody waits for it
-        self._starts.on_dead(world, now)
+        self._starts.on_dead(world, self._plan, now)
 
     # ----------------------------------------------------------------- the front
 
@@ -391,7 +415,13 @@ class Supervisor:
         order = {self._current: 0, self._spares.world: 1}
         worlds = sorted(self._worlds, key=lambda world: order.get(world, 2))
         notice = self._starts.notice(now)
-        self._table.tell(self._fronts, self._starts.epoch, worlds, self._faults, notice, now)
+        if self._current is not None and (
+            smaller := self._starts.sizes.notice(self._plan, self._current.plan)
+        ):
+            notice = f"{smaller}; {notice}" if notice else smaller
+        self._table.tell(
+            self._fronts, self._starts.epoch, worlds, self._faults, notice, self._plan, self._hosts.pool, now
+        )
 
     # ----------------------------------------------------------------- the end
 
@@ -425,6 +455,7 @@ class Supervisor:
         give_up_at = time.monotonic() + DEATH_TIMEOUT_S
         while self._worlds and time.monotonic() < give_up_at:
             self._turn()
+        self._hosts.close()
         if not self._worlds:
             self._run_dir.forget()
         self._starts.close()

@@ -147,13 +147,17 @@ class WorldPlan:
     pp: int
     cores: int
     rank_command: Sequence[str]
-    """Without `--epoch N` and what else differs between worlds, which the world adds."""
+    """Without `--tp`, `--pp`, `--epoch` and what else differs between worlds, which the world adds."""
     guard_command: Sequence[str]
     served_model_name: str
     version: str = "1"
     """Grows with each planned change of the world."""
     hosts: Sequence[Host] = ()
     """This machine first, then the others; empty: all ranks run here."""
+    elastic: bool = False
+    """Whether a world may have fewer ranks while hosts are lost."""
+    max_model_len: int = 0
+    """Tokens that a request may have at most; 0: not known."""
     remote_endpoint: str = ""
     """Where the supervisor listens for guards of other hosts, like tcp://10.0.0.1:*."""
     interface: Interface | None = None
@@ -167,3 +171,8 @@ class WorldPlan:
     def launcher(self) -> Launcher:
         """What starts its worlds."""
         return self.started_by or mpirun.MpirunLauncher(self.mpirun, self.interface)
+
+    @property
+    def size(self) -> int:
+        """Ranks of a world."""
+        return self.tp * self.pp

@@ -18,6 +18,7 @@ from launcher.restarts import Restarts
 from launcher.run_dir import RunDir
 from launcher.watch import SpareKind
 from launcher.world_records import WorldFault, WorldPlan
+from launcher.world_sizes import HostsMissing, WorldSizes
 from launcher.worlds import World, final_fault
 
 
@@ -49,6 +50,7 @@ class WorldStarts:
         self.epoch = 0
         """The highest one handed out."""
         self.restarts = Restarts(waits_for_hosts)
+        self.sizes = WorldSizes(hosts)
         self.has_served = False
         """A world of this deployment has served: what it has accepted waits."""
         self._epoch_is_free = False
@@ -60,6 +62,10 @@ class WorldStarts:
         self._log = log
         self._machine = Machine.now()
         self._host_wait = HostWait(lambda name: remote_shell.probe(environment, name), log)
+        self._missing: str | None = None
+        """Who is waited for, where no smaller world may serve meanwhile."""
+        self._told = ""
+        """Why no world could be started, as it was last logged."""
 
     def raise_epoch_ahead(self) -> None:
         """A world was aborted: whatever still carries its epoch is old from now on. Where it cannot be written, it is
@@ -68,13 +74,23 @@ class WorldStarts:
             self._raise_epoch()
             self._epoch_is_free = True
 
-    def start(self, spare: SpareKind, plan: WorldPlan, kv_blocks: int) -> World:
-        """`kv_blocks`: as for World.start. Raises NotStarted."""
+    def start(self, spare: SpareKind, plan: WorldPlan, is_change: bool = False) -> World:
+        """`plan`: what was asked for; the world may be smaller, see WorldSizes. `is_change`: it is to take over from
+        one that serves. Raises NotStarted."""
+        now = time.monotonic()
+        try:
+            fitting = self.sizes.fit(plan, now)
+        except HostsMissing as missing:
+            if is_change or spare is not SpareKind.NONE:
+                raise NotStarted(str(missing), may_pass=True) from None
+            fitting = plan  # they have just answered, or nobody can be asked
         if not self._epoch_is_free:
             self._raise_epoch()
         self._epoch_is_free = False
-        hosts = self._hosts.choose(plan.tp * plan.pp, time.monotonic())
-        world = World(self.epoch, plan, self._run_dir, self._link, spare, hosts)
+        hosts = self._hosts.choose(fitting.size, now)
+        world = World(self.epoch, fitting, self._run_dir, self._link, spare, hosts)
+        world.is_change = is_change
+        kv_blocks = self.sizes.blocks(fitting)
         try:
             world.start(self._environment, kv_blocks)
         except OSError as error:
@@ -86,19 +102,26 @@ class WorldStarts:
 
     def hosts_answer(self, plan: WorldPlan, now: float) -> bool:
         """Whether a world may be started as far as its hosts go. Those that do not answer, before the first world or
-        after one that was lost with its host, are asked until they do: a world that has served before waits for them
-        as long as it takes. Raises GaveUp."""
+        after one that was lost with its host, are asked until they do. The first world waits for all of them as long
+        as the plan says, one that has served as long as it takes; if it is elastic, it goes on with those that are
+        there. Raises GaveUp."""
         if plan.wait_for_hosts_s is None:
             return True
-        chosen = self._hosts.choose(plan.tp * plan.pp, now)
-        if self._host_wait.all_answer([host.name for host in chosen[1:]], now):
+        waited_s = self._host_wait.waited_s(now)
+        has_waited = self.has_served or waited_s > plan.wait_for_hosts_s
+        fitting = self._fit(plan, now) if has_waited else plan
+        names = [host.name for host in self._hosts.choose(fitting.size, now)[1:]]
+        if self._host_wait.all_answer(names, now):
+            for name in names:
+                self._hosts.on_back(name, now)
+            self._missing = None
             return True
         if silent := self._host_wait.silent():
             # It is no fault of what runs there that a world did not start.
             self.restarts.on_hosts_away()
-            for name in silent:
-                self._hosts.on_silent(name, now)
-        if not self.has_served and self._host_wait.waited_s(now) > plan.wait_for_hosts_s:
+            for name, words in silent.items():
+                self._hosts.on_lost(name, words, now)
+        if not self.has_served and has_waited and fitting.size == plan.size:
             raise GaveUp(
                 f"not all hosts answered within --wait-for-hosts {plan.wait_for_hosts_s:g}: "
                 f"{self._host_wait.notice()}; check that commands can be started there "
@@ -106,19 +129,29 @@ class WorldStarts:
             )
         return False
 
+    def _fit(self, plan: WorldPlan, now: float) -> WorldPlan:
+        """What there is room for; the whole plan where it has to be waited for."""
+        try:
+            fitting, self._missing = self.sizes.fit(plan, now), None
+        except HostsMissing as missing:
+            fitting, self._missing = plan, str(missing)
+        return fitting
+
     @property
     def is_waiting_for_hosts(self) -> bool:
         return self._host_wait.notice() is not None
 
     def notice(self, now: float) -> str | None:
         """For people who ask why nothing serves, or what is wrong; None if nothing is."""
-        return self._host_wait.notice() or self.restarts.notice(now)
+        return self._missing or self._host_wait.notice() or self.restarts.notice(now)
 
     def close(self) -> None:
         self._host_wait.close()
 
-    def on_served(self) -> None:
+    def on_served(self, world: World) -> None:
         self.has_served = True
+        self._told = ""
+        self.sizes.note_blocks(world.plan, world.kv_blocks)
         self.restarts.on_served()
 
     def put_off(self, error: NotStarted, now: float) -> None:
@@ -132,12 +165,18 @@ class WorldStarts:
             back_off_s = self.restarts.on_failed_start(now)
         if back_off_s is None:
             raise GaveUp(str(error)) from None
-        self._log.warning("world cannot be started", detail=str(error), next_start_s=back_off_s)
+        if str(error) != self._told:  # it may be tried for hours
+            self._told = str(error)
+            self._log.warning("world cannot be started", detail=str(error), next_start_s=back_off_s)
 
-    def on_dead(self, world: World, now: float) -> None:
-        """The world that was to serve, or did, is dead. Raises GaveUp if another one would not fare better."""
+    def on_dead(self, world: World, asked: WorldPlan, now: float) -> None:
+        """The world that was to serve, or did, is dead; `asked`: as large as it should have been. Raises GaveUp if
+        another one would not fare better."""
         if final := final_fault(world.faults):
-            raise GaveUp(_last_error(final.last_lines) or final.detail)
+            reason = _last_error(final.last_lines) or final.detail
+            if world.size >= asked.size or not self.has_served:
+                raise GaveUp(reason)
+            self.sizes.rule_out(world.plan, reason)
         if world.may_have_lost_hosts:
             self._host_wait.doubt()
         if world.times.served is not None or world.is_adopted:
@@ -149,7 +188,7 @@ class WorldStarts:
         failed = self.restarts.failed_starts
         if back_off_s is None:
             folder = self._run_dir.world_dir(world.epoch)
-            cause = diagnose(world.faults, self._machine, Machine.now())
+            cause = diagnose(world.faults, self._machine, Machine.now()) or self._hosts.describe_lost()
             raise GaveUp(describe_failed_starts(failed, cause, world.faults, folder))
         self._log.warning(
             "world failed to start", epoch=world.epoch, failed_starts=failed, next_start_s=back_off_s

@@ -3,12 +3,13 @@ supervisor; it reads the worlds and changes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
-from gateway.control_messages import RankEntry, WorldEntry, WorldTable
+from gateway.control_messages import HostEntry, RankEntry, WorldEntry, WorldTable
 from launcher.fault_log import FaultLog
 from launcher.fronts import Fronts
-from launcher.world_records import RankWatch, WorldState
+from launcher.hosts import HostPool
+from launcher.world_records import RankWatch, WorldPlan, WorldState
 from launcher.worlds import World
 
 TABLE_INTERVAL_S = 0.25
@@ -28,9 +29,11 @@ class TableTeller:
         worlds: Sequence[World],
         faults: FaultLog,
         notice: str | None,
+        plan: WorldPlan,
+        pool: HostPool,
         now: float,
     ) -> None:
-        """`worlds` in the order of the table."""
+        """`worlds` in the order of the table; `plan`: what was asked for."""
         claim = fronts.claim
         key = (
             epoch,
@@ -38,6 +41,7 @@ class TableTeller:
             fronts.identities,
             faults.version,
             notice is None,
+            *pool.lost,
             *((world.epoch, world.state, world.is_spare, len(world.ranks)) for world in worlds),
         )
         if key == self._key and now - self._sent_at < TABLE_INTERVAL_S:
@@ -45,7 +49,20 @@ class TableTeller:
         self._key = key
         self._sent_at = now
         entries = [world_entry(world, now) for world in worlds]
-        fronts.send(WorldTable(epoch, entries, faults.records, notice, claim))
+        used = {host.name for world in worlds if world.state is WorldState.ACTIVE for host in world.hosts}
+        hosts = host_entries(pool, used, now)
+        fronts.send(WorldTable(epoch, entries, faults.records, notice, claim, plan.tp, plan.pp, hosts))
+
+
+def host_entries(pool: HostPool, used: Container[str], now: float) -> list[HostEntry]:
+    """The hosts of `--hosts` as the front and `/cluster` see them; `used` by a world that is active."""
+    entries = []
+    for host in pool.hosts:
+        loss = pool.lost.get(host.name)
+        since, reason = (loss.unix_at, loss.reason) if loss is not None else (None, None)
+        state = pool.state_of(host, host.name in used, now)
+        entries.append(HostEntry(host.name, host.slots, state, since, reason))
+    return entries
 
 
 def world_entry(world: World, now: float) -> WorldEntry:

@@ -78,6 +78,8 @@ class World:
         """What of MPI stands between mpirun and the guards of this host: Hydra's proxy, in a session of its own."""
         self.mpirun: ProcessId | None = None
         """Its mpirun, once started."""
+        self.is_change = False
+        """Whether it is to take over from one that serves, as planned."""
         self.is_adopted = False
         """Whether an earlier supervisor started it."""
         self._last_sweep = 0.0
@@ -87,7 +89,7 @@ class World:
 
     @property
     def size(self) -> int:
-        return self.plan.tp * self.plan.pp
+        return self.plan.size
 
     @property
     def is_whole(self) -> bool:
@@ -146,7 +148,8 @@ class World:
         if host_file is not None:
             host_file.write_text(launcher.host_file(self.hosts))
         command = [*plan.guard_command, "--epoch", str(self.epoch), "--spare", self.spare.value, "--"]
-        command += [*plan.rank_command, "--epoch", str(self.epoch)]
+        command += [*plan.rank_command, "--tp", str(plan.tp), "--pp", str(plan.pp)]
+        command += ["--epoch", str(self.epoch)]
         if kv_blocks:
             command += ["--kv-cache-blocks", str(kv_blocks)]
         with self._mpirun_log.open("ab") as log:

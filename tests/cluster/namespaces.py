@@ -49,17 +49,12 @@ class Cluster:
         self._router = self._start(["unshare", "--net", *SLEEP])
         self._run(self._router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
         self._hosts = [self._start(["unshare", "--net", *SLEEP])]
-        for index in range(1, count):
-            self._hosts.append(self._start_host(f"host{index + 1}"))
-        for index, host in enumerate(self._hosts, 1):
-            net = f"10.77.{index}"
-            self._run(self._router, "ip", "link", "add", f"r{index}", "type", "veth", "peer", "name", "up0")
-            self._run(self._router, "ip", "link", "set", "up0", "netns", str(host))
-            self._run(self._router, "ip", "addr", "add", f"{net}.1/24", "dev", f"r{index}")
-            self._run(self._router, "ip", "link", "set", f"r{index}", "up")
-            self._run(host, "ip", "addr", "add", f"{net}.2/24", "dev", "up0")
-            self._run(host, "ip", "link", "set", "up0", "up")
-            self._run(host, "ip", "route", "add", "default", "via", f"{net}.1")
+        self._others: dict[int, subprocess.Popen[str]] = {}
+        """All but the first, by number: what holds their namespaces."""
+        for index in range(2, count + 1):
+            self._hosts.append(self._start_host(index))
+        for index in range(1, count + 1):
+            self._connect(index)
         agent = folder / "launch_agent"
         agent.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/cluster/launch_agent.py "$@"\n')
         agent.chmod(0o755)
@@ -72,6 +67,16 @@ class Cluster:
         """A process that does nothing, whose network is that of the first host."""
         for name in self.names[1:]:
             self._wait_reachable(name)
+
+    def _connect(self, index: int) -> None:
+        host, net = self._hosts[index - 1], f"10.77.{index}"
+        self._run(self._router, "ip", "link", "add", f"r{index}", "type", "veth", "peer", "name", "up0")
+        self._run(self._router, "ip", "link", "set", "up0", "netns", str(host))
+        self._run(self._router, "ip", "addr", "add", f"{net}.1/24", "dev", f"r{index}")
+        self._run(self._router, "ip", "link", "set", f"r{index}", "up")
+        self._run(host, "ip", "addr", "add", f"{net}.2/24", "dev", "up0")
+        self._run(host, "ip", "link", "set", "up0", "up")
+        self._run(host, "ip", "route", "add", "default", "via", f"{net}.1")
 
     def _wait_reachable(self, name: str) -> None:
         """A link takes a moment to come up."""
@@ -95,15 +100,35 @@ class Cluster:
         time.sleep(0.2)  # for unshare to have become the shell, and the shell sleep
         return self._started[-1].pid
 
-    def _start_host(self, name: str) -> int:
-        command = ["unshare", "--net", *OWN_ALL, sys.executable, "-m", "tests.cluster.host_agent", name]
+    def _start_host(self, index: int) -> int:
+        agent = [sys.executable, "-m", "tests.cluster.host_agent", f"host{index}"]
+        command = ["unshare", "--net", *OWN_ALL, *agent]
         host = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, cwd=ROOT)
         self._started.append(host)
+        self._others[index] = host
         assert host.stdout is not None and host.stdout.readline() == "up\n"
         return psutil.Process(host.pid).children()[0].pid
 
     def _run(self, pid: int, *command: str) -> None:
         subprocess.run(["nsenter", "--net", "--target", str(pid), "--", *command], check=True)
+
+    # ----------------------------------------------------------------- what can happen to a host
+
+    def kill(self, host: int, at_once: bool = True) -> None:
+        """Ends a host but the first with all that runs on it. `at_once`: its network goes first, as when the power
+        fails; else its processes' last words are still heard."""
+        if at_once:
+            self._run(self._router, "ip", "link", "del", f"r{host}")
+        self._others[host].kill()
+        self._others[host].wait()
+
+    def revive(self, host: int) -> None:
+        """A killed host is there again, with nothing running on it."""
+        command = ["nsenter", "--net", "--target", str(self._router), "--", "ip", "link", "del", f"r{host}"]
+        subprocess.run(command, capture_output=True)  # the kernel may still be about to take it down
+        self._hosts[host - 1] = self._start_host(host)
+        self._connect(host)
+        self._wait_reachable(self.names[host - 1])
 
     # ----------------------------------------------------------------- what can happen to a network
 
@@ -121,7 +146,10 @@ class Cluster:
 
     def processes(self, host: int) -> list[psutil.Process]:
         """Everything on a host but the first one, less its process 1."""
-        return psutil.Process(self._hosts[host - 1]).children(recursive=True)
+        try:
+            return psutil.Process(self._hosts[host - 1]).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
 
 
 @contextmanager

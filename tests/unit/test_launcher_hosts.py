@@ -15,7 +15,7 @@ from launcher.errors import SettingsError
 from launcher.fronts import FrontPlan
 from launcher.guard_messages import GuardHello
 from launcher.host_faults import WINDOW_S
-from launcher.hosts import LOST_FOR_S, Host, HostPool, check_slots, host_of, parse_hosts
+from launcher.hosts import Host, HostPool, check_slots, host_of, parse_hosts
 from launcher.launchers.mpirun import Flavor, Mpirun, argv, environment
 from launcher.logs import EventLog
 from launcher.placement import find_misplaced
@@ -56,16 +56,20 @@ def test_too_few_slots() -> None:
         check_slots((A, B), 4)
 
 
-def test_lost_hosts_come_last_for_a_while() -> None:
+def test_lost_hosts_come_last_until_they_are_back() -> None:
     pool = HostPool((A, B, C), EventLog())
     assert pool.choose(3, 0.0) == (A, B)
     assert pool.choose(1, 0.0) == (Host("a", 1),)
     pool.on_fault("b", "lost", 10.0)
     assert pool.choose(3, 10.0) == (A, Host("c", 1))
     assert pool.choose(7, 10.0) == (A, C, B), "it is needed"
-    assert pool.choose(3, 10.0 + LOST_FOR_S) == (A, B)
+    assert pool.choose(3, 1e6) == (A, Host("c", 1)) and pool.slots_present(1e6) == 6
+    pool.on_back("b", 14.0)
+    assert pool.choose(3, 14.0) == (A, B) and pool.slots_present(14.0) == 7
+    pool.on_fault("b", "lost", 10.0)
     pool.on_fault("c", "lost", 15.0)
     assert pool.choose(3, 16.0) == (A, B), "it was lost earlier than the other one"
+    pool.on_back("b", 17.0)
     pool.on_fault("b", "lost", 20.0)
     assert pool.choose(3, 21.0) == (A, Host("c", 1))
     pool.on_fault("a", "lost", 10.0)
@@ -117,15 +121,18 @@ def test_hosts_with_three_faults_are_left_out_while_others_suffice() -> None:
     for at, kind in enumerate(["killed", "hung", "lost"]):
         assert pool.choose(3, float(at)) == (A, B)
         pool.on_fault("b", kind, float(at))
-    back_at = LOST_FOR_S + 2.0
+    back_at = 62.0
+    pool.on_back("b", back_at)
     assert pool.choose(3, back_at) == pool.choose(3, back_at + 1) == (A, Host("c", 1))
-    [line] = written.getvalue().splitlines()
+    lines = written.getvalue().splitlines()
+    assert "host lost host=b" in lines[0] and "host is back host=b" in lines[1]
+    line = lines[-1]
     assert 'warning host left out while others suffice host=b faults="killed, hung, lost" until=2' in line
     assert pool.choose(7, back_at) == (A, B, C), "it is needed"
     pool.on_fault("c", "lost", back_at)
     assert pool.choose(3, back_at) == (A, B), "c cannot be reached: b is needed"
     assert pool.choose(3, WINDOW_S + 1.0) == (A, B), "the first fault is long ago"
-    assert len(written.getvalue().splitlines()) == 1
+    assert written.getvalue().count("left out") == 1
 
 
 def test_the_supervisors_own_host_is_never_left_out() -> None:

@@ -31,6 +31,9 @@ class Deployment:
         tp: int = TP,
         wait_s: float = 60.0,
         hosts: str = "",
+        pp: int = 1,
+        elastic: bool = False,
+        wait_for_hosts_s: float = 30.0,
         prefix: Sequence[str] = (),
         variables: Mapping[str, str] | None = None,
     ) -> None:
@@ -42,7 +45,7 @@ class Deployment:
             self.process = subprocess.Popen(
                 [
                     *(*prefix, sys.executable, "-m", "tests.recovery.small_world.deployment"),
-                    *(str(run_dir), str(tp), spare, hosts),
+                    *(str(run_dir), str(tp), spare, hosts, str(pp), "elastic" if elastic else ""),
                 ],
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -51,6 +54,7 @@ class Deployment:
                     **os.environ,
                     "SMALL_WORLD": behaviour,
                     ADOPTION_WAIT_VARIABLE: str(wait_s),
+                    "WAIT_FOR_HOSTS_S": str(wait_for_hosts_s),
                     **(variables or {}),
                 },
             )

@@ -1,7 +1,9 @@
-"""Runs the supervisor over this folder's ranks and front: `deployment RUN_DIR TP [SPARE]`, until a signal comes."""
+"""Runs the supervisor over this folder's ranks and front until a signal comes: `deployment RUN_DIR TP [SPARE [HOSTS
+[PP [elastic]]]]`."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +22,9 @@ from launcher.watch import SpareKind, adopt_orphans
 from launcher.world_records import WorldPlan
 
 
-def main(path: Path, tp: int, spare: SpareKind, hosts: tuple[Host, ...]) -> int:
+def main(
+    path: Path, tp: int, spare: SpareKind, hosts: tuple[Host, ...], pp: int = 1, elastic: bool = False
+) -> int:
     adopt_orphans()
     log = EventLog()
     log.to_stderr()
@@ -38,14 +42,15 @@ def main(path: Path, tp: int, spare: SpareKind, hosts: tuple[Host, ...]) -> int:
     plan = WorldPlan(
         mpirun=find_mpirun(),
         tp=tp,
-        pp=1,
+        pp=pp,
         cores=1,
         rank_command=python_module("tests.recovery.small_world.rank"),
         guard_command=python_module("launcher.guard"),
         served_model_name="small",
         hosts=hosts,
+        elastic=elastic,
         remote_endpoint=f"tcp://{address_towards(hosts)}:*" if hosts else "",
-        wait_for_hosts_s=30.0 if hosts else None,
+        wait_for_hosts_s=float(os.environ.get("WAIT_FOR_HOSTS_S", "30")) if hosts else None,
     )
     front = [*python_module("tests.recovery.small_world.front"), f"ipc://{run_dir.control_socket}", str(path)]
     front.append(str(listener.fileno()))
@@ -74,5 +79,5 @@ def main(path: Path, tp: int, spare: SpareKind, hosts: tuple[Host, ...]) -> int:
 
 
 if __name__ == "__main__":
-    path, tp, spare, hosts = [*sys.argv[1:], *("2", "none", "")[len(sys.argv) - 2 :]]
-    sys.exit(main(Path(path), int(tp), SpareKind(spare), parse_hosts(hosts)))
+    path, tp, spare, hosts, pp, elastic = [*sys.argv[1:], *("2", "none", "", "1", "")[len(sys.argv) - 2 :]]
+    sys.exit(main(Path(path), int(tp), SpareKind(spare), parse_hosts(hosts), int(pp), bool(elastic)))

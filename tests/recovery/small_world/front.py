@@ -60,7 +60,7 @@ def main(control: str, folder: Path, listener: int) -> None:
         with contextlib.suppress(OSError):  # a full disk
             temporary.write_text(json.dumps(msgspec.to_builtins(table)))
             temporary.rename(folder / "table.json")
-        serving = next((world.epoch for world in table.worlds if world.state == "active"), None)
+        serving = max((world.epoch for world in table.worlds if world.state == "active"), default=None)
 
 
 if __name__ == "__main__":
