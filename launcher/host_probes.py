@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
-from launcher.launchers import remote_shell
 from launcher.processes import ProcessId, all_processes, kill, reap_orphan
 
 TIMEOUT_S = 10.0
@@ -131,12 +130,12 @@ class HostProbes:
             asked.next_at = now + asked.pause_s
 
 
-def by_remote_shell(environment: dict[str, str]) -> Start:
-    """Probes that go the way that mpirun takes."""
+def by_commands(probe: Callable[[str], Sequence[str]], environment: dict[str, str]) -> Start:
+    """Probes by the command that `probe` gives for a host: the way that mpirun takes."""
 
     def start(host: str, output: IO[bytes]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            remote_shell.probe(environment, host),
+            probe(host),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -4,8 +4,9 @@ keeps the pool of hosts true, and must never block."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
-from launcher.host_probes import HostProbes, by_remote_shell
+from launcher.host_probes import HostProbes, by_commands
 from launcher.hosts import HostPool, host_of
 from launcher.logs import EventLog
 from launcher.world_records import WorldFault, WorldPlan, WorldState
@@ -22,7 +23,11 @@ class HostWatch:
 
     def __init__(self, plan: WorldPlan, environment: dict[str, str], log: EventLog) -> None:
         self.pool = HostPool(plan.hosts, log)
-        self._probes = HostProbes(by_remote_shell(environment)) if plan.wait_for_hosts_s is not None else None
+        self._probes: HostProbes | None = None
+        """None where hosts cannot be asked."""
+        if plan.wait_for_hosts_s is not None:
+            probe = partial(self.pool.probe, environment)
+            self._probes = HostProbes(by_commands(probe, environment))
 
     def ask_all(self, now: float) -> None:
         """Nobody knows who is lost."""

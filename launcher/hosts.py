@@ -6,13 +6,14 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.errors import LauncherError, SettingsError
 from launcher.host_faults import HostFaults
 from launcher.host_list import Host as Host
 from launcher.host_list import parse_hosts as parse_hosts
+from launcher.launchers import remote_shell
 from launcher.logs import EventLog
 
 
@@ -70,6 +71,11 @@ class HostPool:
     def others(self) -> list[str]:
         """All but the supervisor's own."""
         return [host.name for host in self.hosts[1:]]
+
+    def probe(self, environment: Mapping[str, str], name: str) -> list[str]:
+        """The command that asks one whether commands can be started there."""
+        host = next(host for host in self.hosts if host.name == name)
+        return remote_shell.probe(environment, host.name, host.user, host.port)
 
     def slots_present(self, now: float, with_suspects: bool = True) -> int:
         """Of the hosts that are not lost; suspects are those with several faults lately."""

@@ -11,7 +11,6 @@ from launcher.errors import LauncherError
 from launcher.guard_link import GuardLink
 from launcher.host_wait import HostWait
 from launcher.hosts import HostPool
-from launcher.launchers import remote_shell
 from launcher.logs import EventLog
 from launcher.obstacles import full_disk, may_pass
 from launcher.restarts import Restarts
@@ -61,7 +60,7 @@ class WorldStarts:
         self._environment = environment
         self._log = log
         self._machine = Machine.now()
-        self._host_wait = HostWait(lambda name: remote_shell.probe(environment, name), log)
+        self._host_wait = HostWait(lambda name: hosts.probe(environment, name), log)
         self._missing: str | None = None
         """Who is waited for, where no smaller world may serve meanwhile."""
         self._told = ""

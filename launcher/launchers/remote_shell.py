@@ -25,11 +25,13 @@ def agent(environment: Mapping[str, str]) -> list[str]:
     return shlex.split(named)
 
 
-def probe(environment: Mapping[str, str], host: str) -> list[str]:
-    """A command that ends with 0 where commands can be started on that host."""
+def probe(environment: Mapping[str, str], host: str, user: str = "", port: int | None = None) -> list[str]:
+    """A command that ends with 0 where commands can be started on that host. `user` and `port` are for ssh."""
     command = agent(environment)
     if command == ["ssh"]:
         command += ["-n", "-x", "-o", "BatchMode=yes", "-o", "ConnectTimeout=3", "-o", "LogLevel=ERROR"]
+        command += ["-l", user] if user else []
+        command += ["-p", str(port)] if port is not None else []
     return [*command, host, "true"]
 
 

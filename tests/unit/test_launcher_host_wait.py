@@ -77,6 +77,8 @@ def test_how_a_host_is_asked() -> None:
         "there",
         "true",
     ]
+    other = remote_shell.probe({}, "there", "phalanx", 2222)
+    assert other[-6:] == ["-l", "phalanx", "-p", "2222", "there", "true"]
     given = {"PRTE_MCA_plm_ssh_agent": "/x/agent -q"}
     assert remote_shell.probe(given, "there") == ["/x/agent", "-q", "there", "true"]
     assert remote_shell.open_mpi_arguments(given) is None
