@@ -35,6 +35,19 @@ class LinearStruct(ctypes.Structure):
     ]
 
 
+class ExpertsStruct(ctypes.Structure):
+    _fields_ = [
+        ("router", LinearStruct),
+        ("gate_ups", POINTER(LinearStruct)),
+        ("downs", POINTER(LinearStruct)),
+        ("count", c_int64),
+        ("per_token", c_int64),
+        ("first_held", c_int64),
+        ("num_held", c_int64),
+        ("normalized", c_int64),
+    ]
+
+
 class LayerStruct(ctypes.Structure):
     _fields_ = [
         ("attention_norm", c_void_p),
@@ -53,6 +66,7 @@ class LayerStruct(ctypes.Structure):
         ("down", LinearStruct),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("experts", POINTER(ExpertsStruct)),
     ]
 
 

@@ -26,7 +26,9 @@ class Quantization(StrEnum):
 
     def of(self, name: str) -> Quantization:
         """For one tensor, by its local name. Embedding and head have 8 bits where the others have 4: few more
-        bytes, and most of the loss is saved."""
+        bytes, and most of the loss is saved. A router is small, and what it says decides."""
+        if name.endswith("router.weight"):
+            return Quantization.NONE
         is_edge = name.split(".")[0] in ("embed", "head")
         return Quantization.INT8 if self is Quantization.INT4 and is_edge else self
 

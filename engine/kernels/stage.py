@@ -8,6 +8,7 @@ them where there is nobody to sum with.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,9 +16,17 @@ import torch
 from engine.collectives.base import TensorGroup
 from engine.execution.batch import Batch
 from engine.execution.kv_cache import KVCache
-from engine.kernels.library import Kernels, LayerStruct, LinearStruct, StageStruct, StepStruct, linear_struct
-from engine.kernels.packing import padded
-from engine.models.config import Activation, ModelConfig
+from engine.kernels.library import (
+    ExpertsStruct,
+    Kernels,
+    LayerStruct,
+    LinearStruct,
+    StageStruct,
+    StepStruct,
+    linear_struct,
+)
+from engine.kernels.packing import PANEL, padded
+from engine.models.config import Activation, ExpertConfig, ModelConfig
 from engine.models.families import QueryKeyNorm
 from engine.models.rotary import rotary_tables
 from engine.models.sharding import RankShape
@@ -27,10 +36,13 @@ Weights = dict[str, torch.Tensor]
 _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1}
 
 
-def unsupported(config: ModelConfig) -> str | None:
-    """What of this model the kernels do not compute; None: they compute all of it."""
+def unsupported(config: ModelConfig, shapes: Iterable[RankShape]) -> str | None:
+    """What of this model, cut so, the kernels do not compute; None: they compute all of it."""
     if config.experts is not None:
-        return "a mixture of experts"
+        # Experts lie one after another in panels of a matrix, and none may begin within one.
+        sizes = [config.hidden_size, *(2 * len(shape.mlp_columns) for shape in shapes)]
+        if any(size % PANEL for size in sizes):
+            return f"experts of a width that is no multiple of {PANEL // 2}, or with a hidden size of none of {PANEL}"
     if config.query_key_norm is QueryKeyNorm.PROJECTION:
         return "norms over whole query and key projections"
     return None
@@ -146,8 +158,32 @@ class NativeStage:
         projected = attended + 2 * shape.num_kv_heads * config.head_dim
         struct.qkv = self._linear(f"{name}qkv", projected, hidden_size)
         struct.output = self._linear(f"{name}output", hidden_size, attended)
+        if config.experts is not None:
+            struct.experts = ctypes.pointer(self._experts(config.experts, name))
+            return
         struct.gate_up = self._linear(f"{name}gate_up", 2 * columns, hidden_size)
         struct.down = self._linear(f"{name}down", hidden_size, columns)
+
+    def _experts(self, experts: ExpertConfig, name: str) -> ExpertsStruct:
+        hidden_size, columns, held = (
+            self._config.hidden_size,
+            len(self._shape.mlp_columns),
+            self._shape.experts,
+        )
+
+        def each(matrix: str, num_outputs: int, num_inputs: int) -> Any:
+            parts = self._weights[f"{name}{matrix}.weight"].chunk(len(held))
+            structs = (LinearStruct * len(held))(
+                *(linear_struct(part, num_outputs, num_inputs) for part in parts)
+            )
+            return ctypes.cast(structs, ctypes.POINTER(LinearStruct))
+
+        return ExpertsStruct(
+            self._linear(f"{name}router", experts.count, hidden_size),
+            each("experts_gate_up", 2 * columns, hidden_size),
+            each("experts_down", hidden_size, columns),
+            experts.count, experts.per_token, held.start, len(held), experts.normalized,
+        )  # fmt: skip
 
     def _linear(self, name: str, num_outputs: int, num_inputs: int) -> LinearStruct:
         bias = self._weights.get(f"{name}.bias")

@@ -15,7 +15,7 @@ from engine.execution.kv_cache import BLOCK_SIZE, KVCache
 from engine.kernels.library import open_kernels
 from engine.kernels.packing import pack
 from engine.kernels.stage import NativeStage, cache_head_dim
-from engine.models.config import Activation, ModelConfig
+from engine.models.config import Activation, ExpertConfig, ModelConfig
 from engine.models.decoder import DecoderStage
 from engine.models.families import Norms, QueryKeyNorm
 from engine.models.rope_config import RopeConfig
@@ -44,6 +44,11 @@ CONFIGS = {
         residual_multiplier=0.5, attention_scale=0.3,
     ),
     "many heads on one": replace(PLAIN, num_heads=14, num_kv_heads=1, head_dim=32, windows=(5, 100)),
+    "experts": replace(PLAIN, intermediate_size=48, experts=ExpertConfig(6, 2, True, "mlp", ("g", "u", "d"))),
+    "one of three experts": replace(
+        PLAIN, residual_multiplier=0.5, norms=Norms.AROUND,
+        experts=ExpertConfig(3, 1, False, "mlp", ("g", "u", "d")),
+    ),
     "after": replace(PLAIN, norms=Norms.AFTER, head_dim=80, num_heads=3, num_kv_heads=3),
 }  # fmt: skip
 
@@ -62,10 +67,16 @@ class Served:
     sequence's name and the position alone."""
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, path: str | None, threads: int = 1, tp: int = 1
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        path: str | None,
+        threads: int = 1,
+        tp: int = 1,
+        expert_parallel: bool = False,
     ) -> None:
         self.config = config
-        shape = shard_world(config, tp, 1)[0][0]
+        shape = shard_world(config, tp, 1, expert_parallel)[0][0]
         weights = _weights(config, shape, dtype)
         group = SingleRankGroup()
         self.stage: DecoderStage | NativeStage
@@ -129,10 +140,10 @@ def _token(size: int, name: int, position: int) -> torch.Tensor:
 
 @cache
 def _mixed_steps(
-    name: str, dtype: torch.dtype, path: str | None, tp: int
+    name: str, dtype: torch.dtype, path: str | None, tp: int, expert_parallel: bool = False
 ) -> dict[tuple[int, int], torch.Tensor]:
     """What prompts, chunks beside decoding, and decoding bring, by (sequence, position)."""
-    served = Served(CONFIGS[name], dtype, path, tp=tp)
+    served = Served(CONFIGS[name], dtype, path, tp=tp, expert_parallel=expert_parallel)
     served.step(chunks=[(1, 90), (2, 3)])
     served.step(decode=[2], chunks=[(1, 40), (3, 17)])
     for _ in range(3):
@@ -147,10 +158,20 @@ def test_stage_is_that_of_torch(name: str, path: str, tp: int) -> None:
     # The first rank's share: with two ranks, heads and columns are cut unevenly.
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.15)):
         native = _mixed_steps(name, dtype, path, tp)
-        for key, expected in _mixed_steps(name, dtype, None, tp).items():
-            error = (native[key] - expected).abs()
-            assert error.max() < tolerance * (10 if dtype == torch.bfloat16 else 1), (dtype, key)
-            assert error.mean() < tolerance, (dtype, key)
+        reference = _mixed_steps(name, dtype, None, tp)
+        most = tolerance * (10 if dtype == torch.bfloat16 else 1)
+        errors = {key: (native[key] - expected).abs() for key, expected in reference.items()}
+        off = [key for key, error in errors.items() if error.max() >= most or error.mean() >= tolerance]
+        # A router's rounding in bfloat16 may send a token to another expert, where two are as good.
+        sent_elsewhere = len(errors) // 20 if dtype == torch.bfloat16 and CONFIGS[name].experts else 0
+        assert len(off) <= sent_elsewhere, (dtype, off)
+
+
+@pytest.mark.parametrize("path", instruction_sets())
+def test_a_rank_may_hold_whole_experts(path: str) -> None:
+    native = _mixed_steps("experts", torch.float32, path, 3, True)
+    for key, expected in _mixed_steps("experts", torch.float32, None, 3, True).items():
+        assert (native[key] - expected).abs().max() < 1e-4, key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

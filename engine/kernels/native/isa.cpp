@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "experts.h"
 
 namespace PHALANX_ISA {
 namespace {
@@ -92,10 +93,13 @@ void half(Context *context, const Stage *stage, const Step *step, int64_t index,
     if (index == 2 * stage->num_layers) return;
     const Layer &layer = stage->layers[index / 2];
     const bool is_attention = index % 2 == 0;
-    with_format((is_attention ? layer.qkv : layer.gate_up).format, [&](auto format) {
+    const Linear &mlp = layer.experts == nullptr ? layer.gate_up : layer.experts->gate_ups[0];
+    with_format((is_attention ? layer.qkv : mlp).format, [&](auto format) {
         typedef decltype(format) L;
         typedef std::conditional_t<std::is_same_v<L, Float32>, Float32, BFloat16> F;
         if (is_attention) attention_half<L, F>(context, *stage, layer, *step, hidden, partial);
+        else if (layer.experts != nullptr)
+            experts_half<L, F>(context, *stage, layer, step->num_tokens, hidden, partial, MLP_ROWS);
         else mlp_half<L>(context, *stage, layer, step->num_tokens, hidden, partial);
     });
 }

@@ -18,6 +18,18 @@ struct Linear {
     int64_t format;
 };
 
+// A mixture of experts, of which a rank holds some.
+struct Experts {
+    Linear router;           // [count, hidden_size], whole on every rank
+    const Linear *gate_ups;  // [num_held]
+    const Linear *downs;
+    int64_t count;
+    int64_t per_token;
+    int64_t first_held;
+    int64_t num_held;
+    int64_t normalized;  // the shares of a row's experts are scaled to a sum of 1
+};
+
 // One layer of one rank. Norm weights are float32 with the model's offset added; null: the layer has no such norm.
 struct Layer {
     const float *attention_norm;
@@ -35,6 +47,7 @@ struct Layer {
     // padded elements the inputs), values [kv_heads][16][padded_head_dim].
     void *keys;
     void *values;
+    const Experts *experts;  // in place of gate_up and down; null: none
 };
 
 struct Stage {
@@ -88,6 +101,10 @@ struct Functions {
 typedef void (*Task)(void *argument, int64_t task, int64_t thread);
 void run_tasks(Context *, int64_t num_tasks, Task, void *argument);
 int64_t num_threads(const Context *);
-enum Scratch { SCRATCH_X, SCRATCH_PROJECTED, SCRATCH_QUERIES, SCRATCH_GATED, SCRATCH_TASKS, SCRATCH_THREADS, SCRATCHES };
+enum Scratch {
+    SCRATCH_X, SCRATCH_PROJECTED, SCRATCH_QUERIES, SCRATCH_GATED, SCRATCH_TASKS, SCRATCH_THREADS,
+    SCRATCH_ROUTED_BY, SCRATCH_SENT, SCRATCH_SAID, SCRATCH_CHOSEN, SCRATCH_ROUTES, SCRATCH_STARTS,
+    SCRATCHES
+};
 // At least `bytes` of memory at a multiple of 64, whose content is undefined. Ends the process if there is none.
 void *scratch(Context *, Scratch which, size_t bytes);
