@@ -17,6 +17,15 @@ from launcher.launchers import remote_shell
 from launcher.logs import EventLog
 
 
+def with_own_name(hosts: Sequence[Host]) -> tuple[Host, ...]:
+    """The first one by the name that this machine has for itself, if it is this machine with its domain, or without:
+    mpirun resolves no names, and would reach for it over the network."""
+    own = socket.gethostname()
+    if not hosts or hosts[0].name.partition(".")[0] != own.partition(".")[0]:
+        return tuple(hosts)
+    return (Host(own, hosts[0].slots), *hosts[1:])
+
+
 def check_slots(hosts: Sequence[Host], ranks: int) -> None:
     """Raises SettingsError if the world does not fit."""
     slots = sum(host.slots for host in hosts)

@@ -43,7 +43,7 @@ class RunDir:
     """An open run folder. Close it to give up the lock."""
 
     def __init__(self, path: Path) -> None:
-        """Makes the folder (mode 0700) and takes its lock. Raises RunDirInUse if another supervisor holds it,
+        """Makes the folder (mode 0700, if it is ours) and takes its lock. Raises RunDirInUse if another supervisor holds it,
         LauncherError if it cannot be made."""
         self.path = path.absolute()
         self.run_id = secrets.token_hex(6)
@@ -55,7 +55,8 @@ class RunDir:
             raise LauncherError(f"--run-dir {self.path}: too long for a socket; give a shorter path")
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.path.chmod(0o700)
+            with contextlib.suppress(PermissionError):  # a volume's own folder, which is its owner's to open
+                self.path.chmod(0o700)
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise LauncherError(f"--run-dir {self.path}: {error.strerror}; give another folder") from None

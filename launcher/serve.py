@@ -24,7 +24,7 @@ from launcher.errors import LauncherError
 from launcher.fronts import FrontPlan
 from launcher.grpc_port import DEFAULT_PORT, choose_grpc_port
 from launcher.hangup import HangupReload, has_terminal
-from launcher.hosts import Host, address_towards, parse_hosts
+from launcher.hosts import Host, address_towards, parse_hosts, with_own_name
 from launcher.launchers import mpijob
 from launcher.launchers.host_file import host_file
 from launcher.launchers.mpirun import find_mpirun, flavor_named
@@ -80,7 +80,7 @@ def _serve(
     adopt_orphans()
     mpirun = find_mpirun(settings.mpirun, flavor_named(settings.mpi))
     settings = mpijob.complete(settings, os.environ, log)
-    hosts = parse_hosts(settings.hosts)
+    hosts = with_own_name(parse_hosts(settings.hosts))
     host_file(mpirun.flavor, hosts)  # what this MPI cannot name is refused at once
     interface = find_interface(settings.interface) if settings.interface else None
     run_dir, listeners, found = _claim(settings, log)

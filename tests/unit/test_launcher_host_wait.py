@@ -12,6 +12,7 @@ import pytest
 from launcher import host_wait
 from launcher.errors import SettingsError
 from launcher.host_wait import HostWait
+from launcher.hosts import Host, with_own_name
 from launcher.launchers import mpijob, remote_shell
 from launcher.logs import EventLog
 from launcher.settings import Settings
@@ -107,3 +108,15 @@ def test_an_mpijob_is_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path.write_text("job-worker-0.job.space.svc:2\n")
     with pytest.raises(SettingsError, match="runLauncherAsWorker"):
         mpijob.complete(settings, launcher, log, path)
+
+
+def test_the_first_host_has_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "one.here")
+    for name in ("one", "one.here", "one.job.space.svc"):
+        assert with_own_name([Host(name, 2), Host("one.other", 1)]) == (
+            Host("one.here", 2),
+            Host("one.other", 1),
+        )
+    for name in ("10.0.0.1", "two", "ones"):
+        assert with_own_name([Host(name, 2)]) == (Host(name, 2),)
+    assert with_own_name([]) == ()
