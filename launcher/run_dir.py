@@ -43,8 +43,8 @@ class RunDir:
     """An open run folder. Close it to give up the lock."""
 
     def __init__(self, path: Path) -> None:
-        """Makes the folder (mode 0700, if it is ours) and takes its lock. Raises RunDirInUse if another supervisor holds it,
-        LauncherError if it cannot be made."""
+        """Makes the folder (mode 0700, if it is ours) and takes its lock. Raises RunDirInUse if another supervisor
+        holds it, LauncherError if it cannot be made."""
         self.path = path.absolute()
         self.run_id = secrets.token_hex(6)
         self.control_socket = self.path / "control.sock"
