@@ -1,6 +1,6 @@
 """An MPIJob as the MPI Operator runs it: pods with addresses, processes and a read-only root of their own, the
-operator's host file, keys and environment, a real sshd in the workers, all as the user of the manifest. Ranks, a worker
-and the launcher are killed and come back; streams go on."""
+operator's host file, keys and environment, a real sshd in the worker, all as the user of the manifest. Ranks, worker
+and launcher are killed and come back; streams go on."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ IMAGE = Image(
     },
 )
 PROMPTS = ["one two three", "a b c d e f g", "Once upon a time"]
-NUM_TOKENS = 400
+NUM_TOKENS = 300
 
 
 class Job:
@@ -131,7 +131,11 @@ class Job:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", max_model_len=2048)
+    """Slow enough for streams to be under way when something is killed."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return make_tiny_llama(
+        folder, num_layers=12, hidden=288, head_dim=32, intermediate=768, max_model_len=2048
+    )
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +234,14 @@ def test_the_launcher_waits_for_its_workers(served: Job) -> None:
     users = {process.uids().real for pod in served.node.pods.values() for process in pod.processes()}
     assert users == {1000}
     faults = (served.get("/cluster") or httpx.Response(0)).json()["faults"]
-    assert faults == [], "a world was tried before its hosts were there"
+    assert [fault for fault in faults if fault["kind"] == "start"] == [], "tried before its hosts were there"
 
 
 @pytest.mark.parametrize("pod", ["launcher", "worker"])
 def test_a_rank_is_killed(served: Job, texts: list[str], pod: str) -> None:
     world = served.world()
     streams = Streams(served)
-    streams.wait_begun(20)
+    streams.wait_begun(5)
     (rank,) = ranks(getattr(served, pod), world["epoch"])
     rank.kill()
     served.world(above=world["epoch"])
@@ -250,7 +254,7 @@ def test_a_worker_pod_is_killed_and_comes_back(served: Job, texts: list[str]) ->
     world = served.world()
     first = served.worker.address
     streams = Streams(served)
-    streams.wait_begun(20)
+    streams.wait_begun(5)
     served.node.kill(served.worker.name)
     wait_until(lambda: served.status("/health/ready") == 503, 30.0, served.logs)
     wait_until(
@@ -272,7 +276,7 @@ def test_the_launcher_pod_is_killed_and_comes_back(served: Job, texts: list[str]
     world = served.world()
     worker = served.worker
     streams = Streams(served)
-    streams.wait_begun(20)
+    streams.wait_begun(5)
     served.node.kill(served.launcher.name)
     wait_until(lambda: alive(worker, "engine.rank") == [], 30.0, lambda: alive(worker, "engine.rank"))
     served.start_launcher("--dtype", "float32", "--max-wait-s", "120")
@@ -286,7 +290,7 @@ def test_sigterm_drains_and_ends_with_zero(served: Job, texts: list[str]) -> Non
     """As the kubelet ends a pod: what runs is finished, within the time of grace."""
     served.world()
     streams = Streams(served)
-    streams.wait_begun(20)
+    streams.wait_begun(5)
     served.launcher.send(signal.SIGTERM)
     assert streams.finish() == texts and streams.connections == [1, 1, 1]
     assert served.launcher.wait(30.0) == 0, served.launcher.log()
