@@ -67,15 +67,17 @@ class Connection:
         on_welcome: Callable[[Welcome], None],
         on_message: Callable[[ServerMessage], None],
         on_lost: Callable[[str], None],
+        on_drained: Callable[[], None] = lambda: None,
         name: str = "",
         silence_s: float = SERVER_SILENCE_S,
         curve: ClientKeys | None = None,
     ) -> None:
-        """Starts to connect; a server that is not there yet is waited for. Raises EndpointError for an
+        """`on_drained` is called when all messages that were there have been handed over. Starts to connect; a server that is not there yet is waited for. Raises EndpointError for an
         endpoint that is none."""
         self._on_welcome = on_welcome
         self._on_message = on_message
         self._on_lost = on_lost
+        self._on_drained = on_drained
         self._silence_s = silence_s
         self.endpoint = endpoint
         self._loop = asyncio.get_running_loop()
@@ -134,6 +136,7 @@ class Connection:
 
     def _drain(self) -> None:
         receive_frames(self._socket, self._receive)
+        self._on_drained()
 
     def _receive(self, frames: list[bytes]) -> None:
         self._last_received = time.monotonic()

@@ -91,6 +91,8 @@ class Requests:
         self._quarantine = Quarantine(self, journal, metrics, log, claim)
         self._submissions = Submissions(self._quarantine.leaves)
         self._numbers = itertools.count(journal.last_number + 1)
+        self._taken: list[tuple[Request, Output]] = []
+        """New tokens that are to be written down and handed over."""
         self._world_waiters: list[asyncio.Future[None]] = []
 
     # ----------------------------------------------------------------------- for the servers
@@ -269,6 +271,7 @@ class Requests:
 
     def world_down(self) -> None:
         """No world serves: everything waits for the next one. What the old one still says is dropped."""
+        self.hand_over()
         if self._metrics.serving_epoch is not None:
             self._quarantine.world_down(self._metrics.serving_epoch, list(self._submissions))
         self._submissions.clear()
@@ -281,18 +284,34 @@ class Requests:
 
     def receive(self, message: ServerMessage) -> None:
         """A message of the world that serves."""
+        self.take(message)
+        self.hand_over()
+
+    def take(self, message: ServerMessage) -> None:
+        """One of several messages of the world that serves. `hand_over` follows in the same turn of the loop: the
+        tokens of all of them are one commit of the journal."""
         if isinstance(message, Tokens):
-            now = time.monotonic()
-            new = [found for output in message.outputs if (found := self._journal_output(output)) is not None]
-            self._journal.flush()
-            for request, shown in new:
-                self._deliver(request, shown, now)
-            self._call_after_batch()
-            self._count()
+            for output in message.outputs:
+                if (found := self._journal_output(output)) is not None:
+                    self._taken.append(found)
         elif isinstance(message, Stats):
             self._metrics.note_stats(message)
         elif isinstance(message, Failed):
+            self.hand_over()
             self._receive_failed(message)
+
+    def hand_over(self) -> None:
+        """Writes down what was taken, and then shows it to the clients."""
+        if not self._taken:
+            return
+        taken, self._taken = self._taken, []
+        self._journal.flush()
+        now = time.monotonic()
+        for request, shown in taken:
+            if not request.ended:
+                self._deliver(request, shown, now)
+        self._call_after_batch()
+        self._count()
 
     def judge(self, faults: list[Fault]) -> None:
         """What the supervisor knows of the worlds that died: see quarantine.py."""
@@ -385,6 +404,7 @@ class Requests:
 
     def _resubmit(self, request: Request) -> None:
         """The world starts this request again behind what the journal has."""
+        self.hand_over()  # what it has brought comes before its error
         self._submissions.cancel(request)
         request.resubmits += 1
         if self._submissions.world is None or request.resubmits > MAX_RESUBMITS_IN_A_WORLD:

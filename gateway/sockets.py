@@ -33,19 +33,23 @@ class ReadPump:
         self.check()
 
     def check(self) -> None:
-        """To be called after each send: it may have swallowed the sign that messages came."""
-        if self._scheduled or self._closed or not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
-            return
-        self._scheduled = True
-        self._loop.call_soon(self._run)
+        """To be called after each send: it may have swallowed the sign that messages came. Looks once in a turn of the
+        loop, however many sends there were: a look costs two system calls."""
+        if not self._scheduled and not self._closed:
+            self._scheduled = True
+            self._loop.call_soon(self._look)
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._fd)
 
-    def _run(self) -> None:
+    def _look(self) -> None:
         self._scheduled = False
+        if not self._closed and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._run()
+
+    def _run(self) -> None:
         if not self._closed:
             self._drain()
             self.check()

@@ -204,6 +204,7 @@ class Worlds:
             on_welcome=lambda welcome: self._welcomed(link, welcome),
             on_message=lambda message: self._receive(link, message),
             on_lost=lambda reason: self._lost(link, reason),
+            on_drained=self._requests.hand_over,
             name="front",
             silence_s=SILENCE_S,
         )
@@ -234,7 +235,7 @@ class Worlds:
 
     def _receive(self, link: Link, message: ServerMessage) -> None:
         if link is self._link and message.epoch == link.entry.epoch:
-            self._requests.receive(message)
+            self._requests.take(message)
 
     def _lost(self, link: Link, reason: str) -> None:
         if link is self._next_link:
