@@ -72,7 +72,9 @@ class Connection:
         silence_s: float = SERVER_SILENCE_S,
         curve: ClientKeys | None = None,
     ) -> None:
-        """`on_drained` is called when all messages that were there have been handed over. Starts to connect; a server that is not there yet is waited for. Raises EndpointError for an
+        """`on_drained` is called when all messages that were there have been handed over.
+
+        Starts to connect; a server that is not there yet is waited for. Raises EndpointError for an
         endpoint that is none."""
         self._on_welcome = on_welcome
         self._on_message = on_message

@@ -33,8 +33,8 @@ class ReadPump:
         self.check()
 
     def check(self) -> None:
-        """To be called after each send: it may have swallowed the sign that messages came. Looks once in a turn of the
-        loop, however many sends there were: a look costs two system calls."""
+        """To be called after each send: it may have swallowed the sign that messages came. Looks once in a turn of
+        the loop, however many sends there were: a look costs two system calls."""
         if not self._scheduled and not self._closed:
             self._scheduled = True
             self._loop.call_soon(self._look)

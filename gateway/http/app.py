@@ -5,6 +5,8 @@ Made by front.py, served by uvicorn. Nothing here runs once a token.
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import itertools
 import uuid
 
@@ -38,6 +40,9 @@ from gateway.metrics import FrontMetrics
 from gateway.tracing import TraceContexts
 
 MAX_REQUEST_ID = 128
+LARGE_BODY_BYTES = 65536
+COLLECT_AFTER_S = 0.1
+"""When the answer to a large body that was refused has been sent."""
 KSERVE_PREFIX = "/openai"
 """Servers behind KServe have OpenAI's endpoints under /openai/v1, too."""
 
@@ -153,12 +158,21 @@ def _is_inference_v2(path: str) -> bool:
     return (path == "/v2" or path.startswith("/v2/")) and path != "/v2/rerank"
 
 
+def _is_large(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether a body is so long that it should not wait for the next collection; one of unknown length may be."""
+    length = next((value for name, value in headers if name == b"content-length"), None)
+    if length is None:
+        return any(name == b"transfer-encoding" for name, _ in headers)
+    return not length.isdigit() or int(length) > LARGE_BODY_BYTES
+
+
 class RequestIds:
     """Echoes x-request-id, or makes one, and counts responses."""
 
     def __init__(self, app: ASGIApp, metrics: FrontMetrics) -> None:
         self._app = app
         self._metrics = metrics
+        self._collects = False
         front = uuid.uuid4().hex[:16].encode()
         self._own_ids = (b"%b%016x" % (front, number) for number in itertools.count(1))
 
@@ -177,7 +191,19 @@ class RequestIds:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._metrics.http_responses[message["status"]] += 1
+                if message["status"] >= 400 and _is_large(scope["headers"]):
+                    self._collect_soon()
                 message["headers"] = [*message.get("headers", ()), header]
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+    def _collect_soon(self) -> None:
+        """The frames of an error hold on to the body, and may hold on to each other."""
+        if not self._collects:
+            self._collects = True
+            asyncio.get_running_loop().call_later(COLLECT_AFTER_S, self._collect)
+
+    def _collect(self) -> None:
+        self._collects = False
+        gc.collect(1)
