@@ -152,6 +152,7 @@ class Call:
         """To be called when one of its requests has ended."""
         if self.ended:
             self._stop_grace()
+            self._members = []  # they know this call, too: without the ring nothing waits for a collection
             self._on_ended(self)
 
     def _stop_grace(self) -> None:
