@@ -84,6 +84,7 @@ class Connection:
         self.endpoint = endpoint
         self._loop = asyncio.get_running_loop()
         self._closed = False
+        self._to_send: list[ClientMessage] = []
         self._socket = context.socket(zmq.DEALER)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.SNDHWM, HIGH_WATER_MARK)
@@ -120,6 +121,21 @@ class Connection:
             self._lose("it takes no messages")
             raise ConnectionLost(f"{self.endpoint} takes no messages; connect again") from None
         self._pump.check()
+
+    def send_soon(self, message: ClientMessage) -> None:
+        """Queues a message at the end of this turn of the loop, with the others of the turn: a socket that is asleep
+        is woken once for all of them. Where `send` would raise, the connection is lost."""
+        self._to_send.append(message)
+        if len(self._to_send) == 1:
+            self._loop.call_soon(self._send_all)
+
+    def _send_all(self) -> None:
+        messages, self._to_send = self._to_send, []
+        try:
+            for message in messages:
+                self.send(message)
+        except ConnectionLost:  # whoever sent them is told by `on_lost`
+            return
 
     def close(self) -> None:
         """Closes at once; `on_lost` is not called."""

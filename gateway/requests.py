@@ -213,15 +213,16 @@ class Requests:
         else:
             self.waiting.enter(request.num_waiting_tokens)
         self._live[entry.request_id] = request
-        loop = asyncio.get_running_loop()
         if entry.deadline_at is not None:
             left_s = max(0.0, entry.deadline_at - now)
+            loop = asyncio.get_running_loop()
             request.deadline_timer = loop.call_later(left_s, self._pass_deadline, request)
         if restored:
             self._submit_restored(request)
         elif self._submissions.world is not None and not self._quarantine.holds:
             self.submit(request)
         else:
+            loop = asyncio.get_running_loop()
             request.wait_timer = loop.call_later(self.max_wait_s, self._give_up_waiting, request)
         self._count()
         return request

@@ -17,7 +17,7 @@ import zmq
 
 from gateway.connection import Connection
 from gateway.control_messages import WorldEntry, WorldTable
-from gateway.errors import ConnectionLost, EndpointError
+from gateway.errors import EndpointError
 from gateway.log import Logger
 from gateway.protocol import Cancel, ServerMessage, Submit, Welcome
 from gateway.requests import Requests
@@ -46,10 +46,7 @@ class Link:
     def send(self, message: Submit | Cancel) -> None:
         """Never raises: if the link is gone, its loss was or will be reported, and everything is sent
         again."""
-        try:
-            self._connection.send(message)
-        except ConnectionLost:
-            return
+        self._connection.send_soon(message)
 
     def close(self) -> None:
         self.is_up = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ LEAST_BODY_RATE = 2048
 REPORT_EVERY_S = 60.0
 TOO_SLOW = "too_slow"
 """Key of the request's `state`: its client did not read, see streams.py."""
+HANGUP = "hangup"
+"""Key of the request's `state`: the Hangup of its connection."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,33 @@ class _Rarely:
             self._log.warning(event, times=self._counts.pop(event), **fields)
 
 
+class Hangup:
+    """Tells whoever waits for an answer that its client is gone. A task that waits for ASGI's message of that costs a
+    tenth of a short request."""
+
+    __slots__ = ("_callbacks", "has_come")
+
+    def __init__(self) -> None:
+        self.has_come = False
+        self._callbacks: set[Callable[[], None]] = set()
+
+    def add(self, callback: Callable[[], None]) -> None:
+        """It is called once, at once if the client is gone already."""
+        if self.has_come:
+            callback()
+        else:
+            self._callbacks.add(callback)
+
+    def discard(self, callback: Callable[[], None]) -> None:
+        self._callbacks.discard(callback)
+
+    def come(self) -> None:
+        self.has_come = True
+        callbacks, self._callbacks = self._callbacks, set()
+        for callback in callbacks:
+            callback()
+
+
 class _LimitedConnection(HttpToolsProtocol):
     limits: ConnectionLimits
     log: _Rarely
@@ -73,6 +103,7 @@ class _LimitedConnection(HttpToolsProtocol):
         self._num_bytes = 0
         """Of the head or the body that is being read."""
         self._slow_timer: asyncio.TimerHandle | None = None
+        self._hangup = Hangup()
 
     # ----------------------------------------------------------------------- of the connection
 
@@ -90,6 +121,7 @@ class _LimitedConnection(HttpToolsProtocol):
         self._stop_timer()
         self._stop_slow_timer()
         super().connection_lost(exc)
+        self._hangup.come()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -111,6 +143,7 @@ class _LimitedConnection(HttpToolsProtocol):
         if head_bytes <= MAX_HEAD_BYTES and len(self.headers) <= MAX_HEADERS:
             self._await(in_body=True)
             super().on_headers_complete()
+            self.scope["state"][HANGUP] = self._hangup
             return
         self.log.warning("head refused", detail=f"{len(self.headers)} headers of {head_bytes} bytes")
         app, self.app = self.app, _refuse_head

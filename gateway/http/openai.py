@@ -6,7 +6,6 @@ Each call: read and check the request, tokenize, hand it to the front's requests
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,11 +28,11 @@ from gateway.http.resumable import AnswerContent, Claim, ResumableCalls
 from gateway.http.sampling import (
     bad_words,
     check_answer_size,
+    check_length,
     check_sampling,
     num_candidates,
     num_choices,
     priority,
-    sampling_params,
     stop_strings,
     timeout_s,
     truncated,
@@ -109,7 +108,7 @@ class OpenAI:
         limit = asked_max_tokens(request.max_completion_tokens, "max_completion_tokens")
         if limit is None:
             limit = asked_max_tokens(request.max_tokens, "max_tokens")
-        check_sampling(request)
+        params = check_sampling(request)
         wanted = constraint(request)
         text, prompt, limits, deadline = await self.encode_chat(chat, request)
         parsing = chat.parsing(self.dialect, text)
@@ -119,7 +118,7 @@ class OpenAI:
         if limit is None:
             limit = max(1, min(limits.max_model_len, limits.kv_cache_tokens) - len(prompt))
         shape = AnswerOptions(parsing=parsing)
-        return self._prepare(request, [prompt], limit, limits, deadline, grammar, "messages", shape)
+        return self._prepare(request, params, [prompt], limit, limits, deadline, grammar, "messages", shape)
 
     async def encode_chat(self, chat: Chat, request: ChatRequest) -> tuple[str, list[int], Limits, Deadline]:
         """The prompt of a chat, as text and as tokens, what the world allows, and the end of its time. Raises
@@ -150,7 +149,7 @@ class OpenAI:
         # The engine makes one token at least; of a mere echo it is not shown.
         limit = 1 if only_echo else asked_max_tokens(request.max_tokens, "max_tokens")
         prompts = completion_prompts(request)
-        check_sampling(request)
+        params = check_sampling(request)
         grammar = await _grammar(request)
         deadline = Deadline(timeout_s(request))
         limits = await self.limits(deadline)
@@ -163,6 +162,7 @@ class OpenAI:
             echo = [lay_out(prompt, token_ids, self.text) for prompt, token_ids in pairs]
         return self._prepare(
             request,
+            params,
             encoded,
             COMPLETION_MAX_TOKENS if limit is None else limit,
             limits,
@@ -194,6 +194,7 @@ class OpenAI:
     def _prepare(
         self,
         request: CommonRequest,
+        base: SamplingParams,
         prompts: list[list[int]],
         max_tokens: int,
         limits: Limits,
@@ -202,17 +203,20 @@ class OpenAI:
         prompt_param: str,
         shape: AnswerOptions = _PLAIN,
     ) -> Prepared:
-        """Every prompt with each of its choices. Raises ApiError."""
+        """Every prompt with each of its choices; `base`: what `check_sampling` gave. Raises ApiError."""
         for prompt in prompts:
             problem = check_prompt(prompt, max_tokens, limits)
             if problem is not None:
                 too_long = len(prompt) + max_tokens > min(limits.max_model_len, limits.kv_cache_tokens)
                 code = "context_length_exceeded" if too_long else "invalid_value"
                 raise ApiError(400, problem, param=prompt_param, code=code)
-        base = sampling_params(request, max_tokens)
-        shown = [] if shape.parsing is None else sorted(self.dialect.special.values())
+        check_length(request, max_tokens)
         base = msgspec.structs.replace(
-            base, bad_words=bad_words(request, self.text), grammar=grammar, shown_token_ids=shown
+            base,
+            max_tokens=max_tokens,
+            bad_words=bad_words(request, self.text),
+            grammar=grammar,
+            shown_token_ids=[] if shape.parsing is None else sorted(self.dialect.special.values()),
         )
         shape = _answer_options(request, base, shape)
         base = _ask_more(base, shape, needs_scores=num_candidates(request) > num_choices(request))
@@ -305,14 +309,16 @@ def _answer_options(request: CommonRequest, params: SamplingParams, shape: Answe
     """What the answer shows, beside what the endpoint knows already."""
     options = request.stream_options
     usage = bool(options and options.include_usage)
-    return dataclasses.replace(
-        shape,
+    return AnswerOptions(
         usage=usage,
         running_usage=usage and bool(options and options.continuous_usage_stats),
         logprobs=params.logprobs is not None,
         num_top_of_prompt=params.prompt_logprobs,
         num_top_of_echo=params.logprobs or 0,
         choices_per_prompt=num_choices(request),
+        echo=shape.echo,
+        only_echo=shape.only_echo,
+        parsing=shape.parsing,
     )
 
 

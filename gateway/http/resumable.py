@@ -27,6 +27,7 @@ from gateway.http.answers import (
     finish_reason,
 )
 from gateway.http.anthropic.answer import MessagesAnswer
+from gateway.http.connections import HANGUP
 from gateway.http.errors import ApiError, from_failure
 from gateway.http.logprobs import Namer
 from gateway.http.reading import EventId, Place, Reading
@@ -261,7 +262,7 @@ class ResumableCalls:
         collector = Collector(num_choices)
         reader = self._read(call, content, collector, places)
         try:
-            await collector.wait(reader, http.receive)
+            await collector.wait(reader, http.receive, http.scope.get("state", {}).get(HANGUP))
         except ClientGone:
             return Response(status_code=499)  # nobody reads it
         return Response(

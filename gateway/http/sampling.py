@@ -69,9 +69,10 @@ def sampling_params(request: CommonRequest, max_tokens: int) -> SamplingParams:
     )
 
 
-def check_sampling(request: CommonRequest) -> None:
-    """Refuses what is wrong in itself, before anything waits for a world. Raises ApiError."""
-    sampling_params(request, 2**31 - 1)
+def check_sampling(request: CommonRequest) -> SamplingParams:
+    """Refuses what is wrong in itself, before anything waits for a world. Returns the parameters for an answer of any
+    length, which `check_length` is for. Raises ApiError."""
+    params = sampling_params(request, 2**31 - 1)
     num_candidates(request)
     stop_strings(request)
     priority(request)
@@ -83,6 +84,12 @@ def check_sampling(request: CommonRequest) -> None:
         check(
             0 < len(word.lstrip()) <= MAX_BAD_WORD_CHARACTERS, "bad_words", f"a word {word[:20]!r}", allowed
         )
+    return params
+
+
+def check_length(request: CommonRequest, max_tokens: int) -> None:
+    """Refuses what does not go with an answer of this length. Raises ApiError."""
+    _min_tokens(request, max_tokens)
 
 
 def bad_words(request: CommonRequest, text: TextModel) -> list[list[int]]:

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.calls import Call, Calls
 from gateway.errors import RequestFailed
 from gateway.http.answers import Answer, Choice
-from gateway.http.connections import TOO_SLOW
+from gateway.http.connections import TOO_SLOW, Hangup
 from gateway.http.errors import from_failure
 from gateway.http.logprobs import Placed
 from gateway.http.reading import EventId, Reading, Target
@@ -164,9 +164,9 @@ class Collector:
         if not self.done.done():
             self.done.set_exception(error)
 
-    async def wait(self, reader: Reader, receive: Receive) -> list[Choice]:
+    async def wait(self, reader: Reader, receive: Receive, hangup: Hangup | None = None) -> list[Choice]:
         """All answers. Raises ApiError, or ClientGone after the reader was cancelled."""
-        await wait_for(self.done, reader, receive)
+        await wait_for(self.done, reader, receive, hangup)
         return self.choices
 
 
@@ -300,22 +300,31 @@ class EventStream(Response):
         return self._answer.framed(event_id if self._with_ids else None, data)
 
 
-async def wait_for(done: asyncio.Future[None], group: Group | Reader, receive: Receive) -> None:
+async def wait_for(
+    done: asyncio.Future[None], group: Group | Reader, receive: Receive, hangup: Hangup | None = None
+) -> None:
     """Waits until an answer is complete, or its client is gone. Raises ApiError, or ClientGone; whatever still
-    runs of a group is cancelled."""
-    watcher = asyncio.ensure_future(disconnected(receive))
+    runs of a group is cancelled. `hangup`: of the connection, where that is known; it is cheaper than to receive."""
 
-    def give_up(watcher: asyncio.Future[None]) -> None:
-        if not watcher.cancelled() and not done.done():
+    def give_up() -> None:
+        if not done.done():
             done.set_exception(ClientGone())
 
-    watcher.add_done_callback(give_up)
+    watcher = None
+    if hangup is not None:
+        hangup.add(give_up)
+    else:
+        watcher = asyncio.ensure_future(disconnected(receive))
+        watcher.add_done_callback(lambda watcher: None if watcher.cancelled() else give_up())
     try:
         await done
     except RequestFailed as error:
         raise from_failure(error) from None
     finally:
-        watcher.cancel()
+        if hangup is not None:
+            hangup.discard(give_up)
+        if watcher is not None:
+            watcher.cancel()
         group.cancel()
 
 
