@@ -268,6 +268,8 @@ class Front:
 
     def _on_table(self, table: WorldTable) -> None:
         self._claim.note(table.claim)
+        if self._tracer is not None:
+            self._tracer.note_faults(table.faults)
         self._worlds.update(table)
         self._requests.note_claims()
 

@@ -38,22 +38,40 @@ class World(Protocol):
     def send(self, message: Submit | Cancel) -> None: ...
 
 
+class Outage:
+    """A request between two worlds. Moments are on the monotonic clock."""
+
+    __slots__ = ("began_at", "epoch", "lost_epoch", "resumed_at", "submitted_at")
+
+    def __init__(self, began_at: float, lost_epoch: int | None) -> None:
+        self.began_at = began_at
+        self.lost_epoch = lost_epoch
+        """None for the world of an earlier front."""
+        self.epoch: int | None = None
+        """Of the next world that had it."""
+        self.submitted_at: float | None = None
+        self.resumed_at: float | None = None
+        """When it had a new token."""
+
+
 class Request:
     """One live request: its journal entry, and what can be rebuilt from that."""
 
     __slots__ = (
         "accepted_at",
-        "changes",
         "deadline_timer",
         "deaths_alone",
         "ended",
         "engine_id",
         "entry",
         "epoch",
+        "first_step",
         "first_token_at",
         "holder",
+        "last_step",
         "last_token_at",
         "num_waiting_tokens",
+        "outages",
         "resubmits",
         "sink",
         "submissions",
@@ -73,8 +91,11 @@ class Request:
         """The world that has it; None while it waits for one."""
         self.engine_id = entry.request_id
         """Its id in that world: a new one for each submission, so that late outputs find nobody."""
-        self.changes: list[tuple[int, float]] = []
-        """Epochs of the worlds behind the first one, and when each had it, on the monotonic clock."""
+        self.outages: list[Outage] = []
+        """Each time that it was in no world behind its first one."""
+        self.first_step: tuple[int, int] | None = None
+        """Epoch and step that brought its first token; of a request that is pooled, its numbers."""
+        self.last_step: tuple[int, int] | None = None
         self.trace: tuple[dict[str, str], str] | None = None
         """Trace headers and path that it came with, where traces are on."""
         self.submissions = 0
@@ -95,6 +116,18 @@ class Request:
     @property
     def request_id(self) -> str:
         return self.entry.request_id
+
+    def lose_world(self) -> None:
+        """It was in a world, and is not any more."""
+        if self.epoch is not None:
+            self.outages.append(Outage(time.monotonic(), self.epoch))
+            self.epoch = None
+
+    def has_come_with(self, epoch: int, step: int) -> None:
+        """New tokens are those of this step."""
+        self.last_step = (epoch, step)
+        if self.first_step is None:
+            self.first_step = self.last_step
 
     def read(self, output: Output, eos_token_ids: Sequence[int]) -> Output:
         """New tokens with their text, as the client gets them."""

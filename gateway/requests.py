@@ -280,7 +280,7 @@ class Requests:
         self._metrics.stats = None
         self._replays.clear()
         for request in self._live.values():
-            request.epoch = None
+            request.lose_world()
             request.resubmits = 0
 
     def receive(self, message: ServerMessage) -> None:
@@ -294,6 +294,7 @@ class Requests:
         if isinstance(message, Tokens):
             for output in message.outputs:
                 if (found := self._journal_output(output)) is not None:
+                    found[0].has_come_with(message.epoch, message.step)
                     self._taken.append(found)
         elif isinstance(message, Stats):
             self._metrics.note_stats(message)
@@ -338,7 +339,7 @@ class Requests:
     def withdraw(self, request: Request) -> None:
         """Takes it out of the world; it stays live."""
         self._submissions.cancel(request)
-        request.epoch = None
+        request.lose_world()
 
     def withdraw_all(self) -> None:
         self._replays.clear()
@@ -440,6 +441,8 @@ class Requests:
         else:
             self._metrics.inter_token_latency.observe(now - request.last_token_at)
         request.last_token_at = now
+        if request.outages and request.outages[-1].resumed_at is None:
+            request.outages[-1].resumed_at = now
         if self.resumed_at is None and request.submissions > 1:
             self.resumed_at = time.time()
             self.on_resumed()
@@ -457,7 +460,7 @@ class Requests:
         self._submissions.forget(request)  # the world has nothing more of it
         if message.code == "unavailable":
             # The world is about to end; the next one gets it.
-            request.epoch = None
+            request.lose_world()
             return
         self._fail(request, RequestFailed(message.code, message.message, request.request_id))
         self._call_after_batch()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from gateway.live_request import Request, World
+from gateway.live_request import Outage, Request, World
 from gateway.protocol import Cancel, Submit
 
 
@@ -48,7 +48,10 @@ class Submissions:
             request.engine_id = f"{entry.request_id}.{request.submissions}"
         request.epoch = world.welcome.epoch
         if request.submissions > 1:
-            request.changes.append((request.epoch, time.monotonic()))
+            now = time.monotonic()
+            if not request.outages or request.outages[-1].epoch is not None:
+                request.outages.append(Outage(now, None))
+            request.outages[-1].epoch, request.outages[-1].submitted_at = request.epoch, now
         self._requests[request.engine_id] = request
         params = entry.params
         if entry.prompt_logprobs is not None:
