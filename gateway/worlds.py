@@ -76,6 +76,8 @@ class Worlds:
         self._retry: asyncio.TimerHandle | None = None
         self._retry_s = FIRST_RETRY_S
         self._retry_epoch = 0
+        self._served_until: float | None = None
+        """When the last world was lost, CLOCK_MONOTONIC; None before."""
 
     @property
     def serving_epoch(self) -> int | None:
@@ -113,6 +115,13 @@ class Worlds:
         self._drop_next_link()
         if self._link is not None:
             self._link.close()
+
+    @property
+    def outage_s(self) -> float | None:
+        """How long no world has served; 0 while one does, None before the first."""
+        if self.serving_epoch is not None:
+            return 0.0
+        return None if self._served_until is None else time.monotonic() - self._served_until
 
     def why_not_ready(self) -> str | None:
         """One sentence for a person; None while a world serves."""
@@ -248,6 +257,7 @@ class Worlds:
         was_up = link.is_up
         link.close()
         if was_up:
+            self._served_until = time.monotonic()
             self._log.warning("world lost", epoch=link.entry.epoch, reason=reason)
             self._requests.world_down()
             self._on_serving_changed()

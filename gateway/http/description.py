@@ -209,7 +209,7 @@ def _responses(path: str, method: str, schema_of: dict[type, dict[str, Any]]) ->
         responses["200"]["content"] = content
     if path == "/v1/requests/{call_id}/stream":
         responses["204"] = {"description": "The client has all of it."}
-    if path == "/health/ready":
+    if path in ("/health/ready", "/health/accepting"):
         responses["503"] = {"description": "Why not.", "content": {"application/json": {"schema": {}}}}
     if path in _EMPTY_ANSWERS:
         responses["503"] = {"description": "No world serves."}

@@ -19,6 +19,7 @@ OPEN_PATHS = frozenset(
         "/health",
         "/health/live",
         "/health/ready",
+        "/health/accepting",
         "/v2/health/live",
         "/v2/health/ready",
     }

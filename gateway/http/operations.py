@@ -33,6 +33,7 @@ class Operations:
         router.add_api_route("/health", self.health, methods=["GET"])
         router.add_api_route("/health/live", self.live, methods=["GET"])
         router.add_api_route("/health/ready", self.ready, methods=["GET"])
+        router.add_api_route("/health/accepting", self.accepting, methods=["GET"])
         router.add_api_route("/metrics", self.show_metrics, methods=["GET"])
         router.add_api_route("/cluster", self.cluster, methods=["GET"])
         return router
@@ -52,15 +53,34 @@ class Operations:
             return _json({"ready": True, "epoch": self.worlds.serving_epoch})
         return _json({"ready": False, "reason": reason}, status=503)
 
+    async def accepting(self) -> Response:
+        """Whether new requests are taken on: to be served now, or held until the next world serves. For whoever would
+        send them elsewhere, like the readiness probe of a pod."""
+        reason = self.why_not_accepting()
+        if reason is not None:
+            return _json({"accepting": False, "reason": reason}, status=503)
+        return _json({"accepting": True, "held": self.worlds.serving_epoch is None})
+
+    def why_not_accepting(self) -> str | None:
+        """None as long as a world that was lost has not been away for longer than a request is held."""
+        outage_s, held_s = self.worlds.outage_s, self.requests.max_wait_s
+        if outage_s is not None and outage_s <= held_s:
+            return self._why_not_taken()
+        return self.why_not_ready()
+
     def why_not_ready(self) -> str | None:
         """Why requests are not served now; None if they are."""
+        refused = self._why_not_taken()
+        return refused if self.requests.draining else self.worlds.why_not_ready() or refused
+
+    def _why_not_taken(self) -> str | None:
+        """Why no new request is taken on, whatever the worlds do."""
         journal = self.metrics.journal
-        reason = self.worlds.why_not_ready()
         if self.requests.draining:
-            reason = f"the server is shutting down; requests that still run: {self.requests.num_live}"
-        if reason is None and journal is not None and journal.failing is not None:
-            reason = f"the journal cannot be written, new requests are refused: {journal.failing}"
-        return reason
+            return f"the server is shutting down; requests that still run: {self.requests.num_live}"
+        if journal is not None and journal.failing is not None:
+            return f"the journal cannot be written, new requests are refused: {journal.failing}"
+        return None
 
     async def show_metrics(self) -> Response:
         return Response(self.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

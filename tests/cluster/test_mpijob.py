@@ -227,6 +227,7 @@ def test_the_launcher_waits_for_its_workers(served: Job) -> None:
     answer = served.get("/health/ready")
     assert answer is not None and answer.status_code == 503 and "waiting for" in answer.text, answer
     assert served.status("/health/live") == 200 and served.launcher.exit_code is None
+    assert served.status("/health/accepting") == 503
     served.start_worker()
     world = served.world()
     assert [rank["host"] for rank in world["ranks"]] == ["phalanx-launcher", "phalanx-worker-0"]
@@ -264,6 +265,9 @@ def test_a_worker_pod_is_killed_and_comes_back(served: Job, texts: list[str]) ->
     )
     time.sleep(3.0)  # as long as it takes until a pod is scheduled again, and longer than a few attempts
     assert served.status("/health/live") == 200 and served.launcher.exit_code is None
+    assert served.status("/health/accepting") == 200, (
+        "requests are held, and no Service should turn them away"
+    )
     served.start_worker()
     assert served.worker.address != first
     served.world(above=world["epoch"])

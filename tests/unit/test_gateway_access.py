@@ -52,7 +52,9 @@ def test_nobody_without_a_key(cluster: EchoCluster, path: str) -> None:
         assert "API key" in (answer["error"] if path == "/v2/" else answer["error"]["message"])
 
 
-@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/v2/health/ready", "/ping"])
+@pytest.mark.parametrize(
+    "path", ["/health", "/health/live", "/health/ready", "/health/accepting", "/v2/health/ready", "/ping"]
+)
 def test_probes_need_none(cluster: EchoCluster, path: str) -> None:
     assert ask(cluster, path, method="GET")[0] == 200
 

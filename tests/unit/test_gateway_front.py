@@ -117,6 +117,7 @@ def test_a_killed_world_is_not_seen_in_any_stream(cluster: EchoCluster) -> None:
     assert cluster.get("/health/ready")[0] == 503
     cluster.wait(lambda: b"no world is there" in cluster.get("/health/ready")[1])
     assert cluster.get("/health/live")[0] == 200 and cluster.get("/health")[0] == 503
+    assert json.loads(cluster.get("/health/accepting")[1]) == {"accepting": True, "held": True}
     second = serve(cluster)
     streams.check()
     assert cluster.get("/health/ready")[0] == 200
@@ -180,6 +181,7 @@ def test_a_gateway_of_another_epoch_is_not_believed(cluster: EchoCluster) -> Non
     cluster.wait(lambda: bool(cluster.states))
     assert cluster.states[-1].serving_epoch is None
     assert cluster.get("/health/ready")[0] == 503
+    assert cluster.get("/health/accepting")[0] == 503, "no world has served yet"
     with_old_port.close()
 
 
@@ -354,6 +356,7 @@ def test_a_request_that_no_world_comes_for_is_refused_with_503(tmp_path: Path, h
             assert error.value.code == 503
             assert int(error.value.headers["retry-after"]) >= 1
             assert json.load(error.value)["error"]["code"] == "unavailable"
+        assert cluster.get("/health/accepting")[0] == 503, "away for longer than requests are held"
         if has_served:
             with Client(cluster.zmq) as client, pytest.raises(RequestFailed) as failure:
                 client.generate("abc")
