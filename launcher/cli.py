@@ -122,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.command == "serve":
         settings = Settings.from_arguments(options)
+        if options.dry_run:
+            from launcher.dry_run import dry_run
+
+            return dry_run(settings)
         from launcher.serve import serve
 
         return serve(settings, lambda: Settings.from_arguments(options))

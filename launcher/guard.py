@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
+from launcher.binding import BINDINGS
 from launcher.freezer import CgroupFreezer
 from launcher.guard_environment import GuardEnvironment, connect, rank_of_environment
 from launcher.guard_messages import (
@@ -36,6 +37,7 @@ from launcher.guard_messages import (
     from_bytes,
 )
 from launcher.hangs import HangWatch
+from launcher.host_report import HostReport
 from launcher.laggards import EXCUSED_TIMES, Laggards
 from launcher.life_lock import LifeLock
 from launcher.post_mortem import (
@@ -91,8 +93,10 @@ class Guard:
         environment: GuardEnvironment,
         command: Sequence[str],
         spare: SpareKind = SpareKind.NONE,
+        binding: str = "none",
     ) -> None:
-        """`spare`: where the rank parks until the supervisor says go."""
+        """`spare`: where the rank parks until the supervisor says go. `binding`: see launcher.binding."""
+        self._host = HostReport(binding)
         self.epoch = epoch
         self.rank = rank
         self._environment = environment
@@ -134,7 +138,13 @@ class Guard:
         self._page = ProgressPage.create(page_path)
         self._life = LifeLock.create(page_path.with_suffix(LIFE_SUFFIX))
         self._process = start_rank(
-            self._command, page_path, self._log_path, self._stack_path, self._spare, self._gate
+            self._command,
+            page_path,
+            self._log_path,
+            self._stack_path,
+            self._spare,
+            self._gate,
+            self._host.bound_to,
         )
         rank_id = ProcessId.of(self._process.pid)
         assert rank_id is not None  # it is not reaped yet
@@ -228,6 +238,7 @@ class Guard:
             guard_start=own_id.start,
             pid=self._rank_id.pid,
             start=self._rank_id.start,
+            **self._host.read(self._environment.shm_dir),
         )
         return self._send(hello) and (self._report is None or self._send(self._report))
 
@@ -413,6 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=SpareKind.NONE,
         help="none, warm or hot: where the rank parks until the supervisor says go",
     )
+    parser.add_argument("--bind", choices=BINDINGS, default="none", help="cores that the rank gets")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command of the rank")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
@@ -422,7 +434,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = GuardEnvironment.from_environment(os.environ)
     except (KeyError, ValueError) as error:
         parser.error(f"started without the supervisor's environment ({error})")
-    return Guard(options.epoch, rank_of_environment(os.environ), environment, command, options.spare).run()
+    rank = rank_of_environment(os.environ)
+    return Guard(options.epoch, rank, environment, command, options.spare, options.bind).run()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 MAX_MESSAGE_BYTES = 64 * 1024
@@ -49,6 +49,17 @@ class GuardHello(Message):
     """Start time in clock ticks since boot; with the pid it names a process for good."""
     pid: int
     start: int
+    cores: str = ""
+    """Processors that the rank may run on, like 0-3,8."""
+    gpu: str = ""
+    """The one that the rank would use; empty where there is none for it."""
+    num_gpus: int = 0
+    """Those that ranks of this host can see."""
+    shm_bytes: int = -1
+    """Size of the file system that holds shared memory; -1: not known."""
+    shm_free_bytes: int = -1
+    unix_s: float = 0.0
+    """The time by this host's clock when this was sent; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,12 @@ _FIELDS: dict[type[Message], dict[str, tuple[type, ...]]] = {
 }
 
 
+_OPTIONAL: dict[type[Message], frozenset[str]] = {
+    message: frozenset(field.name for field in fields(message) if field.default is not MISSING)
+    for message in _MESSAGES.values()
+}
+
+
 def from_bytes(frame: bytes) -> Message:
     """The message in a frame. An unknown key is ignored; anything missing or of a wrong type raises
     MessageError."""
@@ -185,6 +202,8 @@ def from_bytes(frame: bytes) -> Message:
     arguments = {}
     for name, accepted in _FIELDS[message].items():
         if name not in values:
+            if name in _OPTIONAL[message]:
+                continue
             raise MessageError(f"{type_name}: {name} is missing")
         value = values[name]
         if type(value) not in accepted:

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launcher.errors import LauncherError, SettingsError
 from launcher.host_faults import HostFaults
@@ -15,6 +15,7 @@ from launcher.host_list import Host as Host
 from launcher.host_list import parse_hosts as parse_hosts
 from launcher.launchers import remote_shell
 from launcher.logs import EventLog
+from launcher.placing import place
 
 
 def with_own_name(hosts: Sequence[Host]) -> tuple[Host, ...]:
@@ -93,9 +94,10 @@ class HostPool:
         kept = [host for host in others if host.name not in self.lost and host.name not in suspects]
         return sum(host.slots for host in [*own, *kept])
 
-    def choose(self, ranks: int, now: float) -> tuple[Host, ...]:
+    def choose(self, ranks: int, now: float, tp: int = 1) -> tuple[Host, ...]:
         """As many as the ranks fill, with the slots that they fill: those with several faults lately only where the
-        rest does not suffice, and those that are lost last of all, the latest of them at the very end."""
+        rest does not suffice, and those that are lost last of all, the latest of them at the very end.
+        Groups of `tp` ranks stay on one host where the slots allow it."""
         own, others = self.hosts[:1], self.hosts[1:]
         present = {host.name: host.slots for host in others if host.name not in self.lost}
         beside_own = ranks - sum(host.slots for host in own)
@@ -104,12 +106,10 @@ class HostPool:
             self._tell_left_out(name, now)
         lost = [host for host in others if host.name not in present]
         lost.sort(key=lambda host: self.lost[host.name].at)  # the longer ago, the likelier it is back
-        chosen, left = [], ranks
-        for host in [*own, *(host for host in others if host.name in kept), *lost]:
-            if left > 0:
-                chosen.append(replace(host, slots=min(left, host.slots)))
-                left -= host.slots
-        return tuple(chosen)
+        usable = [*own, *(host for host in others if host.name in kept)]
+        while lost and sum(host.slots for host in usable) < ranks:
+            usable.append(lost.pop(0))
+        return place(usable, ranks, tp)
 
     def on_fault(self, name: str, kind: str, now: float) -> None:
         """A world died of a rank on this host; "lost": its guard fell silent."""

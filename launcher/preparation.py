@@ -47,6 +47,10 @@ class PreparationError(LauncherError):
     exit_code = 2
 
 
+class ModelNotHere(PreparationError):
+    """It would have to be fetched or imported first."""
+
+
 def prepare(
     model: str,
     tp: int,
@@ -57,14 +61,17 @@ def prepare(
     stop_requested: Callable[[], bool] = lambda: False,
     backend: str = "auto",
     expert_parallel: bool = False,
+    fetch: bool = True,
 ) -> PreparedModel:
-    """Downloads and imports as far as needed. Waits as long as that takes, and looks at `stop_requested` ten
-    times a second. Raises PreparationError, or Stopped."""
+    """Downloads and imports as far as needed; without `fetch` it raises ModelNotHere where it would have to. Waits as
+    long as that takes, and looks at `stop_requested` ten times a second. Raises PreparationError, or Stopped."""
     command = [*python_module("engine.models.prepare"), model]
     command += ["--tp", str(tp), "--pp", str(pp), "--dtype", dtype, "--cache", str(cache_dir)]
     command += ["--backend", backend]
     if expert_parallel:
         command.append("--expert-parallel")
+    if not fetch:
+        command.append("--no-fetch")
     with subprocess.Popen(
         command,
         env=child_environment(),
@@ -122,6 +129,8 @@ def _on_event(line: bytes, on_progress: Callable[[PreparationProgress], None]) -
                     event["task"], int(event["done"]), event.get("total"), event.get("unit", "")
                 )
             )
+        elif kind == "absent":
+            raise ModelNotHere(str(event["message"]))
         elif kind == "error":
             raise PreparationError(str(event["message"]))
         elif kind == "ready":

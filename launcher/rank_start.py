@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from launcher.guard_environment import PREFIX
@@ -39,6 +39,19 @@ class StartGate:
         self._descriptor = None
 
 
+@contextlib.contextmanager
+def _bound(cpus: Collection[int]) -> Iterator[None]:
+    """What is started meanwhile inherits the binding; this process does not keep it."""
+    before = os.sched_getaffinity(0)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        if cpus:
+            os.sched_setaffinity(0, before)
+
+
 def start_rank(
     command: Sequence[str],
     page_path: Path,
@@ -46,8 +59,10 @@ def start_rank(
     stack_path: Path,
     spare: SpareKind,
     gate: StartGate,
+    cpus: Collection[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Its output goes to `log_path`. Raises OSError."""
+    """Its output goes to `log_path`. `cpus`: processors that it is bound to; none: wherever this one may run. Raises
+    OSError."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     variables[PROGRESS_PAGE_VARIABLE] = str(page_path)
     variables[PARENT_VARIABLE] = str(os.getpid())
@@ -58,7 +73,7 @@ def start_rank(
     if spare is not SpareKind.NONE:
         for_rank = gate.shut()
         variables[START_GATE_VARIABLE] = f"{spare.value} {for_rank}"
-    with log_path.open("ab") as log:
+    with log_path.open("ab") as log, _bound(cpus):
         # MPICH's launcher hands the rank an open file descriptor, which has to reach it.
         process = subprocess.Popen(
             command,

@@ -27,12 +27,13 @@ from launcher.hangup import HangupReload, has_terminal
 from launcher.hosts import Host, address_towards, parse_hosts, with_own_name
 from launcher.launchers import mpijob
 from launcher.launchers.host_file import host_file
-from launcher.launchers.mpirun import find_mpirun, flavor_named
+from launcher.launchers.mpirun import Mpirun, find_mpirun, flavor_named
 from launcher.logs import EventLog
 from launcher.network import Interface, find_interface
 from launcher.planned_changes import PlannedChanges, longest_request, rank_command
 from launcher.preparation import PreparationProgress, PreparedModel, Stopped, prepare
 from launcher.processes import usable_cores
+from launcher.rank_table import table_of
 from launcher.run_dir import RunDir, RunDirInUse
 from launcher.settings import Settings, default_cache_dir, default_run_dir
 from launcher.stop_signals import StopSignals
@@ -106,21 +107,7 @@ def _serve(
             if prepared.license is not None:
                 display.say(f"{prepared.name}: {prepared.license}")
         name = settings.served_model_name or prepared.name
-        plan = WorldPlan(
-            mpirun=mpirun,
-            tp=settings.tp,
-            pp=settings.pp,
-            cores=usable_cores(),
-            rank_command=rank_command(settings, prepared, name),
-            guard_command=python_module("launcher.guard"),
-            served_model_name=name,
-            hosts=hosts,
-            elastic=settings.elastic,
-            max_model_len=longest_request(settings, prepared),
-            remote_endpoint=_remote_endpoint(hosts, interface),
-            interface=interface,
-            wait_for_hosts_s=settings.wait_for_hosts if settings.wait_for_hosts is not None else HOSTS_WAIT_S,
-        )
+        plan = make_plan(settings, prepared, mpirun, hosts, interface)
         for listener in listeners:
             _listen(listener, settings)
         run_dir.write_address(client_url(settings, port))
@@ -161,6 +148,35 @@ def _serve(
         for listener in listeners:
             listener.close()
         run_dir.close()
+
+
+def make_plan(
+    settings: Settings,
+    prepared: PreparedModel,
+    mpirun: Mpirun,
+    hosts: Sequence[Host],
+    interface: Interface | None,
+) -> WorldPlan:
+    """What the worlds of these settings are started from. Raises LauncherError."""
+    name = settings.served_model_name or prepared.name
+    guard_command = python_module("launcher.guard")
+    if settings.bind != "none":
+        guard_command += ["--bind", settings.bind]
+    return WorldPlan(
+        mpirun=mpirun,
+        tp=settings.tp,
+        pp=settings.pp,
+        cores=usable_cores(),
+        rank_command=rank_command(settings, prepared, name),
+        guard_command=guard_command,
+        served_model_name=name,
+        hosts=hosts,
+        elastic=settings.elastic,
+        max_model_len=longest_request(settings, prepared),
+        remote_endpoint=_remote_endpoint(hosts, interface),
+        interface=interface,
+        wait_for_hosts_s=settings.wait_for_hosts if settings.wait_for_hosts is not None else HOSTS_WAIT_S,
+    )
 
 
 def _remote_endpoint(hosts: Sequence[Host], interface: Interface | None) -> str:
@@ -354,8 +370,13 @@ class _StartProgress:
     def __init__(self, display: Display) -> None:
         self._display = display
         self._told: tuple[int, Phase] | None = None
+        self._table_told = False
 
     def show(self, world: World) -> None:
+        if not self._table_told and (lines := table_of(world)):
+            self._table_told = True
+            for line in lines:
+                self._display.say(line)
         phases = [watch.phase for watch in world.ranks.values()]
         slowest = min(phases) if len(phases) == world.size else Phase.STARTING
         if (world.epoch, slowest) != self._told:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.access_settings import LOG_FORMATS, LOG_LEVELS, AccessSettings, _flag
+from launcher.binding import BINDINGS
 from launcher.errors import SettingsError
 from launcher.hosts import check_slots, parse_hosts
 from launcher.zmq_keys import check_zmq
@@ -33,7 +34,7 @@ CHOICES = {
     "backend": BACKENDS,
     "journal": JOURNALS,
 }
-CHOICES |= {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS, "mpi": MPIS}
+CHOICES |= {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS, "mpi": MPIS, "bind": BINDINGS}
 RELOADABLE = (
     "model",
     "tp",
@@ -206,6 +207,11 @@ class Settings(AccessSettings):
         "while hosts of --hosts are lost and the others do not suffice, serve with fewer ranks, and with all again "
         "when they are back",
     )
+    bind: str = _flag(
+        "none",
+        "cores that each rank gets. none: the kernel moves ranks as it likes, since they share it with the front "
+        "and a spare; core: an even share of the host's cores; numa, socket: all of one",
+    )
     run_dir: Path | None = field(
         default=None,
         metadata={
@@ -312,6 +318,11 @@ class Settings(AccessSettings):
         cls._add_flags(parser, [setting.name for setting in fields(cls) if setting.name != "model"])
         parser.add_argument(
             "--config", metavar="FILE.yaml", type=Path, help="file with the same names as flags"
+        )
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print which rank would run where, and the command and the environment of the world; start nothing",
         )
 
     @classmethod

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 
 from launcher.diagnosis import Machine, describe_failed_starts, diagnose
 from launcher.errors import LauncherError
 from launcher.guard_link import GuardLink
 from launcher.host_wait import HostWait
-from launcher.hosts import HostPool
+from launcher.hosts import Host, HostPool
 from launcher.logs import EventLog
 from launcher.obstacles import full_disk, may_pass
+from launcher.placing import split_groups
 from launcher.restarts import Restarts
 from launcher.run_dir import RunDir
 from launcher.watch import SpareKind
@@ -60,6 +62,7 @@ class WorldStarts:
         self._environment = environment
         self._log = log
         self._machine = Machine.now()
+        self._told_split = ""
         self._host_wait = HostWait(lambda name: hosts.probe(environment, name), log)
         self._missing: str | None = None
         """Who is waited for, where no smaller world may serve meanwhile."""
@@ -86,7 +89,8 @@ class WorldStarts:
         if not self._epoch_is_free:
             self._raise_epoch()
         self._epoch_is_free = False
-        hosts = self._hosts.choose(fitting.size, now)
+        hosts = self._hosts.choose(fitting.size, now, fitting.tp)
+        self._tell_split(hosts, fitting)
         world = World(self.epoch, fitting, self._run_dir, self._link, spare, hosts)
         world.is_change = is_change
         kv_blocks = self.sizes.blocks(fitting)
@@ -109,7 +113,7 @@ class WorldStarts:
         waited_s = self._host_wait.waited_s(now)
         has_waited = self.has_served or waited_s > plan.wait_for_hosts_s
         fitting = self._fit(plan, now) if has_waited else plan
-        names = [host.name for host in self._hosts.choose(fitting.size, now)[1:]]
+        names = [host.name for host in self._hosts.choose(fitting.size, now, fitting.tp)[1:]]
         if self._host_wait.all_answer(names, now):
             for name in names:
                 self._hosts.on_back(name, now)
@@ -192,6 +196,18 @@ class WorldStarts:
         self._log.warning(
             "world failed to start", epoch=world.epoch, failed_starts=failed, next_start_s=back_off_s
         )
+
+    def _tell_split(self, hosts: Sequence[Host], plan: WorldPlan) -> None:
+        """Once for each choice of hosts: the tensor-parallel groups that they tear apart."""
+        split = split_groups(hosts, plan.tp, plan.pp)
+        told = "; ".join(f"stage {stage} over {', '.join(names)}" for stage, names in split.items())
+        if told and told != self._told_split:
+            self._log.warning(
+                "tensor-parallel ranks are not on one host, and meet over the network twice in every layer",
+                split=told,
+                remedy=f"hosts with {plan.tp} slots or a multiple of that, or a smaller --tp and more --pp",
+            )
+        self._told_split = told
 
     def _raise_epoch(self) -> None:
         try:

@@ -25,8 +25,9 @@ from launcher.processes import (
     read_stat,
     reap_orphan,
 )
-from launcher.run_dir import EPOCH_VARIABLE, RunDir
+from launcher.run_dir import RunDir
 from launcher.watch import EXIT_CONFIG, Phase, SpareKind
+from launcher.world_command import world_command
 from launcher.world_records import Doing, RankWatch, WorldFault, WorldPlan, WorldState, WorldTimes, phase_of
 
 BEATS_LOST_AFTER_S = 1.0
@@ -138,24 +139,23 @@ class World:
         self._run_dir.make_world_dirs(self.epoch)
         world_dir, shm_dir = self._run_dir.world_dir(self.epoch), self._run_dir.shm_dir(self.epoch)
         guard = self._link.guard_environment(world_dir, shm_dir, adoption_wait_s(base))
-        per_host = max((host.slots for host in self.hosts), default=self.size)
-        launcher = plan.launcher
-        environment = launcher.environment(
-            per_host, plan.cores, shm_dir, world_dir / "tmp", base, len(self.hosts) > 1
+        command = world_command(
+            plan,
+            self.epoch,
+            self.hosts,
+            world_dir,
+            shm_dir,
+            base,
+            guard.to_environment(),
+            self.spare,
+            kv_blocks,
         )
-        environment |= {**guard.to_environment(), EPOCH_VARIABLE: str(self.epoch)}
-        host_file = world_dir / "hosts" if self.hosts else None
-        if host_file is not None:
-            host_file.write_text(launcher.host_file(self.hosts))
-        command = [*plan.guard_command, "--epoch", str(self.epoch), "--spare", self.spare.value, "--"]
-        command += [*plan.rank_command, "--tp", str(plan.tp), "--pp", str(plan.pp)]
-        command += ["--epoch", str(self.epoch)]
-        if kv_blocks:
-            command += ["--kv-cache-blocks", str(kv_blocks)]
+        if command.host_file is not None:
+            command.host_file.write_text(command.hosts)
         with self._mpirun_log.open("ab") as log:
             self._process = subprocess.Popen(
-                launcher.argv(self.hosts, self.size, command, host_file, environment),
-                env=environment,
+                command.argv,
+                env=command.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -156,6 +156,24 @@ def resolve_model(model: str, cache: Path, report: Report) -> ResolvedModel:
     raise ModelError(f"MODEL {model} is not known{hint}; {_allowed()}")
 
 
+def is_here(model: str, cache: Path) -> bool:
+    """Whether `resolve_model` has nothing to fetch or import; True for what it refuses. Asks no network."""
+    if entry := CATALOG.get(model.lower()):
+        return is_imported(import_folder(cache / "models", entry.name, entry.gguf_sha256), entry.gguf_sha256)
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        path = path.resolve()
+        content = ContentHashes.for_source(cache, path).known(path)
+        return content is not None and is_imported(
+            import_folder(cache / "models", f"{path.stem}-{content[:12]}", content), content
+        )
+    if path.exists() or not _HUB_ID.fullmatch(model):
+        return True
+    from engine.models.downloads import hub_snapshot
+
+    return hub_snapshot(model) is not None
+
+
 def _allowed() -> str:
     return (
         f"MODEL may be a catalog name ({', '.join(CATALOG)}), a folder in Hugging Face format, a GGUF file, "

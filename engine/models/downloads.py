@@ -221,21 +221,29 @@ def hub_folder(model: str, report: Report) -> Path:
     A complete snapshot that is there already is taken as it is, without asking the network. Raises ModelError
     if it cannot be had.
     """
-    from huggingface_hub import snapshot_download
-
-    def fetch(**options: Any) -> Path:
-        return Path(
-            snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_NOT_THESE, **options)
-        )
-
-    with contextlib.suppress(Exception):
-        folder = fetch(local_files_only=True)
-        if (folder / "config.json").is_file() and SourceFiles(folder).paths:
-            return folder
+    if (folder := hub_snapshot(model)) is not None:
+        return folder
     try:
-        return fetch(tqdm_class=_progress_bar(report))
+        return _snapshot(model, tqdm_class=_progress_bar(report))
     except Exception as error:
         raise ModelError(_hub_problem(model, error)) from None
+
+
+def hub_snapshot(model: str) -> Path | None:
+    """The snapshot that is there already; None if none is complete. Asks no network."""
+    with contextlib.suppress(Exception):
+        folder = _snapshot(model, local_files_only=True)
+        if (folder / "config.json").is_file() and SourceFiles(folder).paths:
+            return folder
+    return None
+
+
+def _snapshot(model: str, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_NOT_THESE, **options)
+    )
 
 
 def _hub_problem(model: str, error: Exception) -> str:

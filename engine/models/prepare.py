@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine.models import echo_model
-from engine.models.catalog import ResolvedModel, default_cache_folder, resolve_model
+from engine.models.catalog import ResolvedModel, default_cache_folder, is_here, resolve_model
 from engine.models.config import ModelConfig
 from engine.models.errors import ModelError
 from engine.models.sharding import shard_world
@@ -142,11 +142,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--expert-parallel", action="store_true")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--backend", default="auto")
+    parser.add_argument(
+        "--no-fetch", action="store_true", help="neither fetch nor import: say what is missing"
+    )
     parser.add_argument("--cache", type=Path, default=None, help="model cache; default $PHALANX_CACHE")
     report = Reporter()
     try:
         options = parser.parse_args(arguments)
         cache = (options.cache or default_cache_folder()).expanduser().absolute()
+        if options.no_fetch and not is_here(options.model, cache):
+            message = f"{options.model} is not here yet; `phalanx pull {options.model}` brings it"
+            report.event({"event": "absent", "message": message})
+            return EXIT_ERROR
         ready = prepare(
             options.model,
             options.tp,
