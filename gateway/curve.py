@@ -195,6 +195,8 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
 
 
 def _check_private(path: Path) -> None:
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
+    status = path.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    # As ssh has it: whom somebody else's file is for, as that of a Secret of Kubernetes, is their business.
+    if mode & (0o077 if status.st_uid == os.geteuid() else 0o007):
         raise CurveError(f"{path} may be read by others (mode {mode:o}); correct it with: chmod 600 {path}")

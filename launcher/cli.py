@@ -18,6 +18,7 @@ from launcher.client_commands import (
     split_serve_arguments,
 )
 from launcher.errors import LauncherError
+from launcher.k8s_render import add_arguments as add_k8s_arguments
 from launcher.keys_command import add_arguments as add_key_arguments
 from launcher.settings import BACKENDS, Settings
 
@@ -91,6 +92,16 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--port", type=int, default=8000, metavar="P", help="HTTP port that shall be free")
     doctor.add_argument("--mpirun", metavar="PATH", help="the mpirun to check (default: found)")
 
+    k8s = commands.add_parser("k8s", help="serve in Kubernetes", description="Deployments in Kubernetes.")
+    k8s_commands = k8s.add_subparsers(dest="k8s_command", metavar="COMMAND", required=True)
+    render = k8s_commands.add_parser(
+        "render",
+        help="print the manifests of a deployment",
+        description="Prints what kubectl applies: `phalanx k8s render MODEL --tp 2 --pp 2 | kubectl apply -f -`. "
+        "Takes the flags of `phalanx serve`, which go to the launcher.",
+    )
+    add_k8s_arguments(render)
+
     completion = commands.add_parser(
         "completion",
         help="make the shell complete commands and flags",
@@ -140,6 +151,10 @@ def _run(options: argparse.Namespace) -> int:
         from launcher.completion import completion
 
         return completion(build_parser(), options.shell)
+    if options.command == "k8s":
+        from launcher.k8s_render import render, write
+
+        return write(render(options), options.output)
     if options.command == "stop":
         from launcher.stop import stop
 
