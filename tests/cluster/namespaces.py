@@ -3,6 +3,7 @@ first host shares its processes with this one; the others have process ids, a na
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -89,6 +90,19 @@ class Cluster:
                 return
         raise AssertionError(f"{name} cannot be reached")
 
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """This thread, and what it starts, is on the first host's network meanwhile."""
+        before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        first = os.open(f"/proc/{self.first_pid}/ns/net", os.O_RDONLY)
+        try:
+            _set_network(first)
+            yield
+        finally:
+            _set_network(before)
+            os.close(first)
+            os.close(before)
+
     def close(self) -> None:
         """With their last process the namespaces go, and the links with them."""
         for process in self._started:
@@ -150,6 +164,13 @@ class Cluster:
             return psutil.Process(self._hosts[host - 1]).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+
+def _set_network(descriptor: int) -> None:
+    """setns(2), which Python has from 3.12 on."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(descriptor, 0x40000000) != 0:  # CLONE_NEWNET
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 @contextmanager
