@@ -245,6 +245,8 @@ class Supervisor:
 
     def _on_served(self, world: World, state: FrontState, now: float) -> None:
         self._starts.on_served(world)
+        if not world.is_adopted:
+            self._log.info("world serves", epoch=world.epoch, **world.start_times.parts(now))
         if not self._was_ready:
             self._was_ready = True
             self._keep_record()  # from the moment at which anybody is told, it can be taken over

@@ -26,6 +26,7 @@ from launcher.processes import (
     reap_orphan,
 )
 from launcher.run_dir import RunDir
+from launcher.start_times import StartTimes
 from launcher.watch import EXIT_CONFIG, Phase, SpareKind
 from launcher.world_command import world_command
 from launcher.world_records import Doing, RankWatch, WorldFault, WorldPlan, WorldState, WorldTimes, phase_of
@@ -71,6 +72,7 @@ class World:
         self.faults: list[WorldFault] = []
         """What guards and checks reported, first one first: the cause, and then its consequences."""
         self.times = WorldTimes()
+        self.start_times = StartTimes(self.times.started)
         self._run_dir = run_dir
         self._link = link
         self._mpirun_log = run_dir.world_dir(epoch) / "mpirun.log"
@@ -254,6 +256,7 @@ class World:
             self.faults.append(fault)
             return fault
         phases = [watch.phase for watch in self.ranks.values()]
+        self.start_times.note(phases, self.size, now)
         ready = len(phases) == self.size and all(phase in (Phase.IDLE, Phase.STEPPING) for phase in phases)
         parked = len(phases) == self.size and all(phase is Phase.PARKED for phase in phases)
         if ready and may_serve and self.gateway is not None and self.state is not WorldState.ACTIVE:

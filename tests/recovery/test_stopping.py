@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -67,6 +68,8 @@ def test_ready_lines(tiny_model: Path, tmp_path: Path) -> None:
         assert served.stop() == 0
     for part in ("load", "world 1: 2 ranks"):
         assert part in served.errors()
+    log = (tmp_path / "supervisor.log").read_text()
+    assert re.search(r"world serves epoch=1 processes_s=\d.* imports_s=\d.* load_s=\d.* front_s=\d", log), log
 
 
 def test_curl_line_works_when_pasted(tiny_model: Path, tmp_path: Path) -> None:
