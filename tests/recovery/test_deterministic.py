@@ -23,7 +23,7 @@ Entry = tuple[int, float]
     ("tp", "pp"),
     [
         pytest.param(2, 1, id="tp2-pp1"),
-        pytest.param(3, 1, id="tp3-pp1", marks=pytest.mark.slow),
+        pytest.param(3, 1, id="tp3-pp1", marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(2, 2, id="tp2-pp2", marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )

@@ -18,7 +18,7 @@ from tests.recovery.test_relaunch import NUM_TOKENS, check
     [
         pytest.param(1, 2, [0, 0], id="tp1-pp2"),
         pytest.param(2, 1, [0, 1], id="tp2-pp1", marks=pytest.mark.slow),
-        pytest.param(2, 2, [0, 1, 2, 3], id="tp2-pp2", marks=pytest.mark.slow),
+        pytest.param(2, 2, [0, 1, 2, 3], id="tp2-pp2", marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 def test_no_token_of_a_step_that_lacks_a_transfer(
