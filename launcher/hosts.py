@@ -7,7 +7,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.errors import LauncherError, SettingsError
 from launcher.host_faults import HostFaults
@@ -24,7 +24,7 @@ def with_own_name(hosts: Sequence[Host]) -> tuple[Host, ...]:
     own = socket.gethostname()
     if not hosts or hosts[0].name.partition(".")[0] != own.partition(".")[0]:
         return tuple(hosts)
-    return (Host(own, hosts[0].slots), *hosts[1:])
+    return (replace(hosts[0], name=own), *hosts[1:])
 
 
 def check_slots(hosts: Sequence[Host], ranks: int) -> None:

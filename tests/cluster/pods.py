@@ -67,10 +67,12 @@ class Pod:
     """One container that runs, as process 1 of its namespaces."""
 
     def __init__(
-        self, manifest: Manifest, address: str, process: subprocess.Popen[str], pid: int, log: Path
+        self, manifest: Manifest, address: str, link: str, process: subprocess.Popen[str], pid: int, log: Path
     ) -> None:
         self.manifest = manifest
         self.address = address
+        self.link = link
+        """Its end on the node."""
         self.pid = pid
         self._process = process
         self._log = log
@@ -216,14 +218,19 @@ class Node:
             process.kill()
             raise AssertionError(f"pod {name} did not start")
         pid = psutil.Process(process.pid).children()[0].pid
-        self._connect(pid, number, address)
-        pod = Pod(manifest, address, process, pid, log)
+        link = f"pod{number}"
+        self._connect(pid, link, address)
+        pod = Pod(manifest, address, link, process, pid, log)
         self.pods[name] = pod
         self._hosts_files[name] = hosts
         self.tell_names()
         process.stdin.write("go\n")
         process.stdin.flush()
         return pod
+
+    def unplug(self, name: str) -> None:
+        """Nothing comes from it or reaches it any more, and nobody is told."""
+        self._on_node("ip", "link", "set", self.pods[name].link, "down")
 
     def kill(self, name: str, forget: bool = True) -> None:
         """SIGKILL to its process 1, with which all of it goes. `forget`: DNS does not know it any more."""
@@ -322,11 +329,9 @@ class Node:
             )
         return sorted(found, key=lambda volume: len(str(volume["target"])))
 
-    def _connect(self, pid: int, number: int, address: str) -> None:
-        self._on_node(
-            "ip", "link", "add", f"pod{number}", "type", "veth", "peer", "name", "eth0", "netns", str(pid)
-        )
-        self._on_node("ip", "link", "set", f"pod{number}", "master", "bridge0", "up")
+    def _connect(self, pid: int, link: str, address: str) -> None:
+        self._on_node("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
+        self._on_node("ip", "link", "set", link, "master", "bridge0", "up")
         inside = ["nsenter", "--net", "--target", str(pid), "--", "ip"]
         subprocess.run([*inside, "addr", "add", f"{address}/16", "dev", "eth0"], check=True)
         subprocess.run([*inside, "link", "set", "eth0", "up"], check=True)
@@ -352,11 +357,14 @@ def _write_texts(folder: Path, kind: Manifest, texts: Mapping[str, str], group: 
     (folder / "..data").symlink_to(place.name)
     for item in kind.get("items") or [{"key": key, "path": key} for key in texts]:
         file = place / item["path"]
+        file.parent.mkdir(exist_ok=True)
         file.write_text(texts[item["key"]])
         os.chown(file, 0, group)
         file.chmod(item.get("mode", kind.get("defaultMode", 0o644)) | (0o440 if group else 0))
-        (folder / item["path"]).symlink_to(f"..data/{item['path']}")
-    for path in (folder, place):
+        first = Path(item["path"]).parts[0]
+        if not (folder / first).is_symlink():
+            (folder / first).symlink_to(f"..data/{first}")
+    for path in (folder, place, *(path for path in place.rglob("*") if path.is_dir())):
         os.chown(path, 0, group)
         path.chmod(0o2755 if group else 0o755)
 

@@ -8,10 +8,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import psutil
@@ -81,15 +81,29 @@ class Followed:
 WITH_IDS = {"accept": "text/event-stream"}
 
 
-def follow(served: Served, path: str, body: dict[str, Any], followed: Followed) -> None:
-    """Reads a stream to its end, and takes it up again whenever the connection breaks."""
+class Addressed(Protocol):
+    """What clients have to know of a deployment."""
+
+    @property
+    def url(self) -> str: ...
+
+
+def follow(
+    served: Addressed,
+    path: str,
+    body: dict[str, Any],
+    followed: Followed,
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    """Reads a stream to its end, and takes it up again whenever the connection breaks. `headers`: further ones."""
     deadline = time.monotonic() + TIMEOUT_S
     request_id = None
     while not followed.done and time.monotonic() < deadline:
-        last = {"last-event-id": followed.ids[-1]} if followed.ids else {}
+        last = {**(headers or {}), **({"last-event-id": followed.ids[-1]} if followed.ids else {})}
         try:
             if request_id is None:
-                stream = httpx.stream("POST", served.url + path, json=body, headers=WITH_IDS, timeout=60)
+                own = {**WITH_IDS, **(headers or {})}
+                stream = httpx.stream("POST", served.url + path, json=body, headers=own, timeout=60)
             else:
                 url = f"{served.url}/v1/requests/{request_id}/stream"
                 stream = httpx.stream("GET", url, headers=last, timeout=60)

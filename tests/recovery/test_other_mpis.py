@@ -34,7 +34,7 @@ def environment_with(mpi: str) -> Path:
         if answer.returncode != 0:
             pytest.skip(f"{PACKAGES[mpi]} cannot be installed: {answer.stderr.strip().splitlines()[-1]}")
         packages = folder / sysconfig.get_path("purelib", vars={"base": "."})
-        (packages / "of_these_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (packages / "of_these_tests.pth").write_text(f"{Path(sysconfig.get_path('purelib')).resolve()}\n")
         complete.touch()
     return python
 
