@@ -41,7 +41,7 @@ from gateway.http.operations import Operations
 from gateway.http.peers import PEER_SOCKET, Peers
 from gateway.http.resumable import ResumableCalls
 from gateway.http.server import HttpServer, http_server
-from gateway.inference.diagnostic_models import Simple, SimpleIdentity
+from gateway.inference.diagnostic_models import diagnostic_models
 from gateway.inference.language_model import LanguageModel
 from gateway.inference.repository import Repository
 from gateway.journal import RETENTION_S, Journal
@@ -184,7 +184,7 @@ class Front:
             self._requests.on_ended = self._tracer.ended
         operations = Operations(self._worlds, self._requests, metrics, self._supervision)
         language_model = LanguageModel(openai, self._calls, operations.why_not_ready)
-        self._repository = Repository([language_model, Simple(), SimpleIdentity()], operations.why_not_ready)
+        self._repository = Repository([language_model, *diagnostic_models()], operations.why_not_ready)
         if config.grpc is not None:
             self._grpc = GrpcPort(
                 *config.grpc,

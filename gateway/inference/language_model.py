@@ -81,6 +81,7 @@ _UNMEANT: dict[str, tuple[object, ...]] = {
     "prompt_logprobs": (),
     "echo": (False,),
     "suffix": ("",),
+    "details": (False,),
 }
 """Sampling parameters that ask for more than `text_output` can show, and what each may be."""
 _ALLOWED = {*PARAMETERS, *STRUCTURES, "priority", "timeout"}

@@ -160,6 +160,12 @@ def check_outputs(spec: ModelSpec, request: InferRequest) -> None:
             raise ApiError(400, f"output '{name}' for model '{spec.name}' is asked for twice")
 
 
+NO_SHARED_MEMORY = "shared memory is not supported by this server; send the data itself"
+NO_SETTINGS = (
+    "settings of traces and logs are not served here; they are given to `phalanx serve` at its start"
+)
+
+
 def refuse_unserved(parameters: Mapping[str, Any] | None, where: str) -> None:
     """Raises ApiError for parameters that would change the answer and are not served."""
     for name in parameters or {}:

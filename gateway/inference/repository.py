@@ -96,6 +96,9 @@ class Repository:
         if model is None or name in self._unloaded:
             text = f"Request for unknown model: '{name[:128]}' is not found"
             raise ApiError(404, f"{text}; this server has {', '.join(self.names)}")
+        if version and not (version.isascii() and version.isdecimal()):
+            text = f"failed to get model version from specified version string '{version[:40]}'"
+            raise ApiError(400, f"{text}; a version is a number, '{name}' has version {VERSION}")
         if version not in ("", VERSION):
             text = f"Request for unknown model: '{name}' version {version[:20]} is not found"
             raise ApiError(404, f"{text}; it has version {VERSION}")

@@ -16,6 +16,7 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 
 from gateway.http.errors import ApiError
+from gateway.inference.models import NO_SETTINGS, NO_SHARED_MEMORY
 from gateway.inference.repository import Repository, server_metadata
 from gateway.log import Logger
 from gateway.rpc import inference_pb2 as pb
@@ -31,6 +32,13 @@ _CODES = {
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
 }
+_VERBS = ("Status", "Register", "Unregister")
+_UNSERVED = {
+    **{f"{kind}SharedMemory{verb}": NO_SHARED_MEMORY for kind in ("System", "Cuda") for verb in _VERBS},
+    "TraceSetting": NO_SETTINGS,
+    "LogSettings": NO_SETTINGS,
+}
+"""Methods of Triton's extensions that are not served, and what their callers are told."""
 _FAILED = "the server failed; its log says why"
 
 Unary = Callable[[Any], Awaitable[Any]]
@@ -70,6 +78,8 @@ class InferenceService:
             name: grpc.unary_unary_rpc_method_handler(self._guarded(kind, method))
             for name, (kind, method) in methods.items()
         }
+        for name, text in _UNSERVED.items():
+            handlers[name] = grpc.unary_unary_rpc_method_handler(_refusal(text))
         handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self.model_stream_infer)
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
@@ -181,6 +191,14 @@ class InferenceService:
             raise AssertionError("abort raises")
 
         return call
+
+
+def _refusal(text: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    async def call(message: bytes, context: Context) -> bytes:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, text)
+        raise AssertionError("abort raises")
+
+    return call
 
 
 def _parse(message: Any, data: bytes) -> None:

@@ -112,7 +112,13 @@ def test_server_and_models(stub: Stub) -> None:
     config = stub.ModelConfig(pb.ModelConfigRequest(name="echo")).config
     assert config.model_transaction_policy.decoupled and config.input[0].data_type == pb.TYPE_STRING
     index = stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True))
-    assert [row.name for row in index.models] == ["echo", "simple", "simple_identity"]
+    assert [row.name for row in index.models] == [
+        "echo",
+        "simple",
+        "simple_int8",
+        "simple_string",
+        "simple_identity",
+    ]
 
 
 def test_sum_and_difference(stub: Stub) -> None:
@@ -155,6 +161,25 @@ def test_errors_have_their_status(stub: Stub) -> None:
     assert code is grpc.StatusCode.INVALID_ARGUMENT and "max_tokens" in text
     unload = pb.RepositoryModelUnloadRequest(model_name="echo")
     assert refusal(stub.RepositoryModelUnload, unload)[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_version_is_a_number(stub: Stub) -> None:
+    wrong = simple_request(model_version="wrong_specification")
+    code, text = refusal(stub.ModelInfer, wrong)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "failed to get model version from specified version string 'wrong_specification'" in text
+
+
+def test_what_is_not_served_says_what_to_do(channel: grpc.Channel) -> None:
+    for method, word in (
+        ("SystemSharedMemoryStatus", "send the data itself"),
+        ("CudaSharedMemoryRegister", "send the data itself"),
+        ("LogSettings", "phalanx serve"),
+        ("TraceSetting", "phalanx serve"),
+    ):
+        call = channel.unary_unary(f"/{SERVICE.full_name}/{method}")
+        code, text = refusal(call, b"")
+        assert code is grpc.StatusCode.UNIMPLEMENTED and word in text
 
 
 def damaged(at: int, value: int) -> bytes:

@@ -99,6 +99,8 @@ def test_diagnostic_models_are_no_openai_models(http: httpx.Client) -> None:
     assert [(row["name"], row["state"]) for row in index] == [
         ("echo", "READY"),
         ("simple", "READY"),
+        ("simple_int8", "READY"),
+        ("simple_string", "READY"),
         ("simple_identity", "READY"),
     ]
 
@@ -132,7 +134,7 @@ def test_statistics_count(http: httpx.Client) -> None:
     assert after["fail"]["count"] == before["fail"]["count"] + 1
     assert after["success"]["ns"] > before["success"]["ns"]
     names = [row["name"] for row in http.get("/v2/models/stats").json()["model_stats"]]
-    assert names == ["echo", "simple", "simple_identity"]
+    assert names == ["echo", "simple", "simple_int8", "simple_string", "simple_identity"]
 
 
 # --------------------------------------------------------------------------- infer
@@ -143,6 +145,21 @@ def test_sum_and_difference(http: httpx.Client) -> None:
     assert outputs_of(answer) == {"OUTPUT0": [n + 1 for n in FIRST], "OUTPUT1": [n - 1 for n in FIRST]}
     head = answer.json()
     assert (head["model_name"], head["model_version"], head["id"]) == ("simple", "1", "my id")
+
+
+def test_numbers_of_other_types(http: httpx.Client) -> None:
+    def ask(name: str, datatype: str, first: list[Any], second: list[Any]) -> httpx.Response:
+        inputs = [simple_input("INPUT0", first), simple_input("INPUT1", second)]
+        body = {"inputs": [{**tensor, "datatype": datatype} for tensor in inputs]}
+        return http.post(f"/v2/models/{name}/infer", json=body)
+
+    found = outputs_of(ask("simple_int8", "INT8", [127] * 16, SECOND))
+    assert found == {"OUTPUT0": [-128] * 16, "OUTPUT1": [126] * 16}
+    found = outputs_of(ask("simple_string", "BYTES", [str(n) for n in FIRST], ["1"] * 16))
+    assert found == {"OUTPUT0": [str(n + 1) for n in FIRST], "OUTPUT1": [str(n - 1) for n in FIRST]}
+    for wrong in ("", "x", "1.5", "1e3", "9999999999", "\u0661"):
+        refused = ask("simple_string", "BYTES", [wrong] * 16, ["1"] * 16)
+        assert refused.status_code == 400 and "decimal number" in refused.json()["error"]
 
 
 def test_nested_data_means_the_same(http: httpx.Client) -> None:
@@ -239,7 +256,11 @@ def test_a_wrong_input_is_named(http: httpx.Client, change: dict[str, object], w
         ("/v2/models/nothing/ready", 404, "unknown model"),
         ("/v2/models/simple/versions/2", 404, "version 2"),
         ("/v2/nothing", 404, "Not Found"),
+        ("/v2/models/simple/versions/latest", 400, "from specified version string 'latest'"),
         ("/v2/systemsharedmemory/status", 400, "shared memory"),
+        ("/v2/logging", 400, "settings"),
+        ("/v2/trace/setting", 400, "settings"),
+        ("/v2/models/simple/trace/setting", 400, "settings"),
         ("/v2/cudasharedmemory/region/x/status", 400, "shared memory"),
         (INFER, 405, "Method"),
     ],

@@ -29,7 +29,7 @@ from gateway.http.v2.bodies import (
     read_generate,
     read_infer,
 )
-from gateway.inference.models import InferRequest, Part
+from gateway.inference.models import NO_SETTINGS, NO_SHARED_MEMORY, InferRequest, Part
 from gateway.inference.repository import Repository, server_metadata
 
 _T = TypeVar("_T")
@@ -71,6 +71,9 @@ class InferenceV2:
         for kind in ("systemsharedmemory", "cudasharedmemory"):
             for method in ("GET", "POST"):
                 router.add_api_route(f"/v2/{kind}/{{rest:path}}", self.shared_memory, methods=[method])
+        for path in ("/v2/trace/setting", "/v2/models/{name:path}/trace/setting", "/v2/logging"):
+            for method in ("GET", "POST"):
+                add(method, path, self.settings)
         for model in ("/v2/models/{name:path}/versions/{version}", "/v2/models/{name:path}"):
             add("GET", f"{model}/ready", self.model_ready)
             add("GET", f"{model}/config", self.config)
@@ -116,7 +119,10 @@ class InferenceV2:
         return _json({})
 
     async def shared_memory(self, rest: str) -> Response:
-        raise ApiError(400, "shared memory is not supported by this server; send the data itself")
+        raise ApiError(400, NO_SHARED_MEMORY)
+
+    async def settings(self) -> Response:
+        raise ApiError(400, NO_SETTINGS)
 
     # ----------------------------------------------------------------------- a model
 

@@ -37,7 +37,10 @@ def metadata(client: object, library: object, model: str) -> None:
     assert config["model_transaction_policy"]["decoupled"] is True
     index = client.get_model_repository_index(**as_json)
     rows = index["models"] if library is grpcclient else index
-    assert {row["name"] for row in rows} == {model, "simple", "simple_identity"}
+    diagnostic = {"simple", "simple_int8", "simple_string", "simple_identity"}
+    assert {row["name"] for row in rows} == {model, *diagnostic}
+    refused(client.get_system_shared_memory_status, "shared memory is not supported")
+    refused(lambda: client.get_model_metadata("simple", "newest"), "from specified version string")
     refused(lambda: client.get_model_metadata("wrong_model_name"), "Request for unknown model")
     assert client.get_inference_statistics("simple", **as_json)["model_stats"][0]["name"] == "simple"
 
@@ -70,6 +73,15 @@ def diagnostics(client: object, library: object) -> None:
     inputs[0] = library.InferInput("INPUT0", [1, 15], "INT32")
     inputs[0].set_data_from_numpy(FIRST[:, :15])
     refused(lambda: client.infer("simple", inputs), "shape")
+
+    for name, datatype in (("simple_int8", "INT8"), ("simple_string", "BYTES")):
+        inputs = [library.InferInput(each, [1, 16], datatype) for each in ("INPUT0", "INPUT1")]
+        for given, data in zip(inputs, (FIRST, SECOND), strict=True):
+            in_type = data.astype(np.int8) if datatype == "INT8" else data.astype(str).astype(object)
+            given.set_data_from_numpy(in_type)
+        found = client.infer(name, inputs)
+        assert (found.as_numpy("OUTPUT0").astype(np.int32) == FIRST + SECOND).all()
+        assert (found.as_numpy("OUTPUT1").astype(np.int32) == FIRST - SECOND).all()
 
     texts = np.array([["plain", "h\u00e9", ""]], dtype=object)
     given = library.InferInput("INPUT0", [1, 3], "BYTES")
@@ -128,6 +140,8 @@ def main() -> None:
             given.set_data_from_numpy(data)
         answer = http.infer("simple", inputs, request_compression_algorithm="gzip")
         assert (answer.as_numpy("OUTPUT0") == FIRST + SECOND).all()
+        answer = http.infer("simple", inputs, response_compression_algorithm="gzip")
+        assert (answer.as_numpy("OUTPUT1") == FIRST - SECOND).all()
         waiting = [http.async_infer("simple", inputs) for _ in range(3)]
         assert all((each.get_result().as_numpy("OUTPUT1") == FIRST - SECOND).all() for each in waiting)
 
