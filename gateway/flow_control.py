@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from gateway.journal import JournalEntry
-from gateway.protocol import Output
+from gateway.protocol import Output, SamplingParams
 from gateway.reading import TextReader
 from gateway.text import TextModel
 
@@ -62,7 +62,8 @@ class Window:
 
 
 class UnreadTokens(Generic[_T]):
-    """Tokens of requests that have ended and are not read to their ends, so that there is a bound on them."""
+    """Tokens of requests that have ended and are not read to their ends, so that there is a bound on them. With
+    log-probabilities a token counts for many: see `weight`."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -85,6 +86,11 @@ class UnreadTokens(Generic[_T]):
             self.remove(oldest)
             excess.append(oldest)
         return excess
+
+
+def weight(params: SamplingParams) -> int:
+    """What a token of a request takes of the front's memory, in tokens without log-probabilities (some 40 bytes)."""
+    return 1 if params.logprobs is None else 8 + 2 * params.logprobs
 
 
 def _piece(entry: JournalEntry, begin: int, end: int, is_last: bool) -> Output:

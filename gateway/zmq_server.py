@@ -16,7 +16,7 @@ from gateway.call_ids import new_call_id
 from gateway.calls import Call, Calls, Conditions, KeyReused, OnDisconnect, Wanted
 from gateway.curve import ServerKeys
 from gateway.errors import GatewayError, RequestFailed
-from gateway.flow_control import UnreadTokens, Window
+from gateway.flow_control import UnreadTokens, Window, weight
 from gateway.grammars import problem_of
 from gateway.journal import JournalCall, JournalEntry
 from gateway.live_request import Request
@@ -145,7 +145,8 @@ class ZmqServer:
         for shown in window.more(entry, self._text, eos):
             self.queue_output(live, shown)
         if entry.ended and not live.ended:
-            self._unread.add(live, len(entry.output_token_ids) - window.num_sent)
+            unread = len(entry.output_token_ids) - window.num_sent
+            self._unread.add(live, unread * weight(entry.params))
             for late in self._unread.take_excess():
                 text = "its client does not read it, and others need the room; submit it again, with its key"
                 self.fail(late, RequestFailed("overloaded", text))
@@ -348,6 +349,7 @@ class ZmqServer:
         self._unread.remove(live)
         self._live.pop((live.client, live.request_id), None)
         self._router.finish(live.client, live.request_id)
+        live.request = live.call = None  # they know it, too: without the ring nothing waits for a collection
 
     def _flush(self) -> None:
         if not self._outputs:

@@ -77,6 +77,10 @@ class Watch:
         assert grown < GROWTH_BYTES, f"grown by {grown >> 20} MiB"
 
 
+MADE: dict[str, int] = {}
+"""Bad inputs, by the test that made them."""
+
+
 def strange(rng: random.Random, depth: int = 0) -> Any:
     """Any value that msgpack has, also large and nested ones."""
     kind = rng.randrange(14)
@@ -188,6 +192,7 @@ def test_frames(cluster: EchoCluster, server: str) -> None:
     fuzz(endpoint, rng, FRAMES // 2)
     serves(endpoint)
     watch.check()
+    MADE[f"frames to {server}"] = FRAMES
     assert '"level": "error"' not in cluster.front_log.read_text()
 
 
@@ -257,6 +262,7 @@ def test_grpc_calls(cluster: EchoCluster) -> None:
         ).live
     assert codes[grpc.StatusCode.INVALID_ARGUMENT] > CALLS // 10, codes
     watch.check()
+    MADE["gRPC calls"] = CALLS
     assert '"level": "error"' not in cluster.front_log.read_text()
 
 
@@ -290,6 +296,17 @@ def test_http_by_its_own_description(cluster: EchoCluster, tmp_path: Path) -> No
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
     [made] = re.findall(r"(\d+) generated", done.stdout)
     assert int(made) > 2000
+    MADE["HTTP requests"] = int(made)
     serves(cluster.zmq)
     watch.check()
     assert '"level": "error"' not in cluster.front_log.read_text()
+
+
+def test_it_was_ten_thousand(cluster: EchoCluster) -> None:
+    """All of it at one front, which is the one that was started."""
+    if len(MADE) < 4:
+        pytest.skip("only some of the tests above were run")
+    assert sum(MADE.values()) >= 10_000, MADE
+    assert psutil.Process(cluster.front.pid).memory_info().rss < 2**29
+    assert cluster.front.poll() is None
+    serves(cluster.zmq)
