@@ -25,13 +25,8 @@ from gateway.journal_records import (
     read_call,
     request_content,
 )
-from gateway.journal_store import (
-    Batch,
-    JournalLocked,
-    SqliteStore,
-    StoredCall,
-    StoreError,
-)
+from gateway.journal_rows import Batch, JournalLocked, StoredCall, StoreError
+from gateway.journal_store import SqliteStore
 from gateway.log import Logger
 from gateway.protocol import TokenLogprobs
 

@@ -13,7 +13,8 @@ import msgspec
 
 from gateway.journal import JournalCall
 from gateway.journal_records import Slot, UnreadableCall, load_unfinished
-from gateway.journal_store import Batch, SqliteStore, StoredCall, StoreError, move_aside
+from gateway.journal_rows import Batch, StoredCall, StoreError
+from gateway.journal_store import SqliteStore, move_aside
 from gateway.log import Logger
 
 

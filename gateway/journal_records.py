@@ -10,7 +10,8 @@ from collections.abc import Callable
 import msgspec
 
 from gateway.journal import JournalCall, JournalEntry
-from gateway.journal_store import SqliteStore, StoredCall, StoredRequest
+from gateway.journal_rows import StoredCall, StoredRequest
+from gateway.journal_store import SqliteStore
 from gateway.protocol import ErrorCode, FinishReason, SamplingParams, TokenLogprobs
 
 

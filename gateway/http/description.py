@@ -15,7 +15,7 @@ from fastapi import APIRouter, FastAPI, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse
 
-from gateway.http.answers import ChatAnswer, TextAnswer
+from gateway.http.answer_bodies import ChatAnswer, TextAnswer
 from gateway.http.anthropic.schema import CountRequest, MessagesRequest
 from gateway.http.batches.routes import BatchRequest
 from gateway.http.compat import DetokenizeRequest, TokenizeAnswer, TokenizeRequest

@@ -18,7 +18,7 @@ import pytest
 
 from gateway.disk_journal import CHUNK_TOKENS, DiskJournal
 from gateway.journal import JournalCall, JournalEntry, JournalUnavailable
-from gateway.journal_store import JournalLocked
+from gateway.journal_rows import JournalLocked
 from gateway.protocol import SamplingParams, TokenLogprobs
 from tests.echo_world import ROOT
 from tests.unit.disks import fill, small_disk
