@@ -16,13 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-import msgspec
 import zmq
 
 from gateway.connection import SERVER_SILENCE_S, Connection
 from gateway.curve import ClientKeys, CurveError
 from gateway.errors import ConnectionLost, GatewayError, RequestFailed
 from gateway.generation import Generation, Prompt, numbers_of, scored, submitted
+from gateway.inflight import Inflight
 from gateway.output_streams import AsyncStream, Event
 from gateway.protocol import (
     Cancel,
@@ -103,7 +103,7 @@ class AsyncClient:
         self._connection: Connection | None = None
         self._is_front = False
         self._lost_because = "it was never made"
-        self._requests: dict[str, _Inflight] = {}
+        self._requests: dict[str, Inflight] = {}
         self._numbers = itertools.count(1)
 
     @property
@@ -298,7 +298,7 @@ class AsyncClient:
             key=f"{self._keys}-{next(self._numbers)}" if self._is_front and self._reconnect_s > 0 else "",
             credit=self._window_tokens if self._has_credit and self._window_tokens else None,
         )
-        request = _Inflight(deliver, message)
+        request = Inflight(deliver, message)
         if not resuming:
             assert self._connection is not None  # welcome raises otherwise
             self._connection.send(message)
@@ -318,8 +318,7 @@ class AsyncClient:
         request = self._requests.get(request_id)
         if request is None or request.message.credit is None:
             return
-        allowed = num_read + self._window_tokens
-        more, request.num_allowed = allowed - request.num_allowed, allowed
+        more = request.allow(num_read + self._window_tokens)
         if self._connection is not None and more > 0:
             with contextlib.suppress(ConnectionLost):
                 self._connection.send(Credit(request_id, more))
@@ -341,16 +340,8 @@ class AsyncClient:
         request = self._requests.get(output.request_id)
         if request is None:
             return
-        if output.position != request.next_position and output.token_ids:
+        if not request.take(output) or output.finish_reason is not None:
             del self._requests[output.request_id]
-            text = f"the server skipped or repeated tokens: {request.next_position} was expected"
-            request.deliver(RequestFailed("internal", f"{text}, {output.position} came", output.request_id))
-            return
-        request.next_position += len(output.token_ids)
-        request.token_ids += output.token_ids
-        if output.finish_reason is not None:
-            del self._requests[output.request_id]
-        request.deliver(output)
 
     def _lose(self, reason: str) -> None:
         """The connection is gone. A front may come back; so may the requests that have a key."""
@@ -390,14 +381,9 @@ class AsyncClient:
         for request in list(self._requests.values()):
             if self._connection is None:
                 raise self._lost_error()
-            message = msgspec.structs.replace(request.message, output_token_ids=list(request.token_ids))
-            if message.credit is not None:
-                num_new = len(request.token_ids) - len(request.message.output_token_ids)
-                credit = max(0, request.num_allowed - num_new) if self._has_credit else None
-                message = msgspec.structs.replace(message, credit=credit)
-            self._connection.send(message)
+            self._connection.send(request.again(self._has_credit))
             if request.cancelled:
-                self._connection.send(Cancel(message.request_id))
+                self._connection.send(Cancel(request.message.request_id))
 
     def _give_up(self, reason: str) -> None:
         self._lost_because = reason
@@ -407,18 +393,3 @@ class AsyncClient:
 
     def _lost_error(self) -> ConnectionLost:
         return ConnectionLost(f"no connection to {self.endpoint}: {self._lost_because}; call connect()")
-
-
-class _Inflight:
-    """A request that has not ended, and what it takes to submit it again."""
-
-    __slots__ = ("cancelled", "deliver", "message", "next_position", "num_allowed", "token_ids")
-
-    def __init__(self, deliver: Callable[[Event], None], message: Submit) -> None:
-        self.deliver = deliver
-        self.message = message
-        self.token_ids = list(message.output_token_ids)
-        self.next_position = len(self.token_ids)
-        self.num_allowed = message.credit or 0
-        """New tokens that the server may send in all, where it counts them."""
-        self.cancelled = False

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.async_client import _Inflight
 from gateway.client import Client, RequestFailed, SamplingParams
+from gateway.inflight import Inflight
 from gateway.protocol import Submit
 from tests.echo_world import EchoCluster, echo_logprobs, echo_tokens
 from tests.unit.disks import fill, small_disk
@@ -301,7 +301,7 @@ def test_zmq_requests_with_one_key_are_one(shared: EchoCluster) -> None:
 
 def _send(client: Client, message: Submit, collected: list[Any]) -> None:
     assert client._client._connection is not None
-    client._client._requests[message.request_id] = _Inflight(collected.append, message)
+    client._client._requests[message.request_id] = Inflight(collected.append, message)
     client._client._connection.send(message)
 
 
