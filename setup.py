@@ -30,5 +30,5 @@ class BuildKernels(build_ext):
 setup(
     ext_modules=[Extension("engine.kernels._native", sources=[], optional=True)],
     cmdclass={"build_ext": BuildKernels},
-    package_data={"engine.kernels": ["native/*"], "gateway.http.page": ["page.html"]},
+    package_data={"engine.kernels": ["native/*"], "gateway.http.page": ["page.html"], "k8s": ["**/*.yaml"]},
 )

@@ -21,7 +21,8 @@ DEFAULT_NAME = "phalanx"
 _SECRETS = {"--api-key-file": "api-keys", "--zmq-curve-dir": "curve"}
 """Flags of the launcher, and the volume that each reads from."""
 _NAMING_KEYS = frozenset(
-    {"name", "claimName", "secretName"} | {"training.kubeflow.org/job-name", "jobset.sigs.k8s.io/jobset-name"}
+    {"name", "claimName", "secretName", "app.kubernetes.io/instance"}
+    | {"training.kubeflow.org/job-name", "jobset.sigs.k8s.io/jobset-name"}
 )
 """Under these stand names of the deployment; elsewhere `phalanx` is a word."""
 
@@ -94,14 +95,20 @@ def render(options: argparse.Namespace) -> list[Manifest]:
     if not options.monitoring:
         manifests = [manifest for manifest in manifests if manifest["kind"] != "ServiceMonitor"]
     num_pods = -(-settings.ranks // ranks_per_pod)
+    if options.kind == "trainjob" and num_pods == 1:
+        raise SettingsError(
+            f"--kind trainjob has a launcher and at least one node: give --pp 2 or more, or less than "
+            f"{ranks_per_pod} --ranks-per-pod; --kind mpijob can be one pod"
+        )
     for manifest in manifests:
         if manifest["kind"] == "PodDisruptionBudget":
             manifest["spec"]["minAvailable"] = max(1, num_pods - 1)
         elif manifest["kind"] == "MPIJob":
             _shape_mpijob(manifest["spec"], num_pods, ranks_per_pod)
         elif manifest["kind"] == "TrainingRuntime":
-            policy = manifest["spec"]["mlPolicy"]
-            policy["numNodes"], policy["mpi"]["numProcPerNode"] = num_pods, ranks_per_pod
+            manifest["spec"]["mlPolicy"]["mpi"]["numProcPerNode"] = ranks_per_pod
+        elif manifest["kind"] == "TrainJob":
+            manifest["spec"]["trainer"]["numNodes"] = num_pods
         for number, pod in enumerate(_pods(manifest)):
             container = pod["containers"][0]
             if options.image:

@@ -4,9 +4,12 @@ same as kubectl makes, and with flags that `phalanx serve` understands."""
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from tests.strict_schemas import check
 ALL = [(kind, overlay) for kind, overlays in OVERLAYS.items() for overlay in overlays]
 every = pytest.mark.parametrize(("kind", "overlay"), ALL)
 Manifest = dict[str, Any]
+ROOT = Path(__file__).parents[2]
 
 
 def rendered(*arguments: str) -> list[Manifest]:
@@ -57,9 +61,9 @@ def test_every_field_is_one_that_the_definitions_have(kind: str, overlay: str) -
     for manifest in build(FOLDER / kind / "overlays" / overlay):
         check(manifest)
     for arguments in (
-        (),
+        ("--pp", "2"),
         ("--tp", "2", "--pp", "3"),
-        ("--no-secrets", "--no-monitoring", "--namespace", "serving"),
+        ("--pp", "2", "--no-secrets", "--no-monitoring", "--namespace", "serving"),
     ):
         for manifest in rendered("--kind", kind, "--overlay", overlay, *arguments):
             check(manifest)
@@ -100,15 +104,17 @@ def test_kubectl_makes_the_same(kind: str, overlay: str) -> None:
 
 @every
 def test_serve_understands_the_launcher(kind: str, overlay: str, tmp_path: Path) -> None:
-    launcher = pods(rendered("--kind", kind, "--overlay", overlay, "--tp", "3", "--no-secrets"))[0]
+    launcher = pods(rendered("--kind", kind, "--overlay", overlay, "--tp", "3", "--pp", "2", "--no-secrets"))[
+        0
+    ]
     host_file = tmp_path / "hostfile"
-    host_file.write_text("phalanx-launcher-0-0.phalanx slots=3\n")
+    host_file.write_text("phalanx-launcher-0-0.phalanx slots=3\nphalanx-node-0-0.phalanx slots=3\n")
     arguments = [
         argument.replace("/etc/mpi/hostfile", str(host_file))
         for argument in launcher["containers"][0]["args"]
     ]
     settings = Settings.from_arguments(build_parser().parse_args(arguments))
-    assert (settings.model, settings.tp, settings.pp) == ("smollm2-135m-instruct", 3, 1)
+    assert (settings.model, settings.tp, settings.pp) == ("smollm2-135m-instruct", 3, 2)
     assert settings.host == "0.0.0.0" and settings.zmq == "tcp://0.0.0.0:5555"
     ports = {port["name"]: port["containerPort"] for port in launcher["containers"][0]["ports"]}
     assert ports == {"http": settings.port, "grpc": settings.grpc_port, "zmq": 5555}
@@ -127,6 +133,26 @@ def test_pods_have_no_more_than_they_need(kind: str, overlay: str) -> None:
         assert memory["emptyDir"]["medium"] == "Memory"
         assert {"name": "shared-memory", "mountPath": "/dev/shm"} in container["volumeMounts"]
         assert container["resources"]["requests"].keys() == {"cpu", "memory"}
+
+
+@pytest.mark.parametrize("kind", OVERLAYS)
+def test_a_worker_stays_until_its_ranks_have_ended(kind: str) -> None:
+    """Its preStop hook, run by a shell while a process looks like a rank."""
+    launcher, worker = pods(rendered("--kind", kind, "--pp", "2"))
+    assert worker["terminationGracePeriodSeconds"] >= launcher["terminationGracePeriodSeconds"]
+    name = f"k8s.{kind}.engine.rank"
+    command = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    command = [word.replace(r"engine\.rank", name.replace(".", r"\.")) for word in command]
+    assert r"engine\.rank" in command[-1], "others' ranks on this machine are not meant"
+    rank = subprocess.Popen([sys.executable, "-c", "input()", name], stdin=subprocess.PIPE)
+    try:
+        hook = subprocess.Popen(command)
+        with pytest.raises(subprocess.TimeoutExpired):
+            hook.wait(0.3)
+    finally:
+        rank.kill()
+        rank.wait()
+    assert hook.wait(30) == 0
 
 
 @pytest.mark.parametrize(
@@ -150,8 +176,12 @@ def test_pods_hold_the_ranks(arguments: tuple[str, ...], slots: int, workers: in
     for pod in pods(manifests):
         resources = pod["containers"][0]["resources"]
         assert resources["limits"]["nvidia.com/gpu"] == slots and resources["requests"]["cpu"] == str(slots)
-    policy = one(rendered("--kind", "trainjob", *arguments), "TrainingRuntime")["spec"]["mlPolicy"]
-    assert policy["numNodes"] == workers + 1 and policy["mpi"]["numProcPerNode"] == slots
+    if workers:
+        manifests = rendered("--kind", "trainjob", *arguments)
+        policy = one(manifests, "TrainingRuntime")["spec"]["mlPolicy"]
+        # The Trainer makes this many launchers; the nodes are what the TrainJob says, less one.
+        assert policy["numNodes"] == 1 and policy["mpi"]["numProcPerNode"] == slots
+        assert one(manifests, "TrainJob")["spec"]["trainer"]["numNodes"] == workers + 1
 
 
 def test_names_and_flags() -> None:
@@ -185,12 +215,51 @@ def test_files_for_kubectl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert list(yaml.safe_load_all(capsys.readouterr().out)) == written
 
 
+@pytest.mark.slow
+def test_a_wheel_has_them(tmp_path: Path) -> None:
+    """And what was installed from it renders. No compiler: the kernels are not what is looked at."""
+    source = tmp_path / "source"
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in names.splitlines():
+        if not name.startswith(("tests/", "benchmarks/")) and (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+    ]
+    subprocess.run([*pip, str(source)], check=True, env={**os.environ, "CXX": "/bin/false"})
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("k8s/")}
+        archive.extractall(tmp_path / "installed")
+    assert packed == {str(path.relative_to(ROOT)) for path in FOLDER.rglob("*.yaml")}
+    words = ["-m", "launcher.cli", "k8s", "render", "smollm2-135m-instruct", "--tp", "2"]
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert list(yaml.safe_load_all(done.stdout)) == rendered("--tp", "2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--hosts", "a,b"), "--hosts: the operator makes the host file"),
         (("--api-key", "secret"), "--api-key: it would stand in the manifest"),
         (("--kind", "trainjob", "--overlay", "rdma"), "a trainjob has cpu and gpu"),
+        (("--kind", "trainjob"), "--kind trainjob has a launcher and at least one node"),
         (("--ranks-per-pod", "3"), "--ranks-per-pod 3: must be from 1 to 2"),
         (("--name", "Chat"), "--name Chat: must be small letters"),
         (("--tp", "0"), "--tp 0"),
