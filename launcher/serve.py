@@ -50,14 +50,15 @@ NOT_RECORDED = (
     "max_wait_s",
     "wait_for_hosts",
     "drain_timeout",
+    "stopped_exit_code",
     *(setting.name for setting in fields(AccessSettings)),
 )
 """Settings that a supervisor may be given otherwise than the one that it takes over from."""
 
 
 def serve(settings: Settings, read_settings: Callable[[], Settings] | None = None) -> int:
-    """Serves until a signal ends it; returns 0. `read_settings`: again, from where they came, when SIGHUP asks for
-    that. Raises LauncherError."""
+    """Serves until a signal ends it; returns --stopped-exit-code. `read_settings`: again, from where they came, when
+    SIGHUP asks for that. Raises LauncherError."""
     log = EventLog()
     reloads = read_settings is not None and not has_terminal()
     with StopSignals(stops_at_hangup=not reloads) as stop, choose_display() as display:
@@ -68,7 +69,7 @@ def serve(settings: Settings, read_settings: Callable[[], Settings] | None = Non
             pass
         finally:
             log.close()
-    return 0
+    return settings.stopped_exit_code
 
 
 def _serve(

@@ -188,6 +188,12 @@ class Settings(AccessSettings):
         "default: this machine alone. MPI starts them over ssh",
         "HOSTS",
     )
+    stopped_exit_code: int = _flag(
+        0,
+        "exit code when a signal has ended it. Where 0 means that all is done for good, as to the Job of an evicted "
+        "pod, give another one, like 143",
+        "N",
+    )
     wait_for_hosts: float | None = field(
         default=None,
         metadata={
@@ -281,6 +287,8 @@ class Settings(AccessSettings):
             raise SettingsError(f"--disconnect-grace-s {self.disconnect_grace_s:g}: must be from 0 to 86400")
         if self.wait_for_hosts is not None and not self.wait_for_hosts >= 0:
             raise SettingsError(f"--wait-for-hosts {self.wait_for_hosts:g}: must be 0 or more")
+        if not 0 <= self.stopped_exit_code <= 255:
+            raise SettingsError(f"--stopped-exit-code {self.stopped_exit_code}: must be from 0 to 255")
         if not 0 <= self.drain_timeout <= 86400:
             raise SettingsError(f"--drain-timeout {self.drain_timeout:g}: must be from 0 to 86400")
         if self.max_num_batched_tokens < self.max_num_seqs:
