@@ -35,6 +35,7 @@ from launcher.preparation import PreparationProgress, PreparedModel, Stopped, pr
 from launcher.processes import usable_cores
 from launcher.rank_table import table_of
 from launcher.run_dir import RunDir, RunDirInUse
+from launcher.service_manager import ServiceManager
 from launcher.settings import Settings, default_cache_dir, default_run_dir
 from launcher.stop_signals import StopSignals
 from launcher.supervisor import Supervisor
@@ -80,6 +81,7 @@ def _serve(
     read_settings: Callable[[], Settings],
 ) -> None:
     adopt_orphans()
+    manager = ServiceManager(os.environ)
     mpirun = find_mpirun(settings.mpirun, flavor_named(settings.mpi))
     settings = mpijob.complete(settings, os.environ, log)
     hosts = with_own_name(parse_hosts(settings.hosts))
@@ -119,6 +121,16 @@ def _serve(
         def remember(changed: Settings, model: PreparedModel) -> None:
             keeper.change(recorded_settings(changed), recorded_model(model))
 
+        def say_ready(world: World, state: FrontState) -> None:
+            _say_ready(display, settings, port, world, state, prepared.path)
+            manager.ready(f"serving {world.plan.served_model_name} at {client_url(settings, port)}")
+
+        def turn() -> None:
+            hangups.check(stop.take_hangup())
+            manager.beat()
+            if stop.requested():
+                manager.stopping()
+
         environment = child_environment()
         environment.pop(KEY_VARIABLE, None)  # it is nothing for ranks
         Supervisor(
@@ -136,13 +148,13 @@ def _serve(
             log=log,
             stop=stop,
             on_progress=progress.show,
-            on_ready=lambda world, state: _say_ready(display, settings, port, world, state, prepared.path),
+            on_ready=say_ready,
             spare=SpareKind(settings.spare),
             drain_timeout_s=settings.drain_timeout,
             keeper=keeper,
             found=found,
             changes=PlannedChanges(settings, prepared, plan, remember),
-            on_turn=lambda: hangups.check(stop.take_hangup()),
+            on_turn=turn,
         ).run()
         display.say("stopped")
     finally:

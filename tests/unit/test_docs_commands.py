@@ -26,6 +26,8 @@ RUN_BY = {
     "curl": "tests/api/test_operations.py",
     "mpirun": "tests/world/run.py",
     "pip install": "pyproject.toml",
+    "install": "tests/recovery/test_service.py",
+    "systemctl": "tests/recovery/test_service.py",
     "source": "tests/unit/test_docs_commands.py",
     ".": "tests/unit/test_docs_commands.py",
 }
