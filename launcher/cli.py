@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print findings and figures for programs")
 
     k8s = commands.add_parser("k8s", help="serve in Kubernetes", description="Deployments in Kubernetes.")
-    k8s_commands = k8s.add_subparsers(dest="k8s_command", metavar="COMMAND", required=True)
+    k8s_commands = k8s.add_subparsers(dest="k8s_command", metavar="COMMAND", required=True, help="render")
     render = k8s_commands.add_parser(
         "render",
         help="print the manifests of a deployment",
