@@ -81,6 +81,7 @@ chaos: $(READY_TEST)
 bench: $(READY_TEST)
 	$(BIN)/python -m benchmarks.offline
 	$(BIN)/python -m benchmarks.serve
+	$(BIN)/python -m benchmarks.http_cost
 	$(BIN)/python -m benchmarks.interference
 	$(BIN)/python -m benchmarks.structured
 	$(BIN)/python -m benchmarks.control_plane

@@ -104,6 +104,15 @@ def _serve(result: Result) -> str:
     return _table(["", "HTTP", "ZeroMQ client", "ratio"], rows)
 
 
+def _http_cost(result: Result) -> str:
+    http, bare = (median(result["tokens_per_second"][name]) for name in ("http", "bare"))
+    return (
+        f"Over HTTP {_number(http)} tokens/s with {result['streams']} streams, the bare world (no supervisor, no "
+        f"front, token ids in and out) {_number(bare)}: ratio {_ratio(result['ratio'])}, the target is "
+        f"{result['target']}."
+    )
+
+
 def _startup(result: Result) -> str:
     first, later = result["first_s"], result["later_median_s"]
     rows = [
@@ -263,6 +272,7 @@ SECTIONS: dict[str, tuple[Callable[[Result], str], Callable[[Result], str]]] = {
         ),
         _peers,
     ),
+    "http_cost": (lambda result: f"What HTTP costs, tp {result['tp']}.", _http_cost),
     "serve": (lambda result: f"Serving, tp {result['tp']}.", _serve),
     "startup": (lambda result: f"Start of `phalanx serve`, tp {result['tp']}.", _startup),
     "recovery": (
