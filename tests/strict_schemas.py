@@ -51,6 +51,50 @@ SERVICE_MONITOR = {
 """What the Prometheus Operator's reference says of the fields that we use; its definition is in no package."""
 
 
+def _object(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
+    """With these fields, and no others."""
+    return {
+        "type": "object",
+        "properties": {**required, **optional},
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+TEXT, NUMBER = {"type": "string"}, {"type": "integer"}
+TEXTS = {"type": "object", "additionalProperties": TEXT}
+PORT = _object({"number": NUMBER})
+TRIGGER = _object(
+    {"type": TEXT, "metadata": TEXTS}, metricType={"enum": ["AverageValue", "Value", "Utilization"]}
+)
+OTHERS = {
+    ("monitoring.coreos.com/v1", "ServiceMonitor"): SERVICE_MONITOR["properties"]["spec"],
+    ("keda.sh/v1alpha1", "ScaledObject"): _object(
+        {
+            "scaleTargetRef": _object({"name": TEXT}, kind=TEXT, apiVersion=TEXT),
+            "triggers": {"type": "array", "items": TRIGGER, "minItems": 1},
+        },
+        minReplicaCount=NUMBER,
+        maxReplicaCount=NUMBER,
+        pollingInterval=NUMBER,
+        cooldownPeriod=NUMBER,
+    ),
+    ("inference.networking.k8s.io/v1", "InferencePool"): _object(
+        {
+            "selector": _object({"matchLabels": TEXTS}),
+            "targetPorts": {"type": "array", "items": PORT, "minItems": 1},
+            "endpointPickerRef": _object(
+                {"name": TEXT}, port=PORT, failureMode={"enum": ["FailOpen", "FailClose"]}
+            ),
+        }
+    ),
+    ("serving.kserve.io/v1beta1", "InferenceService"): _object({"predictor": {"type": "object"}}),
+}
+"""Specs, as the references of these projects have the fields that we use; their definitions are in no package. The
+rest of a predictor is a pod's, and checked as one."""
+PREDICTOR_FIELDS = ("minReplicas", "maxReplicas", "scaleMetric", "scaleTarget")
+
+
 def check(manifest: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError or kubernetes_validate.ValidationError, which name the field."""
     kind = manifest["kind"]
@@ -60,8 +104,14 @@ def check(manifest: dict[str, Any]) -> None:
             # The definitions have pods whole but for what Kubernetes checks beyond types.
             pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": template["spec"]}
             kubernetes_validate.validate(pod, KUBERNETES, strict=True)
-    elif kind == "ServiceMonitor":
-        jsonschema.Draft202012Validator(SERVICE_MONITOR).validate(manifest)
+    elif (spec := OTHERS.get((manifest["apiVersion"], kind))) is not None:
+        whole = _object({"apiVersion": TEXT, "kind": TEXT, "metadata": {"type": "object"}, "spec": spec})
+        jsonschema.Draft202012Validator(whole).validate(manifest)
+        if kind == "InferenceService":
+            predictor = manifest["spec"]["predictor"]
+            spec = {name: value for name, value in predictor.items() if name not in PREDICTOR_FIELDS}
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
+            kubernetes_validate.validate(pod, KUBERNETES, strict=True)
     else:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 

@@ -28,6 +28,9 @@ RUN_BY = {
     "pip install": "pyproject.toml",
     "install": "tests/recovery/test_service.py",
     "systemctl": "tests/recovery/test_service.py",
+    "docker build": "tests/unit/test_dockerfile.py",
+    "kubectl create secret": "tests/unit/test_k8s_examples.py",
+    "kubectl apply": "tests/unit/test_k8s_examples.py",
     "source": "tests/unit/test_docs_commands.py",
     ".": "tests/unit/test_docs_commands.py",
 }

@@ -88,7 +88,7 @@ def test_a_field_that_is_not_there_is_an_error(place: str) -> None:
 
 @every
 @pytest.mark.skipif(
-    shutil.which("kubectl") is None, reason="kubectl is not installed: apt install kubernetes-client"
+    shutil.which("kubectl") is None, reason="needs `kubectl` 1.21 or newer, for its kustomize"
 )
 def test_kubectl_makes_the_same(kind: str, overlay: str) -> None:
     folder = FOLDER / kind / "overlays" / overlay
