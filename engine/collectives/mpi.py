@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from engine.collectives.shared_memory import SharedMemorySums
 from engine.world import Coordinates, World
 
 PLAN_HEAD_INTS = 256
@@ -113,6 +114,7 @@ class MpiTensorGroup:
         self.size = comm.Get_size()
         self._rank = comm.Get_rank()
         self._in_rank_order = False
+        self._shared = SharedMemorySums.join(comm)
 
     def add_reduced(self, total: torch.Tensor, partial: torch.Tensor) -> None:
         total.add_(self.reduced(partial))
@@ -120,6 +122,10 @@ class MpiTensorGroup:
     def reduced(self, partial: torch.Tensor) -> torch.Tensor:
         self._on_collective()
         partial = partial.float()
+        if self._shared is not None:
+            partial = partial.contiguous()
+            self._shared.sum(partial)
+            return partial
         if self._in_rank_order:
             return self._summed_in_rank_order(partial)
         self._comm.Allreduce(MPI.IN_PLACE, partial.numpy(), MPI.SUM)

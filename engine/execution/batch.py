@@ -106,6 +106,17 @@ class Batch:
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
 
+    @property
+    def is_greedy(self) -> bool:
+        """There are rows to sample, each takes the token with the greatest logit, and nobody asks for more."""
+        return bool(self.sampling_params) and all(
+            params.temperature <= 0
+            and params.num_logprobs < 0
+            and params.shaping is None
+            and params.grammar is None
+            for params in self.sampling_params
+        )
+
 
 class SequenceTable:
     """Block tables, lengths and parameters of the running sequences, by handle."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -59,6 +59,9 @@ class StageRunner:
         self._pooler = None if sampler is None else Pooler()
         self._world = world
         self._stage = stage
+        self.greatest: Callable[[torch.Tensor], torch.Tensor] | None = getattr(stage, "greatest", None)
+        """Of stages that can tell the greatest logit without writing all of them: see NativeStage. Where it is None,
+        as it must be on all ranks or on none, the sampler sees all logits."""
         self._cache = cache
         self._table = table
         self._hidden_size = hidden_size
@@ -79,6 +82,9 @@ class StageRunner:
         # Every rank of the last stage computes its columns of the logits; the sampler gathers them.
         prompt_logprobs = {rows.handle: self._prompt_logprobs(hidden, rows) for rows in batch.prompt_rows}
         pooled = self._pool(hidden, batch.pooled_rows)
+        if self.greatest is not None and batch.is_greedy:
+            greedy = self._draw_greedily(self.greatest(hidden.index_select(0, batch.sampling_rows)))
+            return None if greedy is None else StepResult(greedy, [], prompt_logprobs, pooled)
         logits = self.logits(hidden, batch.sampling_rows)
         if logits is None:
             return None
@@ -109,6 +115,17 @@ class StageRunner:
             return hidden.new_empty(0, sum(self._vocab_widths)) if self._world.at.is_sampler else None
         local = self._stage.logits(hidden.index_select(0, rows))
         return self._world.tensor_group.gather(local, self._vocab_widths)
+
+    def _draw_greedily(self, mine: torch.Tensor) -> list[int] | None:
+        """Tokens of rows that take the greatest logit, from what each rank found in its columns: two numbers a row
+        travel in place of a vocabulary. None at ranks that do not sample."""
+        found = self._world.tensor_group.gather(mine, [2] * len(self._vocab_widths))
+        if found is None:
+            return None
+        # Tokens are whole numbers far below 2**24, which float32 holds. Of equal ranks the first has the lower ids.
+        values, tokens = found[:, ::2], found[:, 1::2]
+        chosen = tokens.gather(1, values.argmax(dim=1, keepdim=True)) if values.shape[1] > 1 else tokens
+        return [int(token) for token in chosen.flatten().tolist()]
 
     def _prompt_logprobs(self, hidden: torch.Tensor, rows: PromptRows) -> list[TokenLogprobs]:
         """In pieces: the logits of a whole prompt would take gigabytes."""

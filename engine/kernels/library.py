@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_float, c_int64, c_void_p
 from functools import cache
 
-import numpy as np
 import torch
 
 from engine.kernels.compile import LIBRARY, SOURCES, source_hash
@@ -100,6 +100,49 @@ class StepStruct(ctypes.Structure):
     ]
 
 
+class SharedSumStruct(ctypes.Structure):
+    _fields_ = [
+        ("memory", c_void_p),
+        ("rank", c_int64),
+        ("size", c_int64),
+        ("segment_bytes", c_int64),
+        ("capacity", c_int64),
+        ("crowded", c_int64),
+        ("round", c_int64),
+        ("phase", c_int64),
+        ("done", c_int64),
+    ]
+
+
+class SharedSum:
+    """The sum over the ranks of a host through memory that they share. Every rank makes one, with the same sizes."""
+
+    HEAD_BYTES = 128
+    """Of a rank's segment, before its two buffers."""
+
+    def __init__(self, address: int, rank: int, size: int, capacity: int, crowded: bool) -> None:
+        """`address`: of `size * segment_bytes(capacity)` bytes, zeros at first, at a multiple of 64. Raises
+        KernelsUnavailable."""
+        library = _library()
+        self._call = library.phalanx_sum_shared
+        self._functions = library.phalanx_functions(instruction_sets()[0].encode())
+        self._struct = SharedSumStruct(
+            address, rank, size, self.segment_bytes(capacity), capacity, crowded, 0, 0, 0
+        )
+
+    @classmethod
+    def segment_bytes(cls, capacity: int) -> int:
+        """Of one rank, for messages of up to `capacity` elements; longer ones go in pieces."""
+        return cls.HEAD_BYTES + 2 * 4 * capacity
+
+    def sum(self, data: torch.Tensor, meanwhile: Callable[[], object]) -> None:
+        """Replaces float32 `data`, which is contiguous and as large on every rank, by the sum over the ranks, taken
+        in their order. Waits for all of them, and calls `meanwhile` from time to time as long as it does."""
+        address, count = data.data_ptr(), data.numel()
+        while self._call(self._functions, byref(self._struct), address, count):
+            meanwhile()
+
+
 class Kernels:
     """The functions of one instruction set, with threads and scratch memory. Not for several threads at once."""
 
@@ -172,13 +215,30 @@ class Kernels:
         soft_cap: float,
     ) -> torch.Tensor:
         """`[num_rows, hidden_size]` float32 to `[num_rows, num_outputs]`: norm, head, division, soft cap."""
-        rows = np.arange(hidden.shape[0], dtype=np.int64)
         out = torch.empty(hidden.shape[0], head.num_outputs)
         self._library.phalanx_logits(
-            self._functions, self._context, byref(head), _rows(hidden).data_ptr(), rows.ctypes.data,
-            hidden.shape[0], norm_weight.data_ptr(), eps, divisor, soft_cap, out.data_ptr(),
+            self._functions, self._context, byref(head), _rows(hidden).data_ptr(), hidden.shape[0],
+            norm_weight.data_ptr(), eps, divisor, soft_cap, out.data_ptr(),
         )  # fmt: skip
         return out
+
+    def greatest(
+        self,
+        head: LinearStruct,
+        hidden: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        divisor: float,
+        soft_cap: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each row's `logits` the greatest, float32 `[num_rows]`, and the first output that has it, int64."""
+        values = torch.empty(hidden.shape[0])
+        ids = torch.empty(hidden.shape[0], dtype=torch.int64)
+        self._library.phalanx_greatest(
+            self._functions, self._context, byref(head), _rows(hidden).data_ptr(), hidden.shape[0],
+            norm_weight.data_ptr(), eps, divisor, soft_cap, values.data_ptr(), ids.data_ptr(),
+        )  # fmt: skip
+        return values, ids
 
 
 def linear_struct(
@@ -251,8 +311,13 @@ def _library() -> ctypes.CDLL:
         ),
         "phalanx_logits": (
             None,
-            [*[c_void_p] * 5, c_int64, c_void_p, c_float, c_float, c_float, c_void_p],
+            [*[c_void_p] * 4, c_int64, c_void_p, c_float, c_float, c_float, c_void_p],
         ),
+        "phalanx_greatest": (
+            None,
+            [*[c_void_p] * 4, c_int64, c_void_p, c_float, c_float, c_float, c_void_p, c_void_p],
+        ),
+        "phalanx_sum_shared": (c_int64, [c_void_p, c_void_p, c_void_p, c_int64]),
     }  # fmt: skip
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

@@ -139,6 +139,16 @@ class NativeStage:
             config.logit_soft_cap or 0.0,
         )  # fmt: skip
 
+    def greatest(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of each row the greatest of this rank's logits and the first token that has it, as float32 `[num_rows, 2]`:
+        what `logits` would give, but a batch of them is not written to memory and read again."""
+        config = self._config
+        values, ids = self._kernels.greatest(
+            self._head, hidden, self._norm, config.rms_norm_eps, config.logit_divisor,
+            config.logit_soft_cap or 0.0,
+        )  # fmt: skip
+        return torch.stack((values, (ids + self._shape.vocab.start).float()), dim=1)
+
     def _fill(self, struct: LayerStruct, index: int, max_positions: int) -> None:
         config, shape, name = self._config, self._shape, f"layers.{index}."
         for norm in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"):

@@ -102,6 +102,30 @@ def test_logits_are_normed_divided_and_capped(path: tuple[str, int], dtype: torc
     assert (found - expected).abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
+@every_path
+@every_dtype
+@pytest.mark.parametrize("num_rows", [1, 7, 30])
+@pytest.mark.parametrize("soft_cap", [0.0, 4.0])
+def test_the_greatest_logit_is_the_first_of_the_greatest_logits(
+    path: tuple[str, int], dtype: torch.dtype, num_rows: int, soft_cap: float
+) -> None:
+    random = torch.Generator().manual_seed(num_rows)
+    hidden, norm_weight = torch.randn(num_rows, 40, generator=random), torch.rand(40, generator=random) + 0.5
+    weights = torch.randn(99, 40, generator=random).to(dtype)
+    weights[50:99] = weights[1:50]  # every logit but two is there twice, far apart
+    head = linear_struct(packed := pack(weights), 99, 40)
+    assert packed.shape[0] * PANEL > 99  # what stands behind the last logit must not count
+    arguments = head, hidden, norm_weight, 1e-6, 1.5, soft_cap
+    values, ids = KERNELS[path].greatest(*arguments)
+    expected = KERNELS[path].logits(*arguments).max(dim=1)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(ids, expected.indices) and int(ids.max()) < 50
+    below_zero = KERNELS[path].greatest(head, hidden, -norm_weight, 1e-6, 1.5, soft_cap)
+    assert torch.equal(
+        below_zero[0], KERNELS[path].logits(head, hidden, -norm_weight, 1e-6, 1.5, soft_cap).amax(1)
+    )
+
+
 @every_dtype
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 20))
 @settings(max_examples=30, deadline=None)

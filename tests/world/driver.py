@@ -129,9 +129,11 @@ def serve(
     """Runs all requests to their ends on every rank, and checks that nothing is left behind."""
     run = Run()
     runner = engine.runner
-    if record_logits and runner.sampler is not None:
+    if record_logits:
         runner = copy(runner)
-        runner.sampler = _Recorder(engine.runner.sampler, run)
+        runner.greatest = None
+        if engine.runner.sampler is not None:
+            runner.sampler = _Recorder(engine.runner.sampler, run)
     if world.at.rank != 0:
         follow(world, runner, _Sign())
         return run

@@ -3,6 +3,8 @@
 // computes depends on its own position alone: not on chunks, batches, or what was there already.
 #pragma once
 
+#include <type_traits>
+
 #include "rows.h"
 
 namespace PHALANX_ISA {
@@ -12,7 +14,7 @@ constexpr int64_t BLOCK = PANEL;       // tokens of a block of the cache
 constexpr int64_t SPAN_BLOCKS = 4;
 constexpr int64_t SPAN = SPAN_BLOCKS * BLOCK;
 constexpr float NO_SCORE = -1e30f;     // below every score, and its difference to itself is 0
-constexpr int64_t TILE_ROWS = 12;      // (position, head) pairs of a task
+constexpr int64_t TILE_ROWS = 24;      // (position, head) pairs of a task
 
 struct AttentionTask {
     int64_t sequence, kv_head, first_head, num_heads, first_row, num_positions;
@@ -25,52 +27,92 @@ INLINE int64_t tile_bytes(int64_t head_dim) {
     return TILE_ROWS * (x_stride_of<F>(head_dim) * (int64_t)sizeof(typename F::X) + size * 4 + SPAN * 4);
 }
 
-// sums [ROWS][padded head_dim] += weights [ROWS][SPAN] times the values of `count` keys, in the order of the keys.
-template <class F, int ROWS, int VECTORS>
-INLINE void add_values(const float *weights, const typename F::Element *const *values, int64_t value_stride,
-                       int64_t count, float *sums, int64_t sums_stride) {
-    vec total[ROWS][VECTORS];
+// sums [ROWS][PANELS * 16] = sums * kept + weights [ROWS][count] times the values of `count` keys, in the order of the
+// keys. `weights` are inputs of a linear whose outputs are elements of a head, and `values` its panels, a block each.
+template <class F, int ROWS, int PANELS>
+__attribute__((noinline)) void add_values(const typename F::X *weights, int64_t weights_stride,
+                                          const typename F::Element *const *values, int64_t column, int64_t count,
+                                          const float *kept, float *sums, int64_t sums_stride) {
+    vec total[ROWS][PANELS * PIECES];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
-        for (int i = 0; i < VECTORS; ++i) total[r][i] = load(sums + r * sums_stride + i * LANES);
+        for (int i = 0; i < PANELS * PIECES; ++i) total[r][i] = load(sums + r * sums_stride + i * LANES) * all(kept[r]);
     for (int64_t block = 0; block * BLOCK < count; ++block) {
         const int64_t keys = count - block * BLOCK < BLOCK ? count - block * BLOCK : BLOCK;
-        const typename F::Element *from = values[block];
-        for (int64_t key = 0; key < keys; ++key, from += value_stride) {
-            vec value[VECTORS];
+        const typename F::Element *from = values[block] + column * BLOCK;
+        const typename F::X *x = weights + block * BLOCK;
+        for (int64_t key = 0; key < keys; key += F::STEP) {
+            typename F::Loaded loaded[PANELS];
 #pragma GCC unroll 16
-            for (int i = 0; i < VECTORS; ++i) value[i] = F::load_element(from + i * LANES);
+            for (int p = 0; p < PANELS; ++p) loaded[p] = F::load_step(from + (p * BLOCK + key) * PANEL);
 #pragma GCC unroll 16
-            for (int r = 0; r < ROWS; ++r) {
-                const vec weight = all(weights[r * SPAN + block * BLOCK + key]);
+            for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
-                for (int i = 0; i < VECTORS; ++i) total[r][i] = fma(weight, value[i], total[r][i]);
-            }
+                for (int p = 0; p < PANELS; ++p)
+                    F::multiply(&total[r][p * PIECES], x + r * weights_stride + key, loaded[p]);
         }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
-        for (int i = 0; i < VECTORS; ++i) store(sums + r * sums_stride + i * LANES, total[r][i]);
+        for (int i = 0; i < PANELS * PIECES; ++i) store(sums + r * sums_stride + i * LANES, total[r][i]);
 }
 
-template <class F, int VECTORS>
-INLINE void add_values_of_rows(int64_t num_rows, const float *weights, const typename F::Element *const *values,
-                               int64_t value_stride, int64_t count, float *sums, int64_t sums_stride) {
-    constexpr int MOST = LANES == 16 ? 6 : 2;
+// The same for any number of rows.
+template <class F, int PANELS>
+INLINE void add_values_of_rows(int64_t num_rows, const typename F::X *weights, int64_t weights_stride,
+                               const typename F::Element *const *values, int64_t column, int64_t count,
+                               const float *kept, float *sums, int64_t sums_stride) {
+    constexpr int MOST = LANES == 16 ? 6 : 4;
     int64_t row = 0;
-    for (; row + MOST <= num_rows; row += MOST)
-        add_values<F, MOST, VECTORS>(weights + row * SPAN, values, value_stride, count, sums + row * sums_stride,
-                                     sums_stride);
-    if (LANES == 16 && row + 3 <= num_rows) {
-        add_values<F, 3, VECTORS>(weights + row * SPAN, values, value_stride, count, sums + row * sums_stride,
-                                  sums_stride);
-        row += 3;
+    const auto add = [&](auto rows) INLINE_LAMBDA {
+        add_values<F, decltype(rows)::value, PANELS>(weights + row * weights_stride, weights_stride, values, column,
+                                                     count, kept + row, sums + row * sums_stride + column, sums_stride);
+        row += decltype(rows)::value;
+    };
+    while (row + MOST <= num_rows) add(std::integral_constant<int, MOST>());
+    if (row + 3 <= num_rows) add(std::integral_constant<int, 3>());
+    while (row < num_rows) add(std::integral_constant<int, 1>());
+}
+
+// The highest of a row's scores of a span and of what it had before. `newest` and `oldest`: the keys, of the span's, that
+// the row may see; the others' scores become -inf.
+INLINE float highest_score(float *row, int64_t num_scores, int64_t newest, int64_t oldest, float soft_cap,
+                           float highest) {
+    vec largest = all(highest);
+    if (soft_cap != 0.0f)
+        for (int64_t i = 0; i < num_scores; i += LANES)
+            store(row + i, hyperbolic_tangent(load(row + i) / all(soft_cap)) * all(soft_cap));
+    if (newest >= SPAN - 1 && oldest <= 0) {
+        for (int64_t i = 0; i < SPAN; i += LANES) largest = maximum(load(row + i), largest);
+        return maximum(largest);
     }
-    for (; row < num_rows; ++row)
-        add_values<F, 1, VECTORS>(weights + row * SPAN, values, value_stride, count, sums + row * sums_stride,
-                                  sums_stride);
+    // The whole span, whatever part of it there is: a row's sums must not depend on its tile.
+    ivec lane;
+    for (int i = 0; i < LANES; ++i) lane[i] = i;
+    for (int64_t i = 0; i < SPAN; i += LANES) {
+        const ivec key = lane + (int32_t)i;
+        const ivec seen = (key <= (int32_t)newest) & (key >= (int32_t)(oldest > -SPAN ? oldest : -SPAN));
+        const vec score = seen ? (i < num_scores ? load(row + i) : zero()) : all(-__builtin_inff());
+        store(row + i, score);
+        largest = maximum(score, largest);
+    }
+    return maximum(largest);
+}
+
+// A row's scores of a span become weights, in place: exp(score - highest). Added to `total` with what is kept of it.
+template <class F>
+INLINE void weigh(float *row, float highest, float kept, vec &total) {
+    vec sum = total * all(kept);
+    // What is written lies never beyond what was read.
+    auto *weights = reinterpret_cast<typename F::X *>(row);
+    for (int64_t i = 0; i < SPAN; i += LANES) {
+        const vec weight = exponential_of_negative(load(row + i) - all(highest));
+        sum = sum + weight;
+        F::store_x(weights + i, weight);
+    }
+    total = sum;
 }
 
 // One task: some positions of one sequence, some heads that share a KV head.
@@ -86,7 +128,8 @@ void attend_tile(const Stage &stage, const Layer &layer, const Step &step, const
     X *x = reinterpret_cast<X *>(memory);
     float *sums = reinterpret_cast<float *>(memory + TILE_ROWS * x_stride * sizeof(X));
     float *scores = sums + TILE_ROWS * size;
-    float maxima[TILE_ROWS];
+    constexpr int64_t WHOLE_ROWS = (TILE_ROWS + LANES - 1) / LANES * LANES;
+    float maxima[WHOLE_ROWS] = {}, kept[WHOLE_ROWS];
     vec totals[TILE_ROWS];
     int64_t positions[TILE_ROWS];
     for (int64_t r = 0; r < num_rows; ++r) {
@@ -101,8 +144,6 @@ void attend_tile(const Stage &stage, const Layer &layer, const Step &step, const
     const int64_t first = layer.window == 0 || positions[0] < layer.window ? 0 : positions[0] - layer.window + 1;
     const int64_t *blocks = step.block_tables + step.block_rows[task.sequence] * step.table_stride;
     const int64_t head_block = size * BLOCK;
-    ivec lane;
-    for (int i = 0; i < LANES; ++i) lane[i] = i;
 
     for (int64_t begin = first / SPAN * SPAN; begin <= last; begin += SPAN) {
         const int64_t count = last + 1 - begin < SPAN ? last + 1 - begin : SPAN;
@@ -113,51 +154,31 @@ void attend_tile(const Stage &stage, const Layer &layer, const Step &step, const
             keys[i] = static_cast<const Element *>(layer.keys) + at;
             values[i] = static_cast<const Element *>(layer.values) + at;
         }
-        for (int64_t r = 0; r < num_rows; r += MOST_ROWS)
-            multiply_tile<F>(x + r * x_stride, x_stride, num_rows - r < MOST_ROWS ? num_rows - r : MOST_ROWS, keys,
-                             num_blocks, num_steps,
-                             Output{scores + r * SPAN, SPAN, SPAN, nullptr, stage.attention_scale,
-                                    reinterpret_cast<const char *>(values[0])});
+        for (int64_t r = 0; r < num_rows; r += MOST_ROWS<F>) {
+            const auto *ahead = reinterpret_cast<const char *>(values[0]);
+            Output output{scores + r * SPAN, SPAN, SPAN, nullptr, stage.attention_scale, {ahead, ahead}};
+            multiply_tile<F>(x + r * x_stride, x_stride, num_rows - r < MOST_ROWS<F> ? num_rows - r : MOST_ROWS<F>,
+                             keys, num_blocks, num_steps, output);
+        }
+        // In turns, so that a row need not wait for what another one does.
+        float before[WHOLE_ROWS];
+        memcpy(before, maxima, sizeof before);
         for (int64_t r = 0; r < num_rows; ++r) {
-            float *row = scores + r * SPAN;
-            const int64_t newest = positions[r] - begin;
-            const int64_t oldest = layer.window == 0 ? 0 : newest - layer.window + 1;
-            // The whole span, whatever part of it there is: a row's sums must not depend on its tile.
-            vec largest = all(maxima[r]);
-            for (int64_t i = 0; i < SPAN; i += LANES) {
-                const ivec key = lane + (int32_t)i;
-                const ivec seen = (key <= (int32_t)newest) & (key >= (int32_t)(oldest > -SPAN ? oldest : -SPAN));
-                vec score = i < num_blocks * BLOCK ? load(row + i) : zero();
-                if (stage.attention_soft_cap != 0.0f)
-                    score = hyperbolic_tangent(score / all(stage.attention_soft_cap)) * all(stage.attention_soft_cap);
-                score = seen ? score : all(-__builtin_inff());
-                store(row + i, score);
-                largest = maximum(score, largest);
-            }
-            const float highest = maximum(largest);
-            const vec kept = exponential(all(maxima[r] - highest));
-            maxima[r] = highest;
-            vec total = totals[r] * kept;
-            for (int64_t i = 0; i < SPAN; i += LANES) {
-                const vec weight = exponential(load(row + i) - all(highest));
-                store(row + i, weight);
-                total = total + weight;
-            }
-            totals[r] = total;
-            for (int64_t i = 0; i < size; i += LANES) store(sums + r * size + i, load(sums + r * size + i) * kept);
+            const int64_t newest = positions[r] - begin, oldest = layer.window == 0 ? 0 : newest - layer.window + 1;
+            maxima[r] = highest_score(scores + r * SPAN, num_blocks * BLOCK, newest, oldest,
+                                      stage.attention_soft_cap, maxima[r]);
         }
-        constexpr int64_t VECTORS = 4;
+        for (int64_t r = 0; r < num_rows; r += LANES)
+            store(kept + r, exponential_of_negative(load(before + r) - load(maxima + r)));
+        for (int64_t r = 0; r < num_rows; ++r) weigh<F>(scores + r * SPAN, maxima[r], kept[r], totals[r]);
+        const X *weights = reinterpret_cast<const X *>(scores);
+        constexpr int64_t WEIGHTS_STRIDE = SPAN * sizeof(float) / sizeof(X);
+        constexpr int PANELS = LANES == 16 ? 4 : 1;
         int64_t column = 0;
-        for (; column + VECTORS * LANES <= size; column += VECTORS * LANES) {
-            const Element *from[SPAN_BLOCKS];
-            for (int64_t i = 0; i < num_blocks; ++i) from[i] = values[i] + column;
-            add_values_of_rows<F, VECTORS>(num_rows, scores, from, size, count, sums + column, size);
-        }
-        for (; column < size; column += LANES) {
-            const Element *from[SPAN_BLOCKS];
-            for (int64_t i = 0; i < num_blocks; ++i) from[i] = values[i] + column;
-            add_values_of_rows<F, 1>(num_rows, scores, from, size, count, sums + column, size);
-        }
+        for (; column + PANELS * PANEL <= size; column += PANELS * PANEL)
+            add_values_of_rows<F, PANELS>(num_rows, weights, WEIGHTS_STRIDE, values, column, count, kept, sums, size);
+        for (; column < size; column += PANEL)
+            add_values_of_rows<F, 1>(num_rows, weights, WEIGHTS_STRIDE, values, column, count, kept, sums, size);
     }
     for (int64_t r = 0; r < num_rows; ++r) {
         const int64_t row = task.first_row + r / task.num_heads, head = task.first_head + r % task.num_heads;
@@ -213,9 +234,10 @@ void attend(Context *context, const Stage &stage, const Layer &layer, const Step
 }
 
 // Head norm and rotary embedding of one row's queries and keys, in place; then keys and values into the cache.
-// row: [num_heads + 2 * num_kv_heads][head_dim].
+// row: [num_heads + 2 * num_kv_heads][head_dim]. `goes_on`: the token after it is written by the same step.
 template <class F>
-INLINE void turn_and_keep(const Stage &stage, const Layer &layer, float *row, int64_t position, int64_t slot) {
+INLINE void turn_and_keep(const Stage &stage, const Layer &layer, float *row, int64_t position, int64_t slot,
+                          bool goes_on) {
     typedef typename F::Element Element;
     const int64_t size = stage.head_dim, turned_heads = stage.num_heads + stage.num_kv_heads;
     for (int64_t head = 0; head < turned_heads; ++head) {
@@ -239,12 +261,23 @@ INLINE void turn_and_keep(const Stage &stage, const Layer &layer, float *row, in
         const float *value = row + (turned_heads + head) * size;
         const int64_t at = (block * stage.num_kv_heads + head) * wide * BLOCK;
         Element *keys = static_cast<Element *>(layer.keys) + at;
-        Element *values = static_cast<Element *>(layer.values) + at + offset * wide;
-        for (int64_t i = 0; i < wide; ++i)
-            F::store_element(keys + i / F::STEP * BLOCK * F::STEP + offset * F::STEP + i % F::STEP,
-                             i < size ? key[i] : 0.0f);
-        for (int64_t i = 0; i < wide; i += LANES)
-            F::store_elements(values + i, i < size ? load_some(value + i, size - i) : zero());
+        Element *values = static_cast<Element *>(layer.values) + at + offset / F::STEP * F::STEP * PANEL + offset % F::STEP;
+        // What is multiplied together with this token and was never written must be a number: its weight is zero.
+        const bool fills = F::STEP == 2 && offset % 2 == 0 && !goes_on;
+        for (int64_t i = 0; i < wide; i += PANEL) {
+            Element key_part[PANEL], value_part[PANEL];
+            for (int64_t j = 0; j < PANEL; j += LANES) {
+                const int64_t left = size - i - j;
+                F::store_elements(key_part + j, left > 0 ? load_some(key + i + j, left) : zero());
+                F::store_elements(value_part + j, left > 0 ? load_some(value + i + j, left) : zero());
+            }
+            for (int64_t j = 0; j < PANEL; j += F::STEP)
+                memcpy(keys + (i + j) * BLOCK + offset * F::STEP, key_part + j, F::STEP * sizeof(Element));
+            Element *to = values + i * BLOCK;
+            for (int64_t j = 0; j < PANEL; ++j) to[j * F::STEP] = value_part[j];
+            if (fills)
+                for (int64_t j = 0; j < PANEL; ++j) to[j * F::STEP + 1] = 0;
+        }
     }
 }
 

@@ -90,9 +90,18 @@ EXPORT void phalanx_embed(const Functions *functions, Context *context, const Li
 }
 
 EXPORT void phalanx_logits(const Functions *functions, Context *context, const Linear *head, const float *hidden,
-                    const int64_t *rows, int64_t num_rows, const float *norm_weight, float eps, float divisor,
-                    float soft_cap, float *out) {
-    functions->logits(context, head, hidden, rows, num_rows, norm_weight, eps, divisor, soft_cap, out);
+                    int64_t num_rows, const float *norm_weight, float eps, float divisor, float soft_cap, float *out) {
+    functions->logits(context, head, hidden, num_rows, norm_weight, eps, divisor, soft_cap, out);
+}
+
+EXPORT void phalanx_greatest(const Functions *functions, Context *context, const Linear *head, const float *hidden,
+                      int64_t num_rows, const float *norm_weight, float eps, float divisor, float soft_cap,
+                      float *values, int64_t *ids) {
+    functions->greatest(context, head, hidden, num_rows, norm_weight, eps, divisor, soft_cap, values, ids);
+}
+
+EXPORT int64_t phalanx_sum_shared(const Functions *functions, SharedSum *shared, float *data, int64_t count) {
+    return functions->sum_shared(shared, data, count);
 }
 
 }  // extern "C"

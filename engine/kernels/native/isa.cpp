@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "shared.h"
 
 namespace PHALANX_ISA {
 namespace {
@@ -27,7 +28,9 @@ void attention_half(Context *context, const Stage &stage, const Layer &layer, co
     });
     multiply<L>(context, layer.qkv, x, num_rows, 1.0f, projected, width);
     parallel_rows(context, num_rows, 16, [&](int64_t row) {
-        turn_and_keep<F>(stage, layer, projected + row * width, step.positions[row], step.slots[row]);
+        const int64_t slot = step.slots[row];
+        const bool goes_on = row + 1 < num_rows && step.slots[row + 1] == slot + 1;
+        turn_and_keep<F>(stage, layer, projected + row * width, step.positions[row], slot, goes_on);
         for (int64_t i = attended; i < padded(attended); ++i) out[row * out_stride + i] = 0;
     });
     attend<F>(context, stage, layer, step, projected, width, out, out_stride);
@@ -53,18 +56,23 @@ void mlp_half(Context *context, const Stage &stage, const Layer &layer, int64_t 
     const int64_t x_stride = x_stride_of<F>(size), gated_stride = x_stride_of<F>(columns);
     const int64_t most = num_tokens < MLP_ROWS ? num_tokens : MLP_ROWS;
     X *x = static_cast<X *>(scratch(context, SCRATCH_X, most * x_stride * sizeof(X)));
-    float *projected = static_cast<float *>(scratch(context, SCRATCH_PROJECTED, most * width * sizeof(float)));
     X *gated = static_cast<X *>(scratch(context, SCRATCH_GATED, most * gated_stride * sizeof(X)));
     for (int64_t begin = 0; begin < num_tokens; begin += most) {
         const int64_t num_rows = num_tokens - begin < most ? num_tokens - begin : most;
         parallel_rows(context, num_rows, 32, [&](int64_t row) {
             norm_x_row<F>(hidden + (begin + row) * size, size, layer.mlp_norm, stage.norm_eps, x + row * x_stride);
         });
-        multiply<F>(context, layer.gate_up, x, num_rows, 1.0f, projected, width);
-        parallel_rows(context, num_rows, 8, [&](int64_t row) {
-            gate_row<F>(projected + row * width, projected + row * width + columns, columns, stage.activation,
-                        gated + row * gated_stride);
-        });
+        if (columns % PANEL == 0 && layer.gate_up.bias == nullptr) {
+            multiply_gated<F>(context, layer.gate_up, x, num_rows, stage.activation, gated, gated_stride);
+        } else {
+            float *projected =
+                static_cast<float *>(scratch(context, SCRATCH_PROJECTED, most * width * sizeof(float)));
+            multiply<F>(context, layer.gate_up, x, num_rows, 1.0f, projected, width);
+            parallel_rows(context, num_rows, 8, [&](int64_t row) {
+                gate_row<F>(projected + row * width, projected + row * width + columns, columns, stage.activation,
+                            gated + row * gated_stride);
+            });
+        }
         multiply<F>(context, layer.down, gated, num_rows, stage.residual_multiplier, partial + begin * size, size);
     }
 }
@@ -117,16 +125,23 @@ void any_embed(Context *context, const Linear *table, const int64_t *ids, int64_
     });
 }
 
-void any_logits(Context *context, const Linear *head, const float *hidden, const int64_t *rows, int64_t num_rows,
-                const float *norm_weight, float eps, float divisor, float soft_cap, float *out) {
+void any_logits(Context *context, const Linear *head, const float *hidden, int64_t num_rows, const float *norm_weight,
+                float eps, float divisor, float soft_cap, float *out) {
     with_format(head->format, [&](auto format) {
-        logits<decltype(format)>(context, head, hidden, rows, num_rows, norm_weight, eps, divisor, soft_cap, out);
+        logits<decltype(format)>(context, head, hidden, num_rows, norm_weight, eps, divisor, soft_cap, out);
+    });
+}
+
+void any_greatest(Context *context, const Linear *head, const float *hidden, int64_t num_rows,
+                  const float *norm_weight, float eps, float divisor, float soft_cap, float *values, int64_t *ids) {
+    with_format(head->format, [&](auto format) {
+        greatest<decltype(format)>(context, head, hidden, num_rows, norm_weight, eps, divisor, soft_cap, values, ids);
     });
 }
 
 }  // namespace
 
 extern const Functions functions;
-const Functions functions = {half, any_linear, norm, any_embed, any_logits};
+const Functions functions = {half, any_linear, norm, any_embed, any_logits, any_greatest, sum_shared};
 
 }  // namespace PHALANX_ISA

@@ -44,7 +44,8 @@ struct Layer {
     int64_t window;  // tokens that one can see, itself counted; 0: all
     Linear qkv, output, gate_up, down;
     // The KV cache. A block holds 16 tokens: keys [kv_heads] panels (16 tokens are the 16 outputs, the head's
-    // padded elements the inputs), values [kv_heads][16][padded_head_dim].
+    // padded elements the inputs), values [kv_heads] panels the other way round (the head's padded elements are the
+    // outputs, 16 tokens the inputs).
     void *keys;
     void *values;
     const Experts *experts;  // in place of gate_up and down; null: none
@@ -77,6 +78,17 @@ struct Step {
     int64_t table_stride;
 };
 
+// Memory that the ranks of a host share, zeros at first: a segment for each rank, see shared.h.
+struct SharedSum {
+    char *memory;
+    int64_t rank, size;
+    int64_t segment_bytes;  // 128 and two buffers
+    int64_t capacity;       // elements of a buffer
+    int64_t crowded;        // more ranks than cores: who waits gives its core away
+    uint64_t round;         // of this rank; this and what follows is 0 at first
+    int64_t phase, done;    // of a sum that has begun
+};
+
 struct Context;  // threads and scratch memory
 
 // What every instruction set provides.
@@ -92,9 +104,15 @@ struct Functions {
     // Rows of a table that is packed like a linear's weights; zeros for ids outside of it.
     void (*embed)(Context *, const Linear *table, const int64_t *ids, int64_t num_ids, int64_t first_id,
                   float multiplier, float *out);
-    // out = logits of the normed rows of `hidden` that `rows` names, divided, then capped unless soft_cap is 0.
-    void (*logits)(Context *, const Linear *head, const float *hidden, const int64_t *rows, int64_t num_rows,
-                   const float *norm_weight, float eps, float divisor, float soft_cap, float *out);
+    // out = logits of the normed rows of `hidden`, divided, then capped unless soft_cap is 0.
+    void (*logits)(Context *, const Linear *head, const float *hidden, int64_t num_rows, const float *norm_weight,
+                   float eps, float divisor, float soft_cap, float *out);
+    // Of each row's logits the greatest, and the first of the outputs that have it.
+    void (*greatest)(Context *, const Linear *head, const float *hidden, int64_t num_rows, const float *norm_weight,
+                     float eps, float divisor, float soft_cap, float *values, int64_t *ids);
+    // data = the sum of all ranks' data. Every rank calls it with as many elements, from one thread, and again with
+    // the same until it returns 0: elements that are left when others kept it waiting.
+    int64_t (*sum_shared)(SharedSum *, float *data, int64_t count);
 };
 
 // threads.cpp
@@ -103,7 +121,7 @@ void run_tasks(Context *, int64_t num_tasks, Task, void *argument);
 int64_t num_threads(const Context *);
 enum Scratch {
     SCRATCH_X, SCRATCH_PROJECTED, SCRATCH_QUERIES, SCRATCH_GATED, SCRATCH_TASKS, SCRATCH_THREADS,
-    SCRATCH_ROUTED_BY, SCRATCH_SENT, SCRATCH_SAID, SCRATCH_CHOSEN, SCRATCH_ROUTES, SCRATCH_STARTS,
+    SCRATCH_ROUTED_BY, SCRATCH_SENT, SCRATCH_SAID, SCRATCH_CHOSEN, SCRATCH_ROUTES, SCRATCH_STARTS, SCRATCH_BEST,
     SCRATCHES
 };
 // At least `bytes` of memory at a multiple of 64, whose content is undefined. Ends the process if there is none.

@@ -32,15 +32,25 @@ struct Output {
     int64_t columns;    // that are there, from the tile's first on
     const float *bias;  // at the tile's first column, or null
     float scale;
-    const char *ahead;  // weights that will be wanted next: as many bytes as a panel has are fetched meanwhile
+    const char *ahead[2];  // panels that will be wanted next, which are fetched meanwhile
 };
 
+// Rows and panels of a tile, by format: as many sums as there are registers for. Few rows times many panels wait least
+// for what they multiply; whole numbers of a quantized panel are made once for all rows, so that many rows pay.
 #if defined(__AVX512F__)
-constexpr int MOST_ROWS = 12, WIDE_ROWS = 6, WIDE = 4, NARROW = 2;
+template <class F>
+constexpr int MOST_ROWS = F::QUANTIZED ? 12 : 6;
+constexpr int WIDE_ROWS = 6, WIDE = 4, NARROW = 2;
 #else
-constexpr int MOST_ROWS = 4, WIDE_ROWS = 2, WIDE = 2, NARROW = 1;
+template <class F>
+constexpr int MOST_ROWS = 4;
+constexpr int WIDE_ROWS = 2, WIDE = 2, NARROW = 1;
 #endif
-constexpr int64_t GROUP = 4;       // panels of a task
+// A few rows wait for the memory anyway, and the processor sees by itself what comes next.
+template <int ROWS>
+constexpr bool FETCHES = ROWS > WIDE_ROWS / 2;
+constexpr int64_t FAR_STEPS = 128;  // from here on results may lie far away, and are fetched before they are written
+constexpr int64_t GROUP = 4;        // panels of a task
 constexpr int64_t ROW_CHUNK = 240;  // rows of a task: their inputs stay in the second-level cache
 
 // Sums of one row and vector, finished and written.
@@ -64,9 +74,9 @@ __attribute__((noinline)) void tile(const typename F::X *x, int64_t x_stride,
 #pragma GCC unroll 16
                 for (int i = 0; i < PIECES; ++i) sums[r][i] = zero();
             for (int64_t step = 0; step < num_steps; ++step) {
-                if constexpr (ROWS > WIDE_ROWS)
+                if constexpr (FETCHES<ROWS>)
                     for (int line = 0; line < F::STEP_BYTES; line += 64)
-                        __builtin_prefetch(output.ahead + (p * num_steps + step) * F::STEP_BYTES + line, 0, 2);
+                        __builtin_prefetch(output.ahead[p] + step * F::STEP_BYTES + line, 0, 2);
                 add_group<F, ROWS>(sums, x + step, x_stride, panels[p] + step * F::STEP_BYTES);
             }
 #pragma GCC unroll 16
@@ -82,8 +92,12 @@ __attribute__((noinline)) void tile(const typename F::X *x, int64_t x_stride,
             for (int i = 0; i < PANELS * PIECES; ++i) sums[r][i] = zero();
         const typename F::Element *from[PANELS];
         for (int p = 0; p < PANELS; ++p) from[p] = panels[p];
+        if (num_steps >= FAR_STEPS)
+            for (int r = 0; r < ROWS; ++r)
+                for (int p = 0; p < PANELS; ++p) __builtin_prefetch(output.to + r * output.stride + p * PANEL, 1, 3);
         for (int64_t step = 0; step < num_steps; ++step) {
-            if constexpr (ROWS > WIDE_ROWS) __builtin_prefetch(output.ahead + step * F::STEP_BYTES, 0, 2);
+            if constexpr (FETCHES<ROWS>)
+                for (const char *ahead : output.ahead) __builtin_prefetch(ahead + step * F::STEP_BYTES, 0, 2);
             typename F::Loaded loaded[PANELS];
 #pragma GCC unroll 16
             for (int p = 0; p < PANELS; ++p) loaded[p] = F::load_step(from[p] + step * PANEL * F::STEP);
@@ -104,26 +118,36 @@ template <class F>
 using Tile = void (*)(const typename F::X *, int64_t, const typename F::Element *const *, int64_t, const Output &);
 
 // The tiles by (rows - 1): as wide as the registers allow, and one panel wide for what is left.
-template <class F>
+template <class F, bool = F::QUANTIZED>
 struct Tiles {
 #if defined(__AVX512F__)
-    static constexpr Tile<F> wide[MOST_ROWS] = {
-        tile<F, 1, 4>, tile<F, 2, 4>, tile<F, 3, 4>, tile<F, 4, 4>,  tile<F, 5, 4>,  tile<F, 6, 4>,
-        tile<F, 7, 2>, tile<F, 8, 2>, tile<F, 9, 2>, tile<F, 10, 2>, tile<F, 11, 2>, tile<F, 12, 2>};
-    static constexpr Tile<F> single[MOST_ROWS] = {
-        tile<F, 1, 1>, tile<F, 2, 1>, tile<F, 3, 1>, tile<F, 4, 1>,  tile<F, 5, 1>,  tile<F, 6, 1>,
-        tile<F, 7, 1>, tile<F, 8, 1>, tile<F, 9, 1>, tile<F, 10, 1>, tile<F, 11, 1>, tile<F, 12, 1>};
+    static constexpr Tile<F> wide[] = {tile<F, 1, 4>, tile<F, 2, 4>, tile<F, 3, 4>,
+                                       tile<F, 4, 4>, tile<F, 5, 4>, tile<F, 6, 4>};
+    static constexpr Tile<F> single[] = {tile<F, 1, 1>, tile<F, 2, 1>, tile<F, 3, 1>,
+                                         tile<F, 4, 1>, tile<F, 5, 1>, tile<F, 6, 1>};
 #else
-    static constexpr Tile<F> wide[MOST_ROWS] = {tile<F, 1, 2>, tile<F, 2, 2>, tile<F, 3, 1>, tile<F, 4, 1>};
-    static constexpr Tile<F> single[MOST_ROWS] = {tile<F, 1, 1>, tile<F, 2, 1>, tile<F, 3, 1>, tile<F, 4, 1>};
+    static constexpr Tile<F> wide[] = {tile<F, 1, 2>, tile<F, 2, 2>, tile<F, 3, 1>, tile<F, 4, 1>};
+    static constexpr Tile<F> single[] = {tile<F, 1, 1>, tile<F, 2, 1>, tile<F, 3, 1>, tile<F, 4, 1>};
 #endif
 };
 
-// A few rows, at most MOST_ROWS, times a few panels.
+#if defined(__AVX512F__)
+template <class F>
+struct Tiles<F, true> {
+    static constexpr Tile<F> wide[] = {
+        tile<F, 1, 4>, tile<F, 2, 4>, tile<F, 3, 4>, tile<F, 4, 4>,  tile<F, 5, 4>,  tile<F, 6, 4>,
+        tile<F, 7, 2>, tile<F, 8, 2>, tile<F, 9, 2>, tile<F, 10, 2>, tile<F, 11, 2>, tile<F, 12, 2>};
+    static constexpr Tile<F> single[] = {
+        tile<F, 1, 1>, tile<F, 2, 1>, tile<F, 3, 1>, tile<F, 4, 1>,  tile<F, 5, 1>,  tile<F, 6, 1>,
+        tile<F, 7, 1>, tile<F, 8, 1>, tile<F, 9, 1>, tile<F, 10, 1>, tile<F, 11, 1>, tile<F, 12, 1>};
+};
+#endif
+
+// A few rows, at most MOST_ROWS, times a few panels. Leaves `output` behind the last of them.
 template <class F>
 INLINE void multiply_tile(const typename F::X *x, int64_t x_stride, int64_t num_rows,
                           const typename F::Element *const *panels, int64_t num_panels, int64_t num_steps,
-                          Output output) {
+                          Output &output) {
     const int64_t width = num_rows <= WIDE_ROWS ? WIDE : NARROW;
     int64_t panel = 0;
     while (panel < num_panels) {
@@ -135,7 +159,6 @@ INLINE void multiply_tile(const typename F::X *x, int64_t x_stride, int64_t num_
         output.to += done * PANEL;
         output.columns -= done * PANEL;
         if (output.bias != nullptr) output.bias += done * PANEL;
-        output.ahead += num_steps * F::STEP_BYTES;
     }
 }
 
@@ -145,44 +168,65 @@ INLINE int64_t x_stride_of(int64_t num_inputs) {
     return F::QUANTIZED ? (num_inputs + F::STEP - 1) / F::STEP : padded(num_inputs) + 32;
 }
 
-// out [num_rows, num_outputs] = scale * (x weights^T + bias), with x as the format wants it.
-template <class F>
-void multiply(Context *context, const Linear &linear, const typename F::X *x, int64_t num_rows, float scale,
-              float *out, int64_t out_stride) {
+// Multiplies rows by groups of panels, several of each a task, with x as the format wants it.
+// `panel_of(group, i)`: a group's i-th panel, `panels_of(group)`: how many it has, `output_of(group, row, thread)`: where
+// a tile's results go, `done(group, row, rows, thread)`: called when they are there.
+template <class F, class PanelOf, class PanelsOf, class OutputOf, class Done>
+INLINE void multiply_groups(Context *context, const Linear &linear, const typename F::X *x, int64_t num_rows,
+                            int64_t num_groups, const PanelOf &panel_of, const PanelsOf &panels_of,
+                            const OutputOf &output_of, const Done &done) {
     typedef typename F::Element Element;
-    const int64_t num_panels = (linear.num_outputs + PANEL - 1) / PANEL;
     const int64_t num_steps = (linear.num_inputs + F::STEP - 1) / F::STEP;
     const int64_t panel_size = num_steps * F::STEP_BYTES / (int64_t)sizeof(Element);
     const int64_t x_stride = x_stride_of<F>(linear.num_inputs);
-    const int64_t num_groups = (num_panels + GROUP - 1) / GROUP;
     const int64_t num_chunks = (num_rows + ROW_CHUNK - 1) / ROW_CHUNK;
-    parallel(context, num_groups * num_chunks, [&](int64_t task, int64_t) {
-        const int64_t first_panel = task % num_groups * GROUP, chunk = task / num_groups;
-        const int64_t count = num_panels - first_panel < GROUP ? num_panels - first_panel : GROUP;
-        const Element *panels[GROUP];
+    parallel(context, num_groups * num_chunks, [&](int64_t task, int64_t thread) {
+        const int64_t group = task % num_groups, chunk = task / num_groups;
+        const int64_t count = panels_of(group);
+        const Element *panels[GROUP], *later[GROUP];
+        // The group after those that the other threads have by now: most of it can come while this one is computed.
+        const int64_t later_group = group + num_threads(context);
+        const bool fetches = later_group < num_groups && panels_of(later_group) == GROUP;
         for (int64_t i = 0; i < count; ++i)
-            panels[i] = static_cast<const Element *>(linear.weights) + (first_panel + i) * panel_size;
-        const int64_t column = first_panel * PANEL;
+            panels[i] = static_cast<const Element *>(linear.weights) + panel_of(group, i) * panel_size;
+        for (int64_t i = 0; i < GROUP; ++i)
+            later[i] = fetches ? static_cast<const Element *>(linear.weights) + panel_of(later_group, i) * panel_size
+                               : panels[0];
         int64_t row = chunk * ROW_CHUNK;
         const int64_t end = row + ROW_CHUNK < num_rows ? row + ROW_CHUNK : num_rows;
         // Tiles of even size: a last one of a single row would cost nearly as much as a full one.
-        int64_t num_tiles = (end - row + MOST_ROWS - 1) / MOST_ROWS;
-        // Several tiles leave the memory time to fetch the group after those that the other threads have by now: one
-        // tile its second half, another the first. A few rows wait for the memory anyway.
-        const int64_t later_panel = first_panel + num_threads(context) * GROUP;
-        const bool fetches = end - row > WIDE_ROWS && later_panel + GROUP <= num_panels;
-        const char *later = static_cast<const char *>(linear.weights) +
-                            (fetches ? later_panel : first_panel) * num_steps * F::STEP_BYTES;
-        const char *ahead = later + (num_tiles > 1 ? GROUP / 2 * num_steps * F::STEP_BYTES : 0);
-        for (; num_tiles > 0; --num_tiles) {
-            const int64_t rows = (end - row + num_tiles - 1) / num_tiles;
-            const Output output = {out + row * out_stride + column, out_stride, linear.num_outputs - column,
-                                   linear.bias == nullptr ? nullptr : linear.bias + column, scale, ahead};
-            ahead = later;
+        const int64_t num_tiles = (end - row + MOST_ROWS<F> - 1) / MOST_ROWS<F>;
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+            const int64_t rows = (end - row + num_tiles - tile - 1) / (num_tiles - tile);
+            Output output = output_of(group, row, thread);
+            // Spread over the tiles, where there are enough of them.
+            const int64_t pair = num_tiles == 1 ? 0 : num_tiles < GROUP ? 2 * tile : tile;
+            const bool ends = pair + 1 >= GROUP;
+            output.ahead[0] = reinterpret_cast<const char *>(pair < GROUP ? later[pair] : panels[0]);
+            output.ahead[1] = reinterpret_cast<const char *>(
+                num_tiles >= GROUP ? output.ahead[0] : (const char *)(ends ? panels[0] : later[pair + 1]));
             multiply_tile<F>(x + row * x_stride, x_stride, rows, panels, count, num_steps, output);
+            done(group, row, rows, thread);
             row += rows;
         }
     });
+}
+
+// out [num_rows, num_outputs] = scale * (x weights^T + bias).
+template <class F>
+void multiply(Context *context, const Linear &linear, const typename F::X *x, int64_t num_rows, float scale,
+              float *out, int64_t out_stride) {
+    const int64_t num_panels = (linear.num_outputs + PANEL - 1) / PANEL;
+    multiply_groups<F>(
+        context, linear, x, num_rows, (num_panels + GROUP - 1) / GROUP,
+        [&](int64_t group, int64_t i) INLINE_LAMBDA { return group * GROUP + i; },
+        [&](int64_t group) INLINE_LAMBDA { return num_panels - group * GROUP < GROUP ? num_panels - group * GROUP : GROUP; },
+        [&](int64_t group, int64_t row, int64_t) INLINE_LAMBDA {
+            const int64_t column = group * GROUP * PANEL;
+            return Output{out + row * out_stride + column, out_stride, linear.num_outputs - column,
+                          linear.bias == nullptr ? nullptr : linear.bias + column, scale, {}};
+        },
+        [](int64_t, int64_t, int64_t, int64_t) INLINE_LAMBDA {});
 }
 
 // One row of inputs, zeros behind it. `make(i)`: the vector that begins at input i, of whose elements those that are

@@ -73,6 +73,20 @@ INLINE float maximum(vec v) {
 #endif
 }
 
+// Where the first of `count` values (a multiple of LANES) stands that equals `value`; 0 if there is none.
+INLINE int64_t first_equal(const float *values, int64_t count, float value) {
+#if defined(__AVX512F__)
+    for (int64_t i = 0; i < count; i += LANES) {
+        const __mmask16 equal = _mm512_cmpeq_ps_mask((__m512)load(values + i), _mm512_set1_ps(value));
+        if (equal != 0) return i + __builtin_ctz(equal);
+    }
+#else
+    for (int64_t i = 0; i < count; ++i)
+        if (values[i] == value) return i;
+#endif
+    return 0;
+}
+
 // e**x to about 2 ulp; exactly 1 for 0, exactly 0 below -87.3 (so for -inf), at most e**88.
 INLINE vec exponential(vec x) {
     const vec clamped = maximum(x < 88.0f ? x : all(88.0f), all(-87.3f));
@@ -90,6 +104,26 @@ INLINE vec exponential(vec x) {
     y = fma(y, r * r, r) + all(1.0f);
     y = (vec)((uvec)y + ((uvec)shifted << 23));
     return x < -87.3f ? zero() : y;
+}
+
+// The same for what is not above zero, where an instruction set makes it cheaper.
+INLINE vec exponential_of_negative(vec x) {
+#if defined(__AVX512F__)
+    // 2**(n + f) with f from -0.5 to 0.5; a polynomial for 2**f that is exactly 1 for 0.
+    const __m512 t = _mm512_max_ps((__m512)(x * all(1.44269504088896341f)), _mm512_set1_ps(-200.0f));
+    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vec f = (vec)_mm512_sub_ps(t, n);
+    vec y = all(1.5461447e-4f);
+    y = fma(y, f, all(1.3390867e-3f));
+    y = fma(y, f, all(9.6180569e-3f));
+    y = fma(y, f, all(5.5503570e-2f));
+    y = fma(y, f, all(2.4022651e-1f));
+    y = fma(y, f, all(6.9314718e-1f));
+    y = fma(y, f, all(1.0f));
+    return (vec)_mm512_scalef_ps((__m512)y, n);
+#else
+    return exponential(x);
+#endif
 }
 
 INLINE vec hyperbolic_tangent(vec x) {
