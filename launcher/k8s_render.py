@@ -16,7 +16,8 @@ from launcher.settings import Settings
 Manifest = dict[str, Any]
 
 FOLDER = Path(__file__).parents[1] / "k8s"
-OVERLAYS = {"mpijob": ("cpu", "gpu", "rdma", "kind"), "trainjob": ("cpu", "gpu")}
+KINDS = ("mpijob", "trainjob")
+OVERLAYS = ("cpu", "gpu", "rdma", "kind")
 DEFAULT_NAME = "phalanx"
 _SECRETS = {"--api-key-file": "api-keys", "--zmq-curve-dir": "curve"}
 """Flags of the launcher, and the volume that each reads from."""
@@ -32,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("the manifests")
     job.add_argument(
         "--kind",
-        choices=list(OVERLAYS),
+        choices=KINDS,
         default="mpijob",
         help="an MPIJob of the MPI Operator, or a TrainJob of the Kubeflow Trainer (default: mpijob)",
     )
     job.add_argument(
         "--overlay",
-        choices=OVERLAYS["mpijob"],
+        choices=OVERLAYS,
         default="cpu",
         help="nodes without GPUs, with GPUs, with GPUs and RDMA, or a laptop's kind cluster (default: cpu)",
     )
@@ -86,10 +87,6 @@ def render(options: argparse.Namespace) -> list[Manifest]:
     if not 1 <= ranks_per_pod <= settings.ranks:
         raise SettingsError(
             f"--ranks-per-pod {ranks_per_pod}: must be from 1 to {settings.ranks}, that is tp * pp"
-        )
-    if options.overlay not in OVERLAYS[options.kind]:
-        raise SettingsError(
-            f"--overlay {options.overlay}: a {options.kind} has {' and '.join(OVERLAYS[options.kind])}"
         )
     manifests = build(FOLDER / options.kind / "overlays" / options.overlay)
     if not options.monitoring:

@@ -19,12 +19,12 @@ import pytest
 import yaml
 
 from launcher.cli import build_parser, main
-from launcher.k8s_render import FOLDER, OVERLAYS, render
+from launcher.k8s_render import FOLDER, KINDS, OVERLAYS, render
 from launcher.kustomize import build
 from launcher.settings import Settings
 from tests.strict_schemas import check
 
-ALL = [(kind, overlay) for kind, overlays in OVERLAYS.items() for overlay in overlays]
+ALL = [(kind, overlay) for kind in KINDS for overlay in OVERLAYS]
 every = pytest.mark.parametrize(("kind", "overlay"), ALL)
 Manifest = dict[str, Any]
 ROOT = Path(__file__).parents[2]
@@ -122,6 +122,18 @@ def test_serve_understands_the_launcher(kind: str, overlay: str, tmp_path: Path)
 
 
 @every
+def test_the_page_says_what_is_probed(kind: str, overlay: str) -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    container = pods(rendered("--kind", kind, "--overlay", overlay, "--pp", "2"))[0]["containers"][0]
+    for name in ("startup", "readiness", "liveness"):
+        assert f"| {name} probe: `{container[f'{name}Probe']['httpGet']['path']}` |" in page
+    pod = pods(rendered("--kind", kind, "--overlay", overlay, "--pp", "2"))[0]
+    assert f"Pods have {pod['terminationGracePeriodSeconds']} s" in page
+    for flag in ("--drain-timeout=120", "--stopped-exit-code=143", "--open-metrics"):
+        assert flag in container["args"] and flag.replace("=", " ") in page
+
+
+@every
 def test_pods_have_no_more_than_they_need(kind: str, overlay: str) -> None:
     for pod in pods(rendered("--kind", kind, "--overlay", overlay, "--tp", "2", "--pp", "2")):
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
@@ -135,7 +147,7 @@ def test_pods_have_no_more_than_they_need(kind: str, overlay: str) -> None:
         assert container["resources"]["requests"].keys() == {"cpu", "memory"}
 
 
-@pytest.mark.parametrize("kind", OVERLAYS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_worker_stays_until_its_ranks_have_ended(kind: str) -> None:
     """Its preStop hook, run by a shell while a process looks like a rank."""
     launcher, worker = pods(rendered("--kind", kind, "--pp", "2"))
@@ -219,7 +231,9 @@ def test_files_for_kubectl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_wheel_has_them(tmp_path: Path) -> None:
     """And what was installed from it renders. No compiler: the kernels are not what is looked at."""
     source = tmp_path / "source"
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in names.splitlines():
         if not name.startswith(("tests/", "benchmarks/")) and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +272,6 @@ def test_a_wheel_has_them(tmp_path: Path) -> None:
     [
         (("--hosts", "a,b"), "--hosts: the operator makes the host file"),
         (("--api-key", "secret"), "--api-key: it would stand in the manifest"),
-        (("--kind", "trainjob", "--overlay", "rdma"), "a trainjob has cpu and gpu"),
         (("--kind", "trainjob"), "--kind trainjob has a launcher and at least one node"),
         (("--ranks-per-pod", "3"), "--ranks-per-pod 3: must be from 1 to 2"),
         (("--name", "Chat"), "--name Chat: must be small letters"),
