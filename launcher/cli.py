@@ -21,6 +21,7 @@ from launcher.errors import LauncherError
 from launcher.k8s_render import add_arguments as add_k8s_arguments
 from launcher.keys_command import add_arguments as add_key_arguments
 from launcher.settings import BACKENDS, MPIS, Settings
+from launcher.slurm_render import add_arguments as add_slurm_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_server(status, default_url=None)
     status.add_argument("--port", type=int, default=8000, metavar="P", help="HTTP port that it serves on")
     status.add_argument("--run-dir", type=Path, metavar="DIR", help="its run folder, if it was given one")
+    status.add_argument("--job", metavar="ID", help="of Slurm, if it runs as one")
     status.add_argument("--json", action="store_true", help="print what /cluster answers, for programs")
 
     stop = commands.add_parser(
@@ -110,6 +112,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_k8s_arguments(render)
 
+    slurm = commands.add_parser(
+        "slurm", help="serve as a job of Slurm", description="Deployments as jobs of Slurm."
+    )
+    jobs = slurm.add_subparsers(dest="slurm_command", metavar="COMMAND", required=True)
+    render = jobs.add_parser(
+        "render",
+        help="print the batch script of a deployment",
+        description="Prints a batch script for sbatch: `phalanx slurm render MODEL --tp 4 --nodes 2 > job.sbatch`. "
+        "Flags of `phalanx serve` are those of the server in it.",
+    )
+    add_slurm_arguments(render)
+
     completion = commands.add_parser(
         "completion",
         help="make the shell complete commands and flags",
@@ -153,8 +167,13 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "status":
         from launcher.status import address_of, status
 
-        url = options.url or address_of(options.port, options.run_dir)
+        url = options.url or address_of(options.port, options.run_dir, options.job)
         return status(url, as_json=options.json, api_key=options.api_key)
+    if options.command == "slurm":
+        from launcher.slurm_render import render
+
+        print(render(options), end="")
+        return 0
     if options.command == "completion":
         from launcher.completion import completion
 

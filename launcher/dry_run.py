@@ -28,6 +28,7 @@ from launcher.processes import host_name
 from launcher.rank_table import RankRow, format_table
 from launcher.serve import make_plan
 from launcher.settings import Settings, default_cache_dir, default_run_dir
+from launcher.slurm_job import SlurmJob
 from launcher.world_command import WorldCommand, world_command
 from launcher.world_records import WorldPlan
 
@@ -44,14 +45,16 @@ _AT_START = {
 
 def dry_run(settings: Settings) -> int:
     """Prints it; returns 0. Raises LauncherError for what `phalanx serve` would refuse."""
-    mpirun = find_mpirun(settings.mpirun, flavor_named(settings.mpi))
-    settings = mpijob.complete(settings, os.environ, EventLog())
+    job = SlurmJob.find(settings)
+    mpirun = find_mpirun(settings.mpirun, flavor_named(settings.mpi)) if job is None else job.mpirun
+    settings = mpijob.complete(settings, os.environ, EventLog()) if job is None else job.complete(settings)
     hosts = parse_hosts(settings.hosts)
-    host_file(mpirun.flavor, hosts)
+    if job is None:
+        host_file(mpirun.flavor, hosts)
     interface = find_interface(settings.interface) if settings.interface else None
     prepared = _prepared(settings)
     try:
-        plan = make_plan(settings, prepared, mpirun, hosts, interface)
+        plan = make_plan(settings, prepared, mpirun, hosts, interface, job)
     except LauncherError as error:  # its name is not known yet, or not from here
         print(f"phalanx: warning: {error}", file=sys.stderr)
         plan = make_plan(settings, prepared, mpirun, hosts[:1], interface)

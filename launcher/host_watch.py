@@ -22,7 +22,7 @@ class HostWatch:
     """See the module's first lines."""
 
     def __init__(self, plan: WorldPlan, environment: dict[str, str], log: EventLog) -> None:
-        self.pool = HostPool(plan.hosts, log)
+        self.pool = HostPool(plan.hosts, log, plan.launcher)
         self._probes: HostProbes | None = None
         """None where hosts cannot be asked."""
         if plan.wait_for_hosts_s is not None:

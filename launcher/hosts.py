@@ -13,7 +13,7 @@ from launcher.errors import LauncherError, SettingsError
 from launcher.host_faults import HostFaults
 from launcher.host_list import Host as Host
 from launcher.host_list import parse_hosts as parse_hosts
-from launcher.launchers import remote_shell
+from launcher.launchers import Launcher, remote_shell
 from launcher.logs import EventLog
 from launcher.placing import place
 
@@ -69,8 +69,10 @@ class HostPool:
     """Which hosts the next world gets. The first one is the supervisor's own: rank 0 lives there, whatever happens
     on it, so that a single host is never left out. One that is lost stays so until somebody says that it is back."""
 
-    def __init__(self, hosts: Sequence[Host], log: EventLog) -> None:
+    def __init__(self, hosts: Sequence[Host], log: EventLog, launcher: Launcher | None = None) -> None:
+        """`launcher`: what starts worlds there; None: mpirun."""
         self.hosts = list(hosts)
+        self._launcher = launcher
         self._log = log
         self.lost: dict[str, Loss] = {}
         self._faults = HostFaults()
@@ -85,6 +87,8 @@ class HostPool:
     def probe(self, environment: Mapping[str, str], name: str) -> list[str]:
         """The command that asks one whether commands can be started there."""
         host = next(host for host in self.hosts if host.name == name)
+        if self._launcher is not None:
+            return self._launcher.probe(environment, host)
         return remote_shell.probe(environment, host.name, host.user, host.port)
 
     def slots_present(self, now: float, with_suspects: bool = True) -> int:

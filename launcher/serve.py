@@ -37,6 +37,7 @@ from launcher.rank_table import table_of
 from launcher.run_dir import RunDir, RunDirInUse
 from launcher.service_manager import ServiceManager
 from launcher.settings import Settings, default_cache_dir, default_run_dir
+from launcher.slurm_job import SlurmJob
 from launcher.stop_signals import StopSignals
 from launcher.supervisor import Supervisor
 from launcher.watch import Phase, SpareKind, adopt_orphans
@@ -62,12 +63,17 @@ def serve(settings: Settings, read_settings: Callable[[], Settings] | None = Non
     SIGHUP asks for that. Raises LauncherError."""
     log = EventLog()
     reloads = read_settings is not None and not has_terminal()
-    with StopSignals(stops_at_hangup=not reloads) as stop, choose_display() as display:
+    with (
+        StopSignals(stops_at_hangup=not reloads, leaves_at_usr1=settings.launcher == "slurm") as stop,
+        choose_display() as display,
+    ):
         log.to_stream(_DisplayHandler(display))
         try:
-            _serve(settings, log, stop, display, read_settings or (lambda: settings))
-        except Stopped:
-            pass
+            job = SlurmJob.find(settings)
+            with contextlib.suppress(Stopped):
+                _serve(settings, log, stop, display, read_settings or (lambda: settings), job)
+            if job is not None and stop.leaves:
+                job.requeue(log)
         finally:
             log.close()
     return settings.stopped_exit_code
@@ -79,13 +85,16 @@ def _serve(
     stop: StopSignals,
     display: Display,
     read_settings: Callable[[], Settings],
+    job: SlurmJob | None = None,
 ) -> None:
     adopt_orphans()
     manager = ServiceManager(os.environ)
-    mpirun = find_mpirun(settings.mpirun, flavor_named(settings.mpi))
-    settings = mpijob.complete(settings, os.environ, log)
-    hosts = with_own_name(parse_hosts(settings.hosts))
-    host_file(mpirun.flavor, hosts)  # what this MPI cannot name is refused at once
+    mpirun = find_mpirun(settings.mpirun, flavor_named(settings.mpi)) if job is None else job.mpirun
+    settings = mpijob.complete(settings, os.environ, log) if job is None else job.complete(settings)
+    hosts = parse_hosts(settings.hosts)
+    if job is None:
+        hosts = with_own_name(hosts)
+        host_file(mpirun.flavor, hosts)  # what this MPI cannot name is refused at once
     interface = find_interface(settings.interface) if settings.interface else None
     run_dir, listeners, found = _claim(settings, log)
     try:
@@ -110,7 +119,7 @@ def _serve(
             if prepared.license is not None:
                 display.say(f"{prepared.name}: {prepared.license}")
         name = settings.served_model_name or prepared.name
-        plan = make_plan(settings, prepared, mpirun, hosts, interface)
+        plan = make_plan(settings, prepared, mpirun, hosts, interface, job)
         for listener in listeners:
             _listen(listener, settings)
         run_dir.write_address(client_url(settings, port))
@@ -124,6 +133,8 @@ def _serve(
         def say_ready(world: World, state: FrontState) -> None:
             _say_ready(display, settings, port, world, state, prepared.path)
             manager.ready(f"serving {world.plan.served_model_name} at {client_url(settings, port)}")
+            if job is not None:
+                job.publish(run_dir.path, client_url(settings, port, job.address), name, state, log)
 
         def turn() -> None:
             hangups.check(stop.take_hangup())
@@ -158,6 +169,8 @@ def _serve(
         ).run()
         display.say("stopped")
     finally:
+        if job is not None:
+            job.retire(run_dir.path)
         for listener in listeners:
             listener.close()
         run_dir.close()
@@ -169,6 +182,7 @@ def make_plan(
     mpirun: Mpirun,
     hosts: Sequence[Host],
     interface: Interface | None,
+    job: SlurmJob | None = None,
 ) -> WorldPlan:
     """What the worlds of these settings are started from. Raises LauncherError."""
     name = settings.served_model_name or prepared.name
@@ -186,9 +200,10 @@ def make_plan(
         hosts=hosts,
         elastic=settings.elastic,
         max_model_len=longest_request(settings, prepared),
-        remote_endpoint=_remote_endpoint(hosts, interface),
+        remote_endpoint=_remote_endpoint(hosts if job is None else job.reachable_hosts(), interface),
         interface=interface,
         wait_for_hosts_s=settings.wait_for_hosts if settings.wait_for_hosts is not None else HOSTS_WAIT_S,
+        started_by=job.launcher(interface) if job is not None else None,
     )
 
 
@@ -403,11 +418,12 @@ class _StartProgress:
             self._display.update("load", done, total, "B")
 
 
-def client_url(settings: Settings, port: int) -> str:
-    """Where clients of this machine reach the front."""
+def client_url(settings: Settings, port: int, node: str = "127.0.0.1") -> str:
+    """Where clients of this machine reach the front; those of others, if it listens for them, with the address
+    of the `node`."""
     host, scheme = settings.host, "http" if settings.ssl_certfile is None else "https"
     if host in ("0.0.0.0", "::", ""):
-        host = "127.0.0.1"
+        host = node
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 

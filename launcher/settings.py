@@ -26,6 +26,7 @@ LEAST_JOURNAL_BYTES = 1 << 24
 _SIZES = ("kv_cache_memory", "journal_max_size", "max_body_size")
 BACKENDS = ("auto", "phalanx", "deepspeed")
 QUANTIZATIONS = ("none", "int8", "int4")
+LAUNCHERS = ("mpirun", "slurm")
 MPIS = ("auto", "openmpi", "mpich", "intel")
 CHOICES = {
     "dtype": DTYPES,
@@ -34,7 +35,7 @@ CHOICES = {
     "backend": BACKENDS,
     "journal": JOURNALS,
 }
-CHOICES |= {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS, "mpi": MPIS, "bind": BINDINGS}
+CHOICES |= {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS, "mpi": MPIS, "bind": BINDINGS, "launcher": LAUNCHERS}
 RELOADABLE = (
     "model",
     "tp",
@@ -229,6 +230,10 @@ class Settings(AccessSettings):
         default=None,
         metadata={"help": "the mpirun to start worlds with; default: found", "metavar": "PATH"},
     )
+    launcher: str = _flag(
+        "mpirun",
+        "what starts worlds. slurm: srun, as steps of the job that this runs in, on its nodes (docs/slurm.md)",
+    )
     mpi: str = _flag("auto", "the MPI to start worlds with; auto: that of the mpirun that is found first")
 
     def __post_init__(self) -> None:
@@ -250,9 +255,11 @@ class Settings(AccessSettings):
                 raise SettingsError(f"{_as_flag(name)} {value}: must be {least} or more")
         if not 1 <= self.fronts <= MOST_FRONTS:
             raise SettingsError(f"--fronts {self.fronts}: must be from 1 to {MOST_FRONTS}")
+        if self.launcher not in LAUNCHERS:
+            raise SettingsError(f"--launcher {self.launcher}: must be one of {', '.join(LAUNCHERS)}")
         hosts = parse_hosts(self.hosts)
         check_slots(hosts, self.tp * self.pp)
-        if self.elastic and len(hosts) < 2:
+        if self.elastic and len(hosts) < 2 and self.launcher == "mpirun":
             raise SettingsError("--elastic: there is one host only; name two or more with --hosts")
         if self.dtype not in DTYPES:
             raise SettingsError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")

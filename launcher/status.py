@@ -22,8 +22,12 @@ def status(url: str, as_json: bool, api_key: str | None = None) -> int:
     return 0 if any(world.get("state") == "active" for world in worlds) else 1
 
 
-def address_of(port: int, run_dir: Path | None) -> str:
-    """Where a deployment of this machine is served. Raises LauncherError."""
+def address_of(port: int, run_dir: Path | None, job_id: str | None = None) -> str:
+    """Where a deployment of this machine, or a job of Slurm, is served. Raises LauncherError."""
+    if job_id is not None:
+        from launcher.slurm_job import find_endpoint
+
+        return find_endpoint(job_id, run_dir)
     folder = run_dir if run_dir is not None else default_run_dir(port)
     try:
         return (folder / ADDRESS_FILE).read_text().strip()

@@ -1,4 +1,5 @@
-"""SIGINT, SIGTERM and SIGHUP as something that a poll loop can wait for. Used by `serve` and `pull`."""
+"""SIGINT, SIGTERM, SIGHUP and, where it has a meaning, SIGUSR1 as something that a poll loop can wait for. Used
+by `serve` and `pull`."""
 
 from __future__ import annotations
 
@@ -13,9 +14,12 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class StopSignals:
     """A context in which these signals end nothing by themselves: they count, and make `fileno` readable."""
 
-    def __init__(self, stops_at_hangup: bool = True) -> None:
-        """`stops_at_hangup`: SIGHUP is one of them; else it is counted apart."""
+    def __init__(self, stops_at_hangup: bool = True, leaves_at_usr1: bool = False) -> None:
+        """`stops_at_hangup`: SIGHUP is one of them; else it is counted apart. `leaves_at_usr1`: so is SIGUSR1."""
         self.count = 0
+        self.leaves = False
+        """Whether SIGUSR1 was the first: the deployment is to go on elsewhere."""
+        self._more = (signal.SIGUSR1,) if leaves_at_usr1 else ()
         self._stops_at_hangup = stops_at_hangup
         self._hangups = 0
 
@@ -25,7 +29,7 @@ class StopSignals:
         self._write_end.setblocking(False)
         # `nohup phalanx serve` goes on when its terminal is closed.
         ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        numbers = [number for number in _NUMBERS if not (ignored and number == signal.SIGHUP)]
+        numbers = [number for number in (*_NUMBERS, *self._more) if not (ignored and number == signal.SIGHUP)]
         self._old_handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         self._old_wakeup = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
         return self
@@ -58,5 +62,8 @@ class StopSignals:
     def _on_signal(self, number: int, frame: object) -> None:
         if number == signal.SIGHUP and not self._stops_at_hangup:
             self._hangups += 1
-        else:
+        elif number != signal.SIGUSR1:
             self.count += 1
+        elif self.count == 0:  # told twice is not told to hurry
+            self.leaves = True
+            self.count = 1

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from launcher.hosts import Host
+from launcher.host_list import Host
 
 
 class Launcher(Protocol):
@@ -44,6 +44,9 @@ class Launcher(Protocol):
     ) -> dict[str, str]:
         """What the command and all it starts find in their environment, on top of `base`. `ranks`: most that one
         host has; `cores`: of this host."""
+
+    def probe(self, environment: Mapping[str, str], host: Host) -> list[str]:
+        """A command that ends with 0 where ranks can be started on that host."""
 
     def argv(
         self,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import LauncherError
-from launcher.hosts import Host
+from launcher.host_list import Host
 from launcher.launchers import hydra, remote_shell
 from launcher.launchers.flavors import Flavor as Flavor
 from launcher.launchers.host_file import host_file
@@ -277,6 +277,9 @@ class MpirunLauncher:
         return environment(
             self.mpirun, ranks, cores, shm_dir, session_dir, base, several_hosts, self.interface
         )
+
+    def probe(self, environment: Mapping[str, str], host: Host) -> list[str]:
+        return remote_shell.probe(environment, host.name, host.user, host.port)
 
     def argv(
         self,

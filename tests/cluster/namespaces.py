@@ -109,6 +109,10 @@ class Cluster:
             process.kill()
             process.wait()
 
+    def pid(self, host: int) -> int:
+        """A process that does nothing, in the namespaces of a host (2 is the second)."""
+        return self._hosts[host - 1]
+
     def _start(self, command: list[str]) -> int:
         self._started.append(subprocess.Popen(command, text=True))
         time.sleep(0.2)  # for unshare to have become the shell, and the shell sleep
