@@ -320,7 +320,8 @@ class World:
         local = [watch for watch in self.ranks.values() if watch.hello.host_id == here]
         for watch in local:
             kill(watch.process)
-        if self.times.served is not None or self.is_adopted:
+        ends_at_once = self.plan.launcher.has_ranks_in_session
+        if ends_at_once and (self.times.served is not None or self.is_adopted):
             # The next world waits for the end of this one. Of one that never served, the guards' last words
             # may say more than the first fault did; so those are given time.
             for watch in local:
@@ -343,7 +344,10 @@ class World:
         """Call it while DYING: ends what is left, first when the guards have had their time. True once no
         process of the world is there, zombies included, and its files are removed."""
         assert self.times.aborted is not None
-        waiting = [w for w in self.ranks.values() if not w.acknowledged and is_alive(w.guard)]
+        # Whoever ends a step of Slurm ends the guards of other hosts before they can say that their ranks are dead.
+        asks_remote = not self.plan.launcher.has_ranks_in_session
+        unheard_guards = (watch for watch in self.ranks.values() if not watch.acknowledged)
+        waiting = [w for w in unheard_guards if is_alive(w.guard) or (asks_remote and w.is_remote)]
         if waiting and now - self.times.aborted < ACKNOWLEDGE_S:
             return False
         if now - self._last_sweep < 0.01:  # a look at all of /proc costs a millisecond or more

@@ -158,7 +158,8 @@ class Job:
 
     def check_gone(self, run_id: str) -> None:
         assert wait_gone(of_run(run_id), 20.0) == [], self.logs()
-        assert list(Path("/dev/shm").glob(f"phalanx-{run_id}-*")) == []
+        shm = Path("/dev/shm")
+        self.wait(lambda: not list(shm.glob(f"phalanx-{run_id}-*")), "removal of shared memory", 20.0)
 
 
 class Follower:
