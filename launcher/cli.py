@@ -115,7 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
     slurm = commands.add_parser(
         "slurm", help="serve as a job of Slurm", description="Deployments as jobs of Slurm."
     )
-    jobs = slurm.add_subparsers(dest="slurm_command", metavar="COMMAND", required=True)
+    jobs = slurm.add_subparsers(
+        dest="slurm_command", metavar="COMMAND", required=True, help="what to do with one"
+    )
     render = jobs.add_parser(
         "render",
         help="print the batch script of a deployment",

@@ -348,7 +348,7 @@ def test_cancelled(site: Site, job: Job) -> None:
 
 def test_mpich(site: Site, model: Path, tmp_path: Path) -> None:
     python = str(environment_with("mpich"))
-    job = Job(site, model, tmp_path, "--tp", "2", "--spare", "none", python=python)
+    job = Job(site, model, tmp_path, "--tp", "2", "--spare", "none", "--interface", "up0", python=python)
     world = job.wait_active()
     assert [rank["host"] for rank in world["ranks"]] == list(NODES)
     libraries = Path(f"/proc/{job.rank(NODES[1], world['epoch']).pid}/maps").read_text()

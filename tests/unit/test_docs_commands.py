@@ -31,6 +31,10 @@ RUN_BY = {
     "docker build": "tests/unit/test_dockerfile.py",
     "kubectl create secret": "tests/unit/test_k8s_examples.py",
     "kubectl apply": "tests/unit/test_k8s_examples.py",
+    "sbatch": "tests/cluster/test_slurm.py",
+    "scancel": "tests/cluster/test_slurm.py",
+    "squeue": "tests/cluster/test_slurm.py",
+    "srun": "tests/cluster/test_slurm.py",
     "source": "tests/unit/test_docs_commands.py",
     ".": "tests/unit/test_docs_commands.py",
 }
