@@ -177,6 +177,9 @@ class SlurmLauncher:
             variables.pop("TMPDIR")
             if "TMPDIR" in base:
                 variables["TMPDIR"] = base["TMPDIR"]
+        if self.mpirun.flavor is Flavor.MPICH:
+            # Slurm's plugin reads lines of 1023 characters at most, and MPICH writes an address of UCX into one.
+            variables.setdefault("UCX_ADDRESS_VERSION", "v2")
         return {name: value for name, value in variables.items() if not _OF_THE_STEP_AROUND.match(name)}
 
     def probe(self, environment: Mapping[str, str], host: Host) -> list[str]:
