@@ -172,9 +172,9 @@ def _run(options: argparse.Namespace) -> int:
         url = options.url or address_of(options.port, options.run_dir, options.job)
         return status(url, as_json=options.json, api_key=options.api_key)
     if options.command == "slurm":
-        from launcher.slurm_render import render
+        from launcher.slurm_render import render as batch_script
 
-        print(render(options), end="")
+        print(batch_script(options), end="")
         return 0
     if options.command == "completion":
         from launcher.completion import completion

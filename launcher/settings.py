@@ -35,7 +35,13 @@ CHOICES = {
     "backend": BACKENDS,
     "journal": JOURNALS,
 }
-CHOICES |= {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS, "mpi": MPIS, "bind": BINDINGS, "launcher": LAUNCHERS}
+CHOICES |= {
+    "log_format": LOG_FORMATS,
+    "log_level": LOG_LEVELS,
+    "mpi": MPIS,
+    "bind": BINDINGS,
+    "launcher": LAUNCHERS,
+}
 RELOADABLE = (
     "model",
     "tp",

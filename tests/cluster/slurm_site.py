@@ -126,7 +126,10 @@ class Site:
 
     def start_node(self, number: int, node: str) -> None:
         """slurmd of a node, with the library that PMIx wants and a folder for temporary files of its own."""
-        mounts = f"mount -t sysfs sysfs /sys && mount --bind {self.folder}/pmix {_PMIX} && mount --bind {self.folder}/tmp-{node} {self.folder}/tmp"
+        folder = self.folder
+        # MPI looks networks up in /sys, which shows those of whoever has mounted it.
+        mounts = f"mount -t sysfs sysfs /sys && mount --bind {folder}/pmix {_PMIX}"
+        mounts += f" && mount --bind {folder}/tmp-{node} {folder}/tmp"
         script = f"{mounts} && exec {_program('slurmd')} -D -N {node}"
         if number == 1:
             command = self._on_first(script)
