@@ -15,6 +15,7 @@ from pathlib import Path
 from gateway.histogram import Histogram
 from gateway.journal import RETENTION_S, Journal, JournalCall, JournalEntry, JournalUnavailable
 from gateway.journal_opening import open_file, set_aside
+from gateway.journal_pruning import check_room, prune
 from gateway.journal_records import (
     Slot,
     StepTokens,
@@ -33,13 +34,7 @@ from gateway.protocol import TokenLogprobs
 MAX_BYTES = 1 << 30
 CHUNK_TOKENS = 512
 """So many tokens of one request at most are in rows of steps only."""
-_PROBE_BYTES = 1 << 18
-"""What has to fit before new requests are accepted again."""
 _RETRY_S = 1.0
-_PRUNE_S = 0.005
-"""How long one `tick` may delete."""
-_FULL_SHARE = 0.8
-"""From this share of the largest size on, finished calls go before their time."""
 _TOUCH_S = 10.0
 _BUCKETS_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 1.0)
 
@@ -258,18 +253,8 @@ class DiskJournal(Journal):
         if store is None or self.failing is not None:
             return
         floor = min((s.first_step for s in self._slots.values() if s.needs_steps), default=self._next_step)
-        until = time.perf_counter() + _PRUNE_S
         try:
-            while time.perf_counter() < until and store.prune_steps(floor):
-                pass
-            while time.perf_counter() < until and store.prune_calls(now - self.retention_s):
-                pass
-            self._used_bytes = store.used_bytes()
-            while self._used_bytes > _FULL_SHARE * self._max_bytes and time.perf_counter() < until:
-                if not store.prune_calls(now):
-                    break
-                self._used_bytes = store.used_bytes()
-            store.shrink()
+            self._used_bytes = prune(store, floor, now, self.retention_s, self._max_bytes)
         except StoreError as error:
             self._fail(error)
 
@@ -365,10 +350,7 @@ class DiskJournal(Journal):
                 self._rewrite_calls([self._live[call_id] for call_id in known])
                 self.on_restored([call for call in self._live.values() if call.call_id not in known])
             assert self._store is not None
-            self._store.prune_calls(now - self.retention_s)
-            if self._store.used_bytes() > _FULL_SHARE * self._max_bytes:
-                self._store.prune_calls(now)
-            self._store.probe(min(_PROBE_BYTES, self._max_bytes // 16))
+            check_room(self._store, now, self.retention_s, self._max_bytes)
             self._rewrite()
         except StoreError as error:
             self._fail(error)

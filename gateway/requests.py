@@ -11,30 +11,23 @@ import itertools
 import time
 from collections.abc import Callable
 
-import msgspec
-
 from gateway.admission import MAX_WAITING_TOKENS, WaitingRoom
 from gateway.checks import check_request
 from gateway.control_messages import Fault
 from gateway.errors import RequestFailed
-from gateway.journal import Journal, JournalCall, JournalEntry, PositionError
+from gateway.journal import Journal, JournalCall, JournalEntry
 from gateway.keys import current as current_holder
-from gateway.live_request import Request, Sink, World, without_repeated
+from gateway.known_world import KnownWorld
+from gateway.live_request import Request, Sink, World
 from gateway.log import Logger
 from gateway.metrics import FrontMetrics
 from gateway.protocol import (
     ErrorCode,
-    Failed,
     FinishReason,
     Output,
-    ProtocolError,
     SamplingParams,
     ServerMessage,
-    Stats,
-    Tokens,
     Welcome,
-    decode_server_message,
-    encode,
 )
 from gateway.quarantine import Quarantine, is_suspect
 from gateway.rank0 import with_seed
@@ -42,11 +35,9 @@ from gateway.replay import ReplayQueue
 from gateway.shared_counts import SharedCounts
 from gateway.submissions import Submissions
 from gateway.text import TextModel
+from gateway.token_path import TokenPath
 from gateway.tracing import incoming as incoming_trace
 from gateway.world_claim import WorldClaim
-
-MAX_RESUBMITS_IN_A_WORLD = 3
-"""A world that drops tokens of one request so often will not get it right."""
 
 
 class Requests:
@@ -69,9 +60,7 @@ class Requests:
         many requests may be without a first token, and how long their prompts may be together; with several fronts
         over all that count in `shared`. `claim`: how this front has a world for itself then."""
         self.max_wait_s = max_wait_s
-        saved = journal.saved_welcome
-        self.welcome: Welcome | None = None if saved is None else _read_welcome(saved)
-        """Of the last world that served; its limits hold while there is none."""
+        self._known = KnownWorld(journal)
         self.resumed_at: float | None = None
         """Unix time at which the first replayed request got a token in the world that serves."""
         self.after_batch: list[Callable[[], None]] = []
@@ -90,16 +79,19 @@ class Requests:
         self._replays = ReplayQueue()
         self._quarantine = Quarantine(self, journal, metrics, log, claim)
         self._submissions = Submissions(self._quarantine.leaves)
+        self._token_path = TokenPath(self, self._submissions, self._quarantine, journal, metrics, log)
         self._numbers = itertools.count(journal.last_number + 1)
-        self._taken: list[tuple[Request, Output]] = []
-        """New tokens that are to be written down and handed over."""
-        self._world_waiters: list[asyncio.Future[None]] = []
 
     # ----------------------------------------------------------------------- for the servers
 
     @property
     def serving(self) -> bool:
         return self._submissions.world is not None and not self.draining
+
+    @property
+    def welcome(self) -> Welcome | None:
+        """Of the last world that served; its limits hold while there is none."""
+        return self._known.welcome
 
     @property
     def num_live(self) -> int:
@@ -113,19 +105,10 @@ class Requests:
     async def known_welcome(self) -> Welcome:
         """What is known of the model's world. Waits up to `max_wait_s` for the first one, then raises
         RequestFailed(unavailable)."""
-        if self.welcome is None:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._world_waiters.append(waiter)
-            try:
-                async with asyncio.timeout(self.max_wait_s):
-                    await waiter
-            except TimeoutError:
-                raise self._unavailable() from None
-            finally:
-                if waiter in self._world_waiters:
-                    self._world_waiters.remove(waiter)
-        assert self.welcome is not None
-        return self.welcome
+        try:
+            return await self._known.wait(self.max_wait_s)
+        except TimeoutError:
+            raise self._unavailable() from None
 
     def check_admission(self, count: int, num_prompt_tokens: int) -> None:
         """Raises RequestFailed if the server ends, or if so many more requests, with so many tokens together, would
@@ -236,7 +219,7 @@ class Requests:
         position = len(request.entry.output_token_ids)
         output = Output(request.request_id, position, [], "cancelled", None, request.text.finish())
         self._journal_end(request, "cancelled")
-        self._end(request, "cancelled")
+        self.end(request, "cancelled")
         request.sink.output(request, output)
         self._call_after_batch()
 
@@ -245,7 +228,7 @@ class Requests:
         self._closing = True
         text = "the server was shut down before this request had finished; try again later"
         for request in list(self._live.values()):
-            self._fail(request, RequestFailed("unavailable", text, request.request_id))
+            self.end_with(request, RequestFailed("unavailable", text, request.request_id))
         self._call_after_batch()
 
     # ----------------------------------------------------------------------- for the link to the world
@@ -253,15 +236,10 @@ class Requests:
     def world_up(self, world: World, welcome: Welcome) -> None:
         """A world serves: everything that has not finished is submitted to it, replays shortest first."""
         self._submissions.world = world
-        self.welcome = welcome
-        self._journal.save_welcome(encode(msgspec.structs.replace(welcome, epoch=0)))
+        self._known.note(welcome)
         self.resumed_at = None
         self._metrics.serving_epoch = welcome.epoch
         self._metrics.limits = welcome.limits
-        waiters, self._world_waiters = self._world_waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
         replayed = sum(request.submissions > 0 for request in self._live.values())
         if replayed:
             self._metrics.replays += replayed
@@ -289,31 +267,12 @@ class Requests:
         self.hand_over()
 
     def take(self, message: ServerMessage) -> None:
-        """One of several messages of the world that serves. `hand_over` follows in the same turn of the loop: the
-        tokens of all of them are one commit of the journal."""
-        if isinstance(message, Tokens):
-            for output in message.outputs:
-                if (found := self._journal_output(output)) is not None:
-                    found[0].has_come_with(message.epoch, message.step)
-                    self._taken.append(found)
-        elif isinstance(message, Stats):
-            self._metrics.note_stats(message)
-        elif isinstance(message, Failed):
-            self.hand_over()
-            self._receive_failed(message)
+        """One of several messages; `hand_over` follows in the same turn of the loop."""
+        self._token_path.take(message)
 
     def hand_over(self) -> None:
         """Writes down what was taken, and then shows it to the clients."""
-        if not self._taken:
-            return
-        taken, self._taken = self._taken, []
-        self._journal.flush()
-        now = time.monotonic()
-        for request, shown in taken:
-            if not request.ended:
-                self._deliver(request, shown, now)
-        self._call_after_batch()
-        self._count()
+        self._token_path.hand_over()
 
     def judge(self, faults: list[Fault]) -> None:
         """What the supervisor knows of the worlds that died: see quarantine.py."""
@@ -348,7 +307,7 @@ class Requests:
 
     def fail(self, request: Request, error: RequestFailed) -> None:
         """Ends it with an error for its client."""
-        self._fail(request, error)
+        self.end_with(request, error)
         self._call_after_batch()
 
     def submit(self, request: Request) -> None:
@@ -356,147 +315,14 @@ class Requests:
         if not self._closing:
             self._submissions.submit(request)
 
-    # ----------------------------------------------------------------------- inside
+    # ----------------------------------------------------------------------- for the token path
 
-    def _submit_restored(self, request: Request) -> None:
-        """One of an earlier front has its turn with the replays."""
-        if self._submissions.world is not None and not self._quarantine.holds and not is_suspect(request):
-            self._replays.add([request])
-            self._submit_replays()
+    def had_first_token(self, request: Request, now: float) -> None:
+        """It waits no more."""
+        self.waiting.leave(request.num_waiting_tokens, now)
 
-    def _submit_replays(self) -> None:
-        for request in self._replays.take():
-            self.submit(request)
-
-    def _journal_output(self, output: Output) -> tuple[Request, Output] | None:
-        """Makes text of new tokens and writes them down; None for outputs that are nobody's or bring nothing
-        new."""
-        request = self._submissions.find(output.request_id)
-        if request is None:  # cancelled, ended by an earlier output, or submitted again
-            if output.finish_reason is not None:
-                self._quarantine.left(output.request_id)
-            return None
-        expected = len(request.entry.output_token_ids)
-        if output.position != expected:
-            self._metrics.position_errors += 1
-            error = PositionError(request.request_id, expected, output.position)
-            self._log.error("position", epoch=request.epoch, request=request.request_id, detail=str(error))
-            if output.position > expected:
-                self._resubmit(request)
-                return None
-            output = without_repeated(output, expected)
-            if not output.token_ids and output.finish_reason is None:
-                return None
-        if output.finish_reason == "cancelled":
-            # Not on our word, or its id would be gone: the client still waits for its tokens.
-            self._log.warning("cancelled by rank 0", epoch=request.epoch, request=request.request_id)
-            self._resubmit(request)
-            return None
-        shown = request.read(output, self.welcome.eos_token_ids if self.welcome is not None else ())
-        self._journal.append(
-            request.request_id, expected, shown.token_ids, shown.logprobs, shown.prompt_logprobs
-        )
-        if shown.finish_reason is not None:
-            if output.finish_reason is None:
-                self._submissions.cancel(request)
-            else:
-                self._submissions.forget(request)
-            self._journal.finish(request.request_id, shown.finish_reason, shown.stop_reason)
-        return request, shown
-
-    def _resubmit(self, request: Request) -> None:
-        """The world starts this request again behind what the journal has."""
-        self.hand_over()  # what it has brought comes before its error
-        self._submissions.cancel(request)
-        request.resubmits += 1
-        if self._submissions.world is None or request.resubmits > MAX_RESUBMITS_IN_A_WORLD:
-            self._fail(request, RequestFailed("internal", "the engine dropped tokens of this request"))
-            return
-        self.submit(request)
-
-    def _deliver(self, request: Request, shown: Output, now: float) -> None:
-        """Hands new tokens, which are in the journal, to the client."""
-        if shown.token_ids:
-            self._time(request, now)
-        self._metrics.generation_tokens += len(shown.token_ids)
-        if request.holder is not None:
-            request.holder.charge_tokens(len(shown.token_ids))
-        if shown.finish_reason is not None:
-            self._end(request, shown.finish_reason)
-        elif shown.token_ids and request.submissions > 1:
-            self._go_on(request)
-        request.sink.output(request, shown)
-
-    def _go_on(self, request: Request) -> None:
-        """It brings new tokens in a later world."""
-        if self._replays.done(request):
-            self._submit_replays()
-        self._quarantine.brought_token(request)
-
-    def _time(self, request: Request, now: float) -> None:
-        if request.first_token_at is None:
-            request.first_token_at = now
-            self.waiting.leave(request.num_waiting_tokens, now)
-            self._metrics.time_to_first_token.observe(now - request.accepted_at)
-        else:
-            self._metrics.inter_token_latency.observe(now - request.last_token_at)
-        request.last_token_at = now
-        if request.outages and request.outages[-1].resumed_at is None:
-            request.outages[-1].resumed_at = now
-        if self.resumed_at is None and request.submissions > 1:
-            self.resumed_at = time.time()
-            self.on_resumed()
-
-    def _receive_failed(self, message: Failed) -> None:
-        if message.request_id is None:
-            self._log.error(
-                "refused by rank 0", epoch=message.epoch, code=message.code, detail=message.message
-            )
-            return
-        request = self._submissions.find(message.request_id)
-        if request is None:  # it failed while we took it out
-            self._quarantine.left(message.request_id)
-            return
-        self._submissions.forget(request)  # the world has nothing more of it
-        if message.code == "unavailable":
-            # The world is about to end; the next one gets it.
-            request.lose_world()
-            return
-        self._fail(request, RequestFailed(message.code, message.message, request.request_id))
-        self._call_after_batch()
-
-    def _give_up_waiting(self, request: Request) -> None:
-        self._fail(request, self._unavailable())
-        self._call_after_batch()
-
-    def _pass_deadline(self, request: Request) -> None:
-        entry = request.entry
-        count = len(entry.output_token_ids)
-        timeout_s = entry.timeout_s or (entry.deadline_at or 0.0) - entry.accepted_at
-        text = f"the request was cancelled at its timeout of {timeout_s:.6g} s, after {count} output tokens"
-        self._fail(request, RequestFailed("timeout", text))
-        self._call_after_batch()
-
-    def _unavailable(self) -> RequestFailed:
-        text = f"no world has come up to serve the model within {self.max_wait_s:g} s; try again later"
-        return self.refused("unavailable", text)
-
-    def _fail(self, request: Request, error: RequestFailed) -> None:
-        if request.request_id in self._live:
-            self._submissions.cancel(request)
-            self._journal_end(request, None, (error.code, error.message))
-            self._end(request, None)
-            request.sink.failed(request, error)
-
-    def _journal_end(
-        self, request: Request, reason: FinishReason | None, error: tuple[ErrorCode, str] | None = None
-    ) -> None:
-        """Of a request that does not end by its tokens. When the front goes away it stays unfinished."""
-        if not self._closing:
-            self._journal.finish(request.request_id, reason, error=error)
-            self._journal.flush()
-
-    def _end(self, request: Request, reason: FinishReason | None) -> None:
+    def end(self, request: Request, reason: FinishReason | None) -> None:
+        """It has ended, and the journal has that; without a reason it failed."""
         request.ended = True
         del self._live[request.request_id]
         self._submissions.forget(request)
@@ -516,18 +342,70 @@ class Requests:
             self._submit_replays()
         self._quarantine.ended(request)
 
+    def end_with(self, request: Request, error: RequestFailed) -> None:
+        """Ends it with an error for its client. Does nothing for one that has ended."""
+        if request.request_id in self._live:
+            self._submissions.cancel(request)
+            self._journal_end(request, None, (error.code, error.message))
+            self.end(request, None)
+            request.sink.failed(request, error)
+
+    def resumed(self) -> None:
+        """The world that serves has brought a token of a replayed request."""
+        if self.resumed_at is None:
+            self.resumed_at = time.time()
+            self.on_resumed()
+
+    def go_on(self, request: Request) -> None:
+        """It brings new tokens in a later world."""
+        if self._replays.done(request):
+            self._submit_replays()
+        self._quarantine.brought_token(request)
+
+    def after_batch_of_tokens(self) -> None:
+        """All that came at once has been handed to the clients."""
+        self._call_after_batch()
+        self._count()
+
+    # ----------------------------------------------------------------------- inside
+
+    def _submit_restored(self, request: Request) -> None:
+        """One of an earlier front has its turn with the replays."""
+        if self._submissions.world is not None and not self._quarantine.holds and not is_suspect(request):
+            self._replays.add([request])
+            self._submit_replays()
+
+    def _submit_replays(self) -> None:
+        for request in self._replays.take():
+            self.submit(request)
+
+    def _give_up_waiting(self, request: Request) -> None:
+        self.end_with(request, self._unavailable())
+        self._call_after_batch()
+
+    def _pass_deadline(self, request: Request) -> None:
+        entry = request.entry
+        count = len(entry.output_token_ids)
+        timeout_s = entry.timeout_s or (entry.deadline_at or 0.0) - entry.accepted_at
+        text = f"the request was cancelled at its timeout of {timeout_s:.6g} s, after {count} output tokens"
+        self.end_with(request, RequestFailed("timeout", text))
+        self._call_after_batch()
+
+    def _unavailable(self) -> RequestFailed:
+        text = f"no world has come up to serve the model within {self.max_wait_s:g} s; try again later"
+        return self.refused("unavailable", text)
+
+    def _journal_end(
+        self, request: Request, reason: FinishReason | None, error: tuple[ErrorCode, str] | None = None
+    ) -> None:
+        """Of a request that does not end by its tokens. When the front goes away it stays unfinished."""
+        if not self._closing:
+            self._journal.finish(request.request_id, reason, error=error)
+            self._journal.flush()
+
     def _call_after_batch(self) -> None:
         for function in self.after_batch:
             function()
 
     def _count(self) -> None:
         self._metrics.live = len(self._live)
-
-
-def _read_welcome(saved: bytes) -> Welcome | None:
-    """What an earlier front knew of its world; None if this version cannot read it."""
-    try:
-        message = decode_server_message(saved)
-    except ProtocolError:
-        return None
-    return message if isinstance(message, Welcome) else None
