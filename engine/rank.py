@@ -337,6 +337,7 @@ class _GatewayPort:
                         if token.prompt_logprobs is None
                         else [_to_wire(entry) for entry in token.prompt_logprobs],
                         pooled=token.pooled,
+                        num_cached_tokens=token.num_cached_tokens,
                     ),
                 )
             )

@@ -186,8 +186,9 @@ class DiskJournal(Journal):
         token_ids: list[int],
         logprobs: list[TokenLogprobs] | None = None,
         prompt_logprobs: list[TokenLogprobs] | None = None,
+        num_cached_tokens: int | None = None,
     ) -> None:
-        super().append(request_id, position, token_ids, logprobs, prompt_logprobs)
+        super().append(request_id, position, token_ids, logprobs, prompt_logprobs, num_cached_tokens)
         slot = self._slots.get(request_id)
         if slot is None or self.failing is not None:
             return
@@ -196,7 +197,8 @@ class DiskJournal(Journal):
         elif token_ids:
             if slot.num_stored == position:
                 slot.first_step = self._next_step
-            self._step.append(StepTokens(slot.number, position, token_ids, logprobs, prompt_logprobs))
+            new = StepTokens(slot.number, position, token_ids, logprobs, prompt_logprobs, num_cached_tokens)
+            self._step.append(new)
 
     def delete(self, call_id: str) -> None:
         self.flush()

@@ -105,4 +105,5 @@ def _piece(entry: JournalEntry, begin: int, end: int, is_last: bool) -> Output:
         None,
         entry.logprobs[first : first + end - begin] if entry.params.logprobs is not None else None,
         entry.prompt_logprobs if begin == entry.num_given else None,
+        num_cached_tokens=entry.num_cached_tokens if begin == entry.num_given else None,
     )

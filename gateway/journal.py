@@ -62,6 +62,8 @@ class JournalEntry:
     error: tuple[ErrorCode, str] | None = None
     timeout_s: float | None = None
     """What was asked for `deadline_at`: some of it had passed when the request was accepted."""
+    num_cached_tokens: int | None = None
+    """Of its prompt, in the prefix cache of the world that began it; None before, and where that did not say."""
 
 
 @dataclass(slots=True)
@@ -88,6 +90,11 @@ class JournalCall:
     def error(self) -> tuple[ErrorCode, str] | None:
         """Of the first request that failed."""
         return next((entry.error for entry in self.entries if entry.error is not None), None)
+
+    def num_cached_tokens(self, num_prompts: int) -> int:
+        """Of all prompts, in prefix caches. The choices of a prompt share it: the first of them counts."""
+        per_prompt = max(1, len(self.entries) // num_prompts)
+        return sum(entry.num_cached_tokens or 0 for entry in self.entries[::per_prompt])
 
     @property
     def has_answer(self) -> bool:
@@ -183,6 +190,7 @@ class Journal:
         token_ids: list[int],
         logprobs: list[TokenLogprobs] | None = None,
         prompt_logprobs: list[TokenLogprobs] | None = None,
+        num_cached_tokens: int | None = None,
     ) -> None:
         """New tokens of a request, the first at `position` among its output tokens. Raises PositionError and
         writes nothing if that is not where the journal ends; KeyError for a request that is not there."""
@@ -194,6 +202,8 @@ class Journal:
             entry.logprobs += logprobs
         if prompt_logprobs is not None:
             entry.prompt_logprobs = prompt_logprobs
+        if num_cached_tokens is not None:
+            entry.num_cached_tokens = num_cached_tokens
 
     def finish(
         self,

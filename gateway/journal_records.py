@@ -39,6 +39,7 @@ class _Chunk(msgspec.Struct, array_like=True):
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int | None = None
 
 
 class StepTokens(msgspec.Struct, array_like=True):
@@ -47,6 +48,7 @@ class StepTokens(msgspec.Struct, array_like=True):
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int | None = None
 
 
 class _Ending(msgspec.Struct, array_like=True):
@@ -87,11 +89,12 @@ class Slot:
         token_ids = entry.output_token_ids[position:]
         first = position == entry.num_given
         of_prompt = entry.prompt_logprobs if first else None
+        num_cached = entry.num_cached_tokens if first else None
         if not token_ids and of_prompt is None:
             return None
         logprobs = entry.logprobs[position - entry.num_given :] or None
         self.num_stored += len(token_ids)
-        return self.number, position, encode(_Chunk(token_ids, logprobs, of_prompt))
+        return self.number, position, encode(_Chunk(token_ids, logprobs, of_prompt, num_cached))
 
 
 class UnreadableCall(Exception):
@@ -124,6 +127,8 @@ def load_unfinished(
             entry.output_token_ids += new.token_ids
             entry.logprobs += new.logprobs or ()
             entry.prompt_logprobs = new.prompt_logprobs or entry.prompt_logprobs
+            if new.num_cached_tokens is not None:
+                entry.num_cached_tokens = new.num_cached_tokens
     return calls, list(slots.values())
 
 
@@ -171,6 +176,8 @@ def _read_request(stored: StoredRequest) -> JournalEntry:
         entry.output_token_ids += chunk.token_ids
         entry.logprobs += chunk.logprobs or ()
         entry.prompt_logprobs = chunk.prompt_logprobs or entry.prompt_logprobs
+        if chunk.num_cached_tokens is not None:
+            entry.num_cached_tokens = chunk.num_cached_tokens
     if stored.ending is not None:
         ending = _decode_ending(stored.ending)
         entry.ended = True

@@ -243,6 +243,8 @@ class Output(Struct, frozen=True, array_like=True):
     """Of the prompt's tokens from the second on; with the first output token, when asked for."""
     pooled: bytes | None = None
     """Float32 numbers, little-endian, in the only output of a request with `pooling`."""
+    num_cached_tokens: int | None = None
+    """How many of the prompt's tokens were in the prefix cache; with the first output token, where it is known."""
 
 
 class Tokens(Struct, frozen=True, tag="tokens", tag_field="type"):

@@ -27,6 +27,7 @@ def whole_output(entry: JournalEntry) -> Output:
         None,
         list(entry.logprobs) if entry.params.logprobs is not None else None,
         entry.prompt_logprobs,
+        num_cached_tokens=entry.num_cached_tokens,
     )
 
 

@@ -125,7 +125,12 @@ class TokenPath:
             output, self._lives.welcome.eos_token_ids if self._lives.welcome is not None else ()
         )
         self._journal.append(
-            request.request_id, expected, shown.token_ids, shown.logprobs, shown.prompt_logprobs
+            request.request_id,
+            expected,
+            shown.token_ids,
+            shown.logprobs,
+            shown.prompt_logprobs,
+            shown.num_cached_tokens,
         )
         if shown.finish_reason is not None:
             if output.finish_reason is None:

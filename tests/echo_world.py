@@ -68,6 +68,11 @@ def echo_logprobs(token: int, num_top: int) -> TokenLogprobs:
     return TokenLogprobs(token, -0.5, 1, top, [-0.5 - number for number in range(num_top)])
 
 
+def echo_cached(num_prompt_tokens: int) -> int:
+    """What every echo world says that it had of a prompt in its prefix cache."""
+    return num_prompt_tokens // 2
+
+
 HIDDEN_SIZE = 8
 
 
@@ -127,7 +132,8 @@ class _Sequence:
             finish, stop = "stop", token
         elif len(self.output) >= params.max_tokens:
             finish = "length"
-        output = Output(self.submit.request_id, position, [token], finish, stop)
+        cached = echo_cached(len(self.submit.prompt_token_ids)) if position == 0 else None
+        output = Output(self.submit.request_id, position, [token], finish, stop, num_cached_tokens=cached)
         if params.logprobs is None and params.prompt_logprobs is None:
             return output
         logprobs = None if params.logprobs is None else [echo_logprobs(token, params.logprobs)]

@@ -46,6 +46,8 @@ class NewToken:
     """All of them, with the first token."""
     pooled: bytes | None = None
     """Float32 numbers of a sequence that was pooled; they end it."""
+    num_cached_tokens: int | None = None
+    """With the first token: how many of the prompt's tokens the prefix cache had."""
 
 
 class Refused(Exception):
@@ -172,6 +174,8 @@ class Scheduler:
             running.sort(key=_rank)
             sequence.blocks = self.pool.share(self._shareable(sequence))
             sequence.num_computed = len(sequence.blocks) * self.pool.block_size
+            if sequence.num_cached_tokens is None:  # what it finds after a preemption is its own
+                sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
             admitted.append((handle, params_to_send(sequence)))
             length = min(sequence.num_uncomputed, budget)
             chunks.append(self._chunk(sequence, length, shared_blocks=sequence.blocks))
@@ -377,7 +381,16 @@ class Scheduler:
         if reason is not None:
             self._leave(sequence)
             del self._by_key[sequence.key]
-        return NewToken(sequence.key, position, token_id, reason, stop_token_id, logprobs, prompt_logprobs)
+        return NewToken(
+            sequence.key,
+            position,
+            token_id,
+            reason,
+            stop_token_id,
+            logprobs,
+            prompt_logprobs,
+            num_cached_tokens=None if position else sequence.num_cached_tokens,
+        )
 
     def _end_cancelled(self, sequence: Sequence) -> NewToken:
         if sequence.handle is None:

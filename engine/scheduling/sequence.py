@@ -43,6 +43,8 @@ class Sequence:
     """Its number inside the world while it runs; None while it waits."""
     slot: int = 0
     cancelled: bool = False
+    num_cached_tokens: int | None = None
+    """How many of its prompt's tokens the prefix cache had when it was admitted first."""
 
     @property
     def rank(self) -> tuple[int, int]:

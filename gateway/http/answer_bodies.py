@@ -9,10 +9,15 @@ from msgspec import UNSET, Struct, UnsetType
 from gateway.http.logprobs import ChatLogprobs, PromptLogprobs, TextLogprobs
 
 
+class PromptTokensDetails(Struct):
+    cached_tokens: int
+
+
 class Usage(Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class FunctionDelta(Struct, omit_defaults=True):

@@ -5,7 +5,7 @@ Everything here runs once a token for each stream: structs, encoded by msgspec, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -19,6 +19,7 @@ from gateway.http.answer_bodies import (
     ChatChunkChoice,
     Delta,
     FunctionDelta,
+    PromptTokensDetails,
     TextAnswer,
     TextChoice,
     ToolCallDelta,
@@ -106,12 +107,15 @@ class Answer:
         prompt_tokens: int,
         options: AnswerOptions,
         namer: Namer,
+        cached_tokens: Callable[[], int] = lambda: 0,
     ) -> None:
+        """`cached_tokens`: how many of the prompts' tokens were in the prefix cache, as far as is known now."""
         self.id = answer_id
         self.created = created
         self.model = model
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
+        self.cached_tokens = cached_tokens
         self._options = options
         self._namer = namer
         self._begun: set[int] = set()
@@ -171,7 +175,8 @@ class Answer:
 
     def _usage_now(self) -> Usage:
         total = self.prompt_tokens + self.completion_tokens
-        return Usage(self.prompt_tokens, self.completion_tokens, total)
+        details = PromptTokensDetails(self.cached_tokens())
+        return Usage(self.prompt_tokens, self.completion_tokens, total, details)
 
     def _chunk_usage(self) -> Usage | UnsetType | None:
         if self._options.running_usage:

@@ -322,6 +322,7 @@ class ResumableCalls:
             content.prompt_tokens,
             content.options,
             Namer(self.text),
+            lambda: record.num_cached_tokens(content.num_prompts),
         )
 
     def _whole(self, record: JournalCall, content: AnswerContent, collector: Collector) -> bytes:

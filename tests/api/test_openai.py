@@ -189,3 +189,13 @@ def model_folder() -> Any:
     from launcher.settings import default_cache_dir
 
     return default_cache_dir() / "models" / MODEL
+
+
+def test_usage_says_what_the_prefix_cache_had(api: openai.OpenAI) -> None:
+    prompt = "A sentence that is said again and again. " * 12
+    counts = []
+    for _ in range(2):
+        usage = api.completions.create(model=MODEL, prompt=prompt, max_tokens=2).usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        counts.append(usage.prompt_tokens_details.cached_tokens)
+    assert counts[0] == 0 and 0 < (counts[1] or 0) < usage.prompt_tokens

@@ -6,7 +6,7 @@ import http.client
 import json
 from typing import Any
 
-from tests.echo_world import EchoCluster
+from tests.echo_world import EchoCluster, echo_cached
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -35,6 +35,16 @@ def ask(
 
 def chat(text: str = "hi", **fields: object) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": text}], **fields}
+
+
+def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, object]:
+    """The usage of a request with one prompt in an echo world."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": echo_cached(prompt_tokens)},
+    }
 
 
 def events(data: bytes) -> list[Any]:

@@ -77,7 +77,7 @@ def test_everything_of_a_request_is_there_when_it_is_opened_again(tmp_path: Path
     one = entry("r1", deadline_at=2000.0)
     two = entry("r2", output_token_ids=[50, 51])
     begin(journal, "c1", one, two, key="k", fingerprint=b"f", content=b"shape", on_disconnect="grace")
-    journal.append("r1", 0, [5], [reported(5)], [reported(2)])
+    journal.append("r1", 0, [5], [reported(5)], [reported(2)], num_cached_tokens=2)
     journal.append("r2", 2, [6, 7])
     journal.flush()
     journal.append("r1", 1, [8], [reported(8)])
@@ -99,6 +99,7 @@ def test_everything_of_a_request_is_there_when_it_is_opened_again(tmp_path: Path
     assert (first.params, first.stop, first.priority) == (SamplingParams(seed=7), ["END"], -3)
     assert second.output_token_ids == [50, 51, 6, 7] and second.num_given == 2 and second.crashes == 0
     assert again.last_number == 2
+    assert call.num_cached_tokens(2) == 2 and second.num_cached_tokens is None
 
     # It goes on there, and a third front finds it finished.
     again.append("r1", 2, [9], [reported(9)])
@@ -112,6 +113,7 @@ def test_everything_of_a_request_is_there_when_it_is_opened_again(tmp_path: Path
     assert third.unfinished_calls() == [] and len(third) == 0
     found = third.find("c1")
     assert found is not None and found.has_answer and found.ended_at is not None
+    assert found.num_cached_tokens(1) == 2
     assert found.entries[0].output_token_ids == [5, 8, 9] and found.entries[0].stop_reason == "END"
     assert found.entries[0].logprobs == [reported(5), reported(8), reported(9)]
     assert found.entries[1].output_token_ids == [50, 51, 6, 7]

@@ -10,8 +10,8 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.echo_world import EchoCluster
-from tests.unit.http_asking import CHAT, TEXT, ask, chat, events
+from tests.echo_world import EchoCluster, echo_cached
+from tests.unit.http_asking import CHAT, TEXT, ask, chat, events, usage_of
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_a_chat_answer_has_openai_s_shape(cluster: EchoCluster) -> None:
     assert choice["message"] == {"role": "assistant", "content": "user\nabc", "refusal": None}
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "length", None)
     usage = answer["usage"]
-    assert usage == {"prompt_tokens": 22, "completion_tokens": 9, "total_tokens": 31}
+    assert usage == usage_of(22, 9)
 
 
 def test_a_chat_ends_at_the_end_token(cluster: EchoCluster) -> None:
@@ -83,7 +83,7 @@ def test_a_completion_has_openai_s_shape(cluster: EchoCluster) -> None:
     [choice] = answer["choices"]
     assert choice["text"] == "abcd" * 4  # 16 tokens by default
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "length", None)
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 16, "total_tokens": 20}
+    assert answer["usage"] == usage_of(4, 16)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,8 @@ def test_choices_come_prompt_by_prompt(cluster: EchoCluster) -> None:
     body = {"prompt": ["abc", "xyz"], "n": 2, "max_tokens": 3}
     _, _, answer = ask(cluster, "/v1/completions", body)
     assert [choice["text"] for choice in answer["choices"]] == ["abc", "bca", "xyz", "yzx"]
-    assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+    of_both = {"cached_tokens": 2 * echo_cached(3)}  # each prompt once, whatever the number of its choices
+    assert answer["usage"] == {**usage_of(6, 12), "prompt_tokens_details": of_both}
 
 
 def test_stop_strings_and_tokens(cluster: EchoCluster) -> None:
@@ -150,7 +151,7 @@ def test_a_stream_ends_with_its_usage_if_asked(cluster: EchoCluster) -> None:
     chunks = events(ask(cluster, "/v1/completions", body)[2])
     assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks[:-1])
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert chunks[-1]["usage"] == usage_of(3, 4)
 
 
 def test_a_stream_may_carry_its_usage_all_along(cluster: EchoCluster) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.echo_world import EchoCluster
+from tests.echo_world import EchoCluster, echo_cached
 from tests.unit.http_asking import ask
 
 MESSAGES = "/v1/messages"
@@ -144,7 +144,9 @@ def test_tokens_are_counted_as_they_are_used(cluster: EchoCluster) -> None:
     )
     answer = ask(cluster, MESSAGES, {**asked, "max_tokens": 1})[2]
     counted = ask(cluster, f"{MESSAGES}/count_tokens", asked)[2]
-    assert counted == {"input_tokens": answer["usage"]["input_tokens"]}
+    usage, prompt = answer["usage"], counted["input_tokens"]
+    assert usage["cache_read_input_tokens"] == echo_cached(prompt) > 0
+    assert usage["input_tokens"] == prompt - echo_cached(prompt)
 
 
 @pytest.mark.parametrize(

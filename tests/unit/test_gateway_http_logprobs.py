@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.echo_world import EchoCluster
-from tests.unit.http_asking import CHAT, TEXT, ask, chat, events
+from tests.unit.http_asking import CHAT, TEXT, ask, chat, events, usage_of
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_echo_with_logprobs_is_what_evaluations_read(cluster: EchoCluster, promp
     pairs = list(zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
     assert all(token in top for token, top in pairs[1:])
     assert logprobs["text_offset"] == [0, 1, 2, 3, 4, 5]
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}
+    assert answer["usage"] == usage_of(4, 2)
     assert "prompt_logprobs" not in choice
 
 
@@ -117,7 +117,7 @@ def test_echo_alone(cluster: EchoCluster) -> None:
     [choice] = nothing["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
     assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -0.5]
-    assert nothing["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    assert nothing["usage"] == usage_of(3, 0)
 
 
 @pytest.mark.parametrize("max_tokens", [0, 3])

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.echo_world import EchoCluster
-from tests.unit.http_asking import CHAT, TEXT, chat
+from tests.unit.http_asking import CHAT, TEXT, chat, usage_of
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ def test_lines_and_blocks_are_all_data(cluster: EchoCluster, accept: dict[str, s
     for chunks in (read_lines(data), read_blocks(data)):
         text = "".join(c["text"] for chunk in chunks for c in chunk["choices"])  # type: ignore[attr-defined]
         assert text == ("abcdefgh" * 4)[:30]
-        assert chunks[-1]["usage"] == {"prompt_tokens": 8, "completion_tokens": 30, "total_tokens": 38}
+        assert chunks[-1]["usage"] == usage_of(8, 30)
     chunks = read_lines(raw_stream(cluster, CHAT, chat("abc", stream=True, max_tokens=5), accept))
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.echo_world import EchoCluster
+from tests.echo_world import EchoCluster, echo_cached
 from tests.unit.http_asking import CHAT, ask
 
 PATH = "/v1/responses"
@@ -55,6 +55,7 @@ def test_a_response_has_openai_s_shape(cluster: EchoCluster) -> None:
     assert (answer["metadata"], answer["user"], answer["error"]) == ({"a": "b"}, "me", None)
     usage = answer["usage"]
     assert (usage["input_tokens"], usage["output_tokens"], usage["total_tokens"]) == (22, 9, 31)
+    assert usage["input_tokens_details"]["cached_tokens"] == echo_cached(22)
     assert (answer["max_output_tokens"], answer["temperature"], answer["truncation"]) == (9, 1.0, "disabled")
 
 

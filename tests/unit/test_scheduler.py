@@ -219,6 +219,17 @@ def test_a_second_request_computes_only_what_differs() -> None:
     subject.check_idle()
 
 
+def test_the_first_token_says_what_the_cache_had() -> None:
+    subject = Scheduler(BlockPool(200, 4), SchedulerLimits(400, 4, 400), 1)
+    tokens, told = list(range(100, 142)), []
+    for name in range(2):
+        subject.add(Sequence((b"c", str(name)), list(tokens), 42, 3, frozenset(), frozenset(), PARAMS))
+        while (plan := subject.schedule(0)) is not None:
+            new = subject.complete(0, StepResult([3] * len(plan.sampling_handles)))
+            told += [token.num_cached_tokens for token in new]
+    assert told == [0, None, None, 40, None, None]
+
+
 def test_the_same_prompt_again_computes_its_last_block_only() -> None:
     subject = Scheduler(BlockPool(200, 4), SchedulerLimits(400, 4, 400), 1)
     tokens = list(range(100, 140))

@@ -52,7 +52,7 @@ class MessagesAnswer(Answer):
             events += self._close()
             reason, sequence = self._stop(index, output.finish_reason, output.stop_reason)
             delta = {"stop_reason": reason, "stop_sequence": sequence}
-            usage = {"input_tokens": self.prompt_tokens, "output_tokens": self.completion_tokens}
+            usage = self._usage(self.completion_tokens)
             events.append({"type": "message_delta", "delta": delta, "usage": usage})
         return begin, _events(events)
 
@@ -115,7 +115,17 @@ class MessagesAnswer(Answer):
             "content": blocks,
             "stop_reason": reason,
             "stop_sequence": sequence,
-            "usage": {"input_tokens": self.prompt_tokens, "output_tokens": output_tokens},
+            "usage": self._usage(output_tokens),
+        }
+
+    def _usage(self, output_tokens: int) -> Event:
+        """`input_tokens` are those behind what came from the cache."""
+        cached = self.cached_tokens()
+        return {
+            "input_tokens": self.prompt_tokens - cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": output_tokens,
         }
 
     def _stop(self, index: int, reason: str | None, found: int | str | None) -> tuple[str, str | None]:

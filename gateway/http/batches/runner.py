@@ -262,6 +262,8 @@ class _Usage(msgspec.Struct):
     completion_tokens: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    """Beside `input_tokens`, at Anthropic's endpoint."""
 
 
 class _WithUsage(msgspec.Struct):
@@ -277,4 +279,5 @@ def _tokens(body: bytes) -> tuple[int, int]:
         usage = _decode_usage(body).usage
     except msgspec.MsgspecError:
         return 0, 0
-    return usage.prompt_tokens or usage.input_tokens, usage.completion_tokens or usage.output_tokens
+    prompt_tokens = usage.prompt_tokens or usage.input_tokens + usage.cache_read_input_tokens
+    return prompt_tokens, usage.completion_tokens or usage.output_tokens

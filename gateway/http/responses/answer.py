@@ -290,8 +290,10 @@ class ResponseWriter:
         prompt = self._content.answer.prompt_tokens
         return {
             "input_tokens": prompt,
-            # The front is not told what a world had in its prefix cache.
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {
+                "cached_tokens": self._record.num_cached_tokens(1),
+                "cache_write_tokens": 0,
+            },
             "output_tokens": self._num_tokens,
             "output_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens},
             "total_tokens": prompt + self._num_tokens,
