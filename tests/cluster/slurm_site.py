@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.cluster.namespaces import Cluster, cluster
 from tests.cluster.namespaces import why_not as no_namespaces
+from tests.recovery.run_processes import end_with_parent
 
 NODES = ("n1", "n2")
 CPUS = 8
@@ -163,7 +164,12 @@ class Site:
         with (self.folder / f"{name}.log").open("ab") as log:
             self._started.append(
                 subprocess.Popen(
-                    command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                    command,
+                    env=self.environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=end_with_parent,
                 )
             )
 

@@ -295,6 +295,25 @@ def test_a_killed_supervisor_is_followed_by_another(job: Job, undisturbed: str) 
     assert job.state() == "RUNNING"
 
 
+def test_a_node_that_is_cut_off_and_comes_back(site: Site, job: Job, undisturbed: str) -> None:
+    """Slurm takes minutes to notice; the job goes on all the while, and has its next world when the node answers."""
+    world = job.wait_active()
+    job.pace.write_text(SLOWLY)
+    stream = Follower(job, PROMPT)
+    stream.wait_begun()
+    behind = job.rank(NODES[1], world["epoch"])
+    site.hosts.cut(2)
+    try:
+        assert wait_gone([behind], 20.0) == []
+    finally:
+        site.hosts.heal(2)
+    after = job.wait_active(above=world["epoch"])
+    job.pace.write_text("")
+    assert stream.finish() == undisturbed and stream.connections == 1 and not stream.told
+    assert [rank["host"] for rank in after["ranks"]] == list(NODES)
+    assert job.state() == "RUNNING"
+
+
 def test_leaves_before_its_time_ends_and_takes_up_what_was_left(
     site: Site, job: Job, undisturbed: str
 ) -> None:
