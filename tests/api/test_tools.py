@@ -156,3 +156,9 @@ def test_anthropic_works_unchanged(served: Served) -> None:
 @pytest.mark.timeout(1200)
 def test_langchain_openai_works_unchanged(served: Served) -> None:
     run_script("langchain-openai==1.7.0", CLIENTS / "with_langchain_openai.py", served.url, MODEL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_litellm_works_unchanged(served: Served) -> None:
+    run_script("litellm==1.106.2", CLIENTS / "with_litellm.py", served.url, MODEL)

@@ -162,6 +162,12 @@ def test_tokens_are_counted_as_they_are_used(cluster: EchoCluster) -> None:
         ({"tool_choice": {"type": "x"}}, 400, "invalid_request_error", "auto, any, tool, none"),
         ({"thinking": {"type": "x"}}, 400, "invalid_request_error", "enabled"),
         ({"stop_sequences": [""]}, 400, "invalid_request_error", "stop_sequences"),
+        ({"mcp_servers": [{"type": "url"}]}, 400, "invalid_request_error", "mcp_servers"),
+        ({"container": "c"}, 400, "invalid_request_error", "container"),
+        ({"context_management": {"edits": [1]}}, 400, "invalid_request_error", "context_management"),
+        ({"compaction": {"type": "x"}}, 400, "invalid_request_error", "compaction"),
+        ({"fallbacks": ["x"]}, 400, "invalid_request_error", "fallbacks"),
+        ({"thread": {"id": "x"}}, 400, "invalid_request_error", "thread"),
         ({"output_config": {"format": 5}}, 400, "invalid_request_error", "json_schema"),
     ],
 )  # fmt: skip

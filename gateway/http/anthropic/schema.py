@@ -53,6 +53,16 @@ class MessagesRequest(CountRequest, kw_only=True):
     top_k: int | None = None
     metadata: Any = None
     service_tier: Any = None
+    container: Any = None
+    mcp_servers: Any = None
+    context_management: Any = None
+    compaction: Any = None
+    fallbacks: Any = None
+    thread: Any = None
+
+
+_REFUSED = ("container", "mcp_servers", "context_management", "compaction", "fallbacks", "thread")
+"""What Anthropic's servers do around a message: other answers than ours would come of it."""
 
 
 def as_chat(request: CountRequest) -> ChatRequest:
@@ -80,6 +90,9 @@ def as_chat(request: CountRequest) -> ChatRequest:
     if isinstance(effort, str):
         chat.reasoning_effort = effort
     if isinstance(request, MessagesRequest):
+        for name in _REFUSED:
+            if getattr(request, name):
+                raise ApiError(400, f"{name} is not supported by this server; leave it out", param=name)
         chat.max_tokens, chat.stream = request.max_tokens, request.stream
         chat.stop = request.stop_sequences
         chat.temperature, chat.top_p, chat.top_k = request.temperature, request.top_p, request.top_k
