@@ -100,12 +100,17 @@ def profile(engine: Engine, num_sequences: int) -> dict[str, float]:
             )
         )
     table, stage, sampler = runner._table, runner._stage, runner.sampler
-    originals = [(owner, dict(owner.__dict__)) for owner in (table, stage, sampler)]
+    originals = [(owner, dict(owner.__dict__)) for owner in (table, stage, sampler, runner)]
     clock.watch(table, "apply", "batch from the plan")
     clock.watch(stage, "embed", "embedding")
     clock.watch(stage, "layers", "layers")
-    clock.watch(stage, "logits", "last norm and head")
-    clock.watch(sampler, "draw", "sampling")
+    # Greedy rows: the head keeps the greatest logits itself, where it can.
+    if runner.greatest is not None:
+        clock.watch(runner, "greatest", "last norm and head")
+        clock.watch(runner, "_draw_greedily", "sampling")
+    else:
+        clock.watch(stage, "logits", "last norm and head")
+        clock.watch(sampler, "draw", "sampling")
     steady = 0
     while scheduler.has_work:
         begin = time.perf_counter()
