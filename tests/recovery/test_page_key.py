@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.key_file import make_key, save
 from tests.browser import Browser, find_chromium
 from tests.echo_world import EchoCluster
 
@@ -20,6 +21,30 @@ window.fetch = (address, options = {}) => new Headers(options.headers).get("auth
   ? front(address, options)
   : Promise.resolve(new Response('{"error": {"message": "no good API key"}}', {status: 401}));
 """
+
+
+def test_a_server_with_keys(tmp_path: Path) -> None:
+    key, record = make_key("alice")
+    (tmp_path / "front").mkdir()
+    save(tmp_path / "keys.json", [record])
+    options = ("--api-key-file", str(tmp_path / "keys.json"))
+    with (
+        EchoCluster(tmp_path / "front", front_options=options) as cluster,
+        Browser(tmp_path) as browser,
+    ):
+        cluster.start_world()
+        cluster.wait_serving(1)
+        browser.open(cluster.url)
+        browser.wait("!document.getElementById('key-bar').hidden")
+        browser.run("document.getElementById('key').focus()")
+        browser.type(key)
+        browser.press("Enter")
+        browser.wait("document.querySelectorAll('#world .rank').length === 1")
+        browser.run("document.getElementById('question').focus()")
+        browser.type("hello")
+        browser.press("Enter")
+        browser.wait("document.querySelector('.turn.it .foot')?.textContent.includes('token') === true")
+        assert "hello" in browser.run("document.querySelector('.turn.it .words').textContent")
 
 
 def test_the_key_is_asked_for_and_kept_in_the_tab(tmp_path: Path) -> None:

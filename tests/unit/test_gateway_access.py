@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +70,18 @@ def test_both_headers_and_the_sdk(cluster: EchoCluster) -> None:
     assert client.completions.create(model="echo", prompt="ab", max_tokens=2).choices[0].text == "ab"
     with pytest.raises(openai.AuthenticationError, match="API key"):
         client.with_options(api_key="wrong").models.list()
+
+
+@pytest.mark.parametrize("variable", [None, "PHALANX_API_KEY", "OPENAI_API_KEY"])
+def test_bench_brings_its_key(cluster: EchoCluster, variable: str | None) -> None:
+    command = [sys.executable, "-m", "launcher.cli", "bench", "--url", cluster.url, "--requests", "2"]
+    unset = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, env=unset)
+    assert refused.returncode != 0 and "API key" in refused.stdout + refused.stderr
+    given = ["--api-key", ALICE] if variable is None else []
+    known = {**unset, variable: ALICE} if variable is not None else unset
+    done = subprocess.run([*command, *given], capture_output=True, text=True, timeout=60, env=known)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_errors_in_the_words_of_others(cluster: EchoCluster) -> None:

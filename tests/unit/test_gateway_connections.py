@@ -249,23 +249,28 @@ def test_grpc_over_tls(secure: EchoCluster) -> None:
         grpc.channel_ready_future(channel).result(timeout=1)
 
 
-def serial(cluster: EchoCluster) -> bytes:
+def serial(cluster: EchoCluster, port: int | None = None) -> bytes:
+    """The certificate that a new connection is shown, at the HTTP port if no other is named."""
     import ssl
 
     context = ssl.create_default_context(cafile=str(cluster.run_dir / "ca.pem"))
     context.load_cert_chain(cluster.run_dir / "client.pem", cluster.run_dir / "client.key")
+    if port is not None:
+        context.set_alpn_protocols(["h2"])  # as gRPC wants it
     with (
-        socket.create_connection(("127.0.0.1", cluster.port), timeout=10) as plain,
+        socket.create_connection(("127.0.0.1", port or cluster.port), timeout=10) as plain,
         context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
     ):
         return connection.getpeercert(binary_form=True) or b""
 
 
 def test_a_new_certificate_is_taken_on(secure: EchoCluster) -> None:
-    before = serial(secure)
+    before, grpc_port = serial(secure), int(secure.grpc.rpartition(":")[2])
+    assert serial(secure, grpc_port) == before
     (secure.run_dir / "server.pem").write_text("broken")
     secure.wait(lambda: "not read again" in secure.front_log.read_text(), 30)
-    assert serial(secure) == before
+    assert serial(secure) == serial(secure, grpc_port) == before
     certificate(secure.run_dir, "server", "ca")
     secure.wait(lambda: serial(secure) != before, 30)
+    secure.wait(lambda: serial(secure, grpc_port) == serial(secure), 30)
     assert client_of(secure).models.list().data
