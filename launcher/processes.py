@@ -184,6 +184,11 @@ def ancestors(process: ProcessId, up_to: Collection[int]) -> set[ProcessId]:
     return found
 
 
+def children(pid: int) -> set[ProcessId]:
+    """Those that it has started and that live."""
+    return {ProcessId(stat.pid, stat.start) for stat in all_processes() if stat.parent == pid}
+
+
 def environment_of(pid: int) -> dict[str, str]:
     """What a process was started with; empty for one that is gone, a zombie or somebody else's."""
     try:

@@ -19,6 +19,7 @@ from launcher.processes import (
     ProcessId,
     all_processes,
     ancestors,
+    children,
     host_id,
     is_alive,
     kill,
@@ -78,7 +79,7 @@ class World:
         self._mpirun_log = run_dir.world_dir(epoch) / "mpirun.log"
         self._process: subprocess.Popen[bytes] | AdoptedProcess | None = None
         self._proxies: set[ProcessId] = set()
-        """What of MPI stands between mpirun and the guards of this host: Hydra's proxy, in a session of its own."""
+        """What of MPI stands between mpirun and the guards, in sessions of its own: Hydra's proxy, and its shells."""
         self.mpirun: ProcessId | None = None
         """Its mpirun, once started."""
         self.is_change = False
@@ -232,9 +233,18 @@ class World:
                 self.faults.append(WorldFault("killed", rank, watch.hello.host, detail, 0.0))
 
     def _note_proxies(self, watch: RankWatch) -> None:
-        if self._process is None or watch.is_remote:
+        if self._process is None:
             return
-        self._proxies |= ancestors(watch.guard, {self._process.pid, os.getpid()})
+        if not watch.is_remote:
+            self._proxies |= ancestors(watch.guard, {self._process.pid, os.getpid()})
+        if len(self.ranks) == self.size:
+            self._note_shells()
+
+    def _note_shells(self) -> None:
+        """What connects to the other hosts: under Hydra in sessions of their own, and without an end where a host
+        is dead and says nothing any more."""
+        if len(self.hosts) > 1 and self._process is not None and self._process.returncode is None:
+            self._proxies |= children(self._process.pid)
 
     def extend_deadlines(self, late_s: float) -> None:
         """The supervisor itself was late: silence of the guards in that time says nothing."""
@@ -320,6 +330,7 @@ class World:
         local = [watch for watch in self.ranks.values() if watch.hello.host_id == here]
         for watch in local:
             kill(watch.process)
+        self._note_shells()  # as long as mpirun is their parent
         ends_at_once = self.plan.launcher.has_ranks_in_session
         if ends_at_once and (self.times.served is not None or self.is_adopted):
             # The next world waits for the end of this one. Of one that never served, the guards' last words

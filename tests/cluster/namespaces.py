@@ -59,7 +59,7 @@ class Cluster:
         agent = folder / "launch_agent"
         agent.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/cluster/launch_agent.py "$@"\n')
         agent.chmod(0o755)
-        self.variables = {"PRTE_MCA_plm_ssh_agent": str(agent)}
+        self.variables = {"PRTE_MCA_plm_ssh_agent": str(agent), "HYDRA_LAUNCHER_EXEC": str(agent)}
         """For mpirun."""
         self.names = [f"10.77.{index}.2" for index in range(1, count + 1)]
         self.prefix = ["nsenter", "--net", "--target", str(self._hosts[0]), "--"]

@@ -53,13 +53,27 @@ def check_whole(streams: list[Stream]) -> list[str]:
 def test_streams_go_on_with_fewer_ranks_and_with_all_again(
     hosts: Cluster, tmp_path: Path, tp: int, pp: int, fewer: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    check_streams(hosts, tmp_path, tp, pp, fewer, monkeypatch, sys.executable)
+
+
+def check_streams(
+    hosts: Cluster,
+    tmp_path: Path,
+    tp: int,
+    pp: int,
+    fewer: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    python: str,
+) -> None:
+    """`python`: beside the mpirun that starts the worlds."""
     make_tiny_llama(tmp_path / "model", max_model_len=2048)
     monkeypatch.setenv(
         "PHALANX_FAULTS", "sleep=0.01"
     )  # so that the streams are still there when hosts are back
     names = ",".join(f"{name}:1" for name in hosts.names)
     flags = ("--tp", str(tp), "--pp", str(pp), "--hosts", names, "--elastic", "--spare", "none")
-    with Served(str(tmp_path / "model"), tmp_path / "run", *flags, "--kv-cache-memory", "16MiB") as served:
+    flags += ("--kv-cache-memory", "16MiB")
+    with Served(str(tmp_path / "model"), tmp_path / "run", *flags, python=python) as served:
         cluster = wait_for_shape(served, tp, pp)
         assert cluster["asked"] == {"tp": tp, "pp": pp}
         assert [host["state"] for host in cluster["hosts"]] == ["in use"] * 3

@@ -16,8 +16,6 @@ import psutil
 import pytest
 
 from launcher.leases import LEASE_S
-from launcher.processes import environment_of
-from launcher.run_dir import EPOCH_VARIABLE
 from tests.cluster.namespaces import Cluster, cluster, why_not
 from tests.recovery.run_processes import of_run
 from tests.recovery.small_world.deployed import Deployment, wait_gone
@@ -80,7 +78,8 @@ def epochs_alive(deployment: Deployment) -> set[str]:
         with contextlib.suppress(psutil.Error):
             line = " ".join(process.cmdline())
             if RANK in line and GUARD not in line and "mpirun" not in line:
-                epochs.add(environment_of(process.pid).get(EPOCH_VARIABLE, ""))
+                words = process.cmdline()
+                epochs.add(words[words.index("--epoch") + 1])
     return epochs
 
 

@@ -34,6 +34,7 @@ class Deployment:
         pp: int = 1,
         elastic: bool = False,
         wait_for_hosts_s: float = 30.0,
+        python: str = sys.executable,
         prefix: Sequence[str] = (),
         variables: Mapping[str, str] | None = None,
     ) -> None:
@@ -44,7 +45,7 @@ class Deployment:
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
                 [
-                    *(*prefix, sys.executable, "-m", "tests.recovery.small_world.deployment"),
+                    *(*prefix, python, "-m", "tests.recovery.small_world.deployment"),
                     *(str(run_dir), str(tp), spare, hosts, str(pp), "elastic" if elastic else ""),
                 ],
                 stdout=subprocess.PIPE,
