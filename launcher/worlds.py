@@ -243,7 +243,9 @@ class World:
     def _note_shells(self) -> None:
         """What connects to the other hosts: under Hydra in sessions of their own, and without an end where a host
         is dead and says nothing any more."""
-        if len(self.hosts) > 1 and self._process is not None and self._process.returncode is None:
+        if not self.plan.launcher.has_ranks_in_session or len(self.hosts) < 2:
+            return
+        if self._process is not None and self._process.returncode is None:
             self._proxies |= children(self._process.pid)
 
     def extend_deadlines(self, late_s: float) -> None:
