@@ -32,7 +32,7 @@ from gateway.protocol import Limits, Output, Submit
 from gateway.protocol import Pooling as WirePooling
 from gateway.protocol import TokenLogprobs as WireLogprobs
 from gateway.rank0 import Rank0Gateway
-from launcher.watch import Phase, ProgressPage, SpareKind, StartGate, die_with_parent
+from launcher.watch import FactSheet, Phase, ProgressPage, SpareKind, StartGate, die_with_parent
 
 if TYPE_CHECKING:
     # What imports torch is imported once the progress page says so: see _run.
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     if page_path:
         die_with_parent()
     page = ProgressPage.open(Path(page_path) if page_path else None)
+    facts = FactSheet(Path(page_path) if page_path else None)
     gate = StartGate.from_environment()
     faults = None
     try:
@@ -66,12 +67,18 @@ def main(argv: list[str] | None = None) -> None:
         if echo_model.is_echo(arguments.model):
             _run_echo(arguments, page, gate)
         else:
-            _run(arguments, page, gate, faults)
+            _run(arguments, page, gate, faults, facts)
     except BaseException as error:
         _die(error)
 
 
-def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, faults: Faults | None) -> None:
+def _run(
+    arguments: argparse.Namespace,
+    page: ProgressPage,
+    gate: StartGate,
+    faults: Faults | None,
+    facts: FactSheet,
+) -> None:
     page.enter(Phase.IMPORTING)
     # Read when OpenMP is loaded. Threads that spin for milliseconds hold up the ones that they wait for wherever
     # cores are shared with anything else.
@@ -85,10 +92,12 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
 
     from engine.collectives.mpi import join_world
     from engine.engine import EngineSettings, load_engine
+    from engine.facts import model_facts, software_facts
     from engine.step_loop import Leader, follow
 
     for name in modules:
         importlib.import_module(name)
+    facts.tell(software_facts())
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     if gate.kind is SpareKind.WARM:
         _park(page, gate)
@@ -115,6 +124,7 @@ def _run(arguments: argparse.Namespace, page: ProgressPage, gate: StartGate, fau
     )
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     loaded = load_engine(world, settings, device, page.load)
+    facts.tell(model_facts(arguments.model, arguments.shard_cache))
     page.hold_kv_blocks(loaded.num_blocks)
     world.control.barrier()
     if gate.kind is SpareKind.HOT:

@@ -37,7 +37,7 @@ from launcher.guard_messages import (
     from_bytes,
 )
 from launcher.hangs import HangWatch
-from launcher.host_report import HostReport
+from launcher.host_report import HostReport, RankReport
 from launcher.laggards import EXCUSED_TIMES, Laggards
 from launcher.life_lock import LifeLock
 from launcher.post_mortem import (
@@ -136,6 +136,8 @@ class Guard:
         self._place_logs()
         page_path = self._environment.shm_dir / f"rank-{self.rank}.progress"
         self._page = ProgressPage.create(page_path)
+        has_other_hosts = bool(self._environment.remote_endpoint)
+        self._facts = RankReport(self.epoch, self.rank, page_path, has_other_hosts)
         self._life = LifeLock.create(page_path.with_suffix(LIFE_SUFFIX))
         self._process = start_rank(
             self._command,
@@ -308,6 +310,7 @@ class Guard:
             self._segments.look(progress.phase)
         elif progress.phase in (Phase.JOINING, Phase.LOADING):
             self._segments.look(progress.phase)
+        self._tell_facts()
         view = (progress.phase, progress.endpoint)
         if now - self._last_beat >= 0.9 * BEAT_INTERVAL_S or view != self._last_view:
             self._last_beat = now
@@ -348,7 +351,12 @@ class Guard:
             detail += f", and {self._hangs.starved_s:.1f} s more without a processor"
         self._tell_fault("hung", detail, None, silent_s)
 
+    def _tell_facts(self) -> None:
+        if (facts := self._facts.read_new()) is not None:
+            self._send(facts)
+
     def _tell_fault(self, kind: str, detail: str, exit_code: int | None, detect_s: float) -> None:
+        self._tell_facts()  # they may say why
         progress = self._page.read()
         stacks = python_stacks(self._log_path)
         if kind == "hung":

@@ -88,6 +88,29 @@ class Beat(Message):
 
 
 @dataclass(frozen=True)
+class RankFacts(Message):
+    """What a rank has told its guard of itself (watch.FactSheet); sent again when there is more. Empty: not known."""
+
+    type_name: ClassVar[str] = "facts"
+
+    rank: int
+    python: str = ""
+    torch: str = ""
+    mpi: str = ""
+    """The library that is loaded, in its own words."""
+    mpi4py: str = ""
+    phalanx: str = ""
+    """Version and digest of the code."""
+    prefix: str = ""
+    """Where its Python is installed."""
+    model: str = ""
+    """Folder of the model."""
+    weights: str = ""
+    config: str = ""
+    """Beginnings of the hashes of their contents."""
+
+
+@dataclass(frozen=True)
 class FaultReport(Message):
     """A guard saw its rank end, or stop or hang for too long. Sent once."""
 
@@ -160,7 +183,7 @@ class Go(Message):
 
 _MESSAGES: dict[str, type[Message]] = {
     message.type_name: message
-    for message in (GuardHello, Beat, FaultReport, Killed, Kill, Introduce, Lease, Go)
+    for message in (GuardHello, Beat, RankFacts, FaultReport, Killed, Kill, Introduce, Lease, Go)
 }
 
 

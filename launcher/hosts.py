@@ -127,6 +127,16 @@ class HostPool:
             self.lost[name] = Loss(now, time.time(), reason)
             self._log.warning("host lost", host=name, reason=reason)
 
+    def refuse(self, name: str, ranks: int, reason: str) -> bool:
+        """Leaves out for good a host that does not fit the others, if the rest has so many slots; else False."""
+        rest = [host for host in self.hosts if host.name != name]
+        if not self.hosts or name == self.hosts[0].name or sum(host.slots for host in rest) < ranks:
+            return False
+        self.hosts = rest
+        self.lost.pop(name, None)
+        self._log.warning("host does not fit the others, and is left out", host=name, reason=reason)
+        return True
+
     def on_back(self, name: str, now: float) -> None:
         """Ranks can be started on it."""
         if (loss := self.lost.pop(name, None)) is not None:

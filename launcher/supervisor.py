@@ -26,6 +26,7 @@ from launcher.run_dir import RUN_ID_VARIABLE, RunDir
 from launcher.spares import Spares
 from launcher.stop_signals import StopSignals
 from launcher.watch import SpareKind
+from launcher.world_proof import clock_warnings
 from launcher.world_records import WorldFault, WorldPlan, WorldState
 from launcher.world_starts import GaveUp, NotStarted, WorldStarts
 from launcher.world_table import TableTeller
@@ -73,6 +74,7 @@ class Supervisor:
         self._log = log
         self._stop = stop
         self._on_progress = on_progress
+        self._told_clocks: set[str] = set()
         self._on_ready = on_ready
         self._on_turn = on_turn
         self._environment = {**environment, RUN_ID_VARIABLE: run_dir.run_id}
@@ -164,9 +166,17 @@ class Supervisor:
             if not self._draining:
                 self._fronts.restart_ended(now)
             if not self._was_ready and self._current is not None:
+                self._tell_clocks(self._current)
                 self._on_progress(self._current)
         self._tell_fronts(now)
         self._keep_record()
+
+    def _tell_clocks(self, world: World) -> None:
+        warnings = clock_warnings(world.hosts, world.ranks) if len(world.ranks) == world.size else []
+        for warning in warnings:
+            if warning not in self._told_clocks:
+                self._told_clocks.add(warning)
+                self._log.warning("clocks differ", detail=warning)
 
     def _turn_length_s(self) -> float:
         if any(world.state is WorldState.DYING for world in self._worlds):

@@ -4,12 +4,15 @@ writing to the page must never enter the kernel."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import mmap
 import os
 import select
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -21,6 +24,9 @@ PROGRESS_PAGE_VARIABLE = "PHALANX_PROGRESS_PAGE"
 
 LIFE_SUFFIX = ".life"
 """Of the file beside the page that holds the rank's life lock."""
+
+FACTS_SUFFIX = ".facts"
+"""Of the file beside the page in which the rank tells of itself."""
 
 PARENT_VARIABLE = "PHALANX_PARENT_PID"
 """Environment variable in which a guard tells its rank the guard's own process id."""
@@ -188,6 +194,45 @@ class ProgressPage:
 
     def _stamp(self) -> None:
         self._words[self._STAMP] = time.monotonic_ns()  # CLOCK_MONOTONIC through the vDSO: no system call
+
+
+class FactSheet:
+    """What a rank tells of itself, in words: a file beside its progress page, put in place whole."""
+
+    def __init__(self, page_path: Path | None) -> None:
+        """None: nobody reads it."""
+        self._path = None if page_path is None else page_path.with_suffix(FACTS_SUFFIX)
+        self._facts: dict[str, str] = {}
+
+    def tell(self, facts: Mapping[str, str]) -> None:
+        """These, and what was told before."""
+        if self._path is None:
+            return
+        self._facts.update(facts)
+        temporary = self._path.with_suffix(f"{FACTS_SUFFIX}.new")
+        with contextlib.suppress(OSError):  # a full disk is found out elsewhere
+            temporary.write_text(json.dumps(self._facts))
+            temporary.rename(self._path)
+
+
+class FactReader:
+    """The guard's view of it."""
+
+    def __init__(self, page_path: Path) -> None:
+        self._path = page_path.with_suffix(FACTS_SUFFIX)
+        self._read_at_ns = 0
+
+    def read_new(self) -> dict[str, str]:
+        """All facts, if there are any that were not read yet; a look at the file's time, mostly."""
+        try:
+            changed_ns = self._path.stat().st_mtime_ns
+            if changed_ns == self._read_at_ns:
+                return {}
+            content = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
+        self._read_at_ns = changed_ns
+        return {name: value for name, value in content.items() if isinstance(value, str)}
 
 
 class StartGate:

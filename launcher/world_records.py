@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from launcher.guard_messages import Beat, GuardHello
+from launcher.guard_messages import Beat, GuardHello, RankFacts
 from launcher.hangs import STARVED_AT_MOST_S
 from launcher.hosts import Host
 from launcher.launchers import Launcher, mpirun
@@ -56,6 +56,10 @@ class RankWatch:
     last_beat_at: float
     beat: Beat | None = None
     acknowledged: bool = False
+    facts: RankFacts | None = None
+    """What the rank has told of itself, once it has."""
+    clock_ahead_s: float | None = None
+    """By how much the clock of its host was ahead when its guard reported, less the way of the message."""
     starvation: StarvationOf | None = None
     starved_s: float = 0.0
     """Of the guard's silence, what it spent waiting for a processor."""

@@ -11,13 +11,14 @@ from launcher.diagnosis import Machine, describe_failed_starts, diagnose
 from launcher.errors import LauncherError
 from launcher.guard_link import GuardLink
 from launcher.host_wait import HostWait
-from launcher.hosts import Host, HostPool
+from launcher.hosts import Host, HostPool, host_of
 from launcher.logs import EventLog
 from launcher.obstacles import full_disk, may_pass
 from launcher.placing import split_groups
 from launcher.restarts import Restarts
 from launcher.run_dir import RunDir
 from launcher.watch import SpareKind
+from launcher.world_proof import MISMATCH
 from launcher.world_records import WorldFault, WorldPlan
 from launcher.world_sizes import HostsMissing, WorldSizes
 from launcher.worlds import World, final_fault
@@ -177,6 +178,8 @@ class WorldStarts:
         another one would not fare better."""
         if final := final_fault(world.faults):
             reason = _last_error(final.last_lines) or final.detail
+            if final.kind == MISMATCH and self._refuse(world, final, asked):
+                return
             if world.size >= asked.size or not self.has_served:
                 raise GaveUp(reason)
             self.sizes.rule_out(world.plan, reason)
@@ -196,6 +199,14 @@ class WorldStarts:
         self._log.warning(
             "world failed to start", epoch=world.epoch, failed_starts=failed, next_start_s=back_off_s
         )
+
+    def _refuse(self, world: World, mismatch: WorldFault, asked: WorldPlan) -> bool:
+        """Whether the next world can do without the host of the rank that the fault names."""
+        name = host_of(world.hosts, mismatch.rank or 0)
+        if not self._hosts.refuse(name, asked.size, mismatch.detail):
+            return False
+        self.restarts.on_hosts_away()  # it says nothing about worlds on other hosts
+        return True
 
     def _tell_split(self, hosts: Sequence[Host], plan: WorldPlan) -> None:
         """Once for each choice of hosts: the tensor-parallel groups that they tear apart."""

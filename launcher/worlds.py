@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 
 from launcher.freezer import CgroupFreezer
 from launcher.guard_link import GuardLink
-from launcher.guard_messages import Beat, FaultReport, Go, GuardHello, Kill, Killed, Lease, Message
+from launcher.guard_messages import Beat, FaultReport, Go, GuardHello, Kill, Killed, Lease, Message, RankFacts
 from launcher.hosts import Host
 from launcher.leases import FENCE_MARGIN_S, adoption_wait_s
 from launcher.placement import find_misplaced
@@ -30,6 +31,7 @@ from launcher.run_dir import RunDir
 from launcher.start_times import StartTimes
 from launcher.watch import EXIT_CONFIG, Phase, SpareKind
 from launcher.world_command import world_command
+from launcher.world_proof import find_mismatch
 from launcher.world_records import Doing, RankWatch, WorldFault, WorldPlan, WorldState, WorldTimes, phase_of
 
 BEATS_LOST_AFTER_S = 1.0
@@ -192,6 +194,8 @@ class World:
             return
         if isinstance(message, GuardHello):
             self.ranks[rank] = RankWatch(message, identity, now)
+            if message.unix_s:
+                self.ranks[rank].clock_ahead_s = message.unix_s - time.time()
             self._note_proxies(self.ranks[rank])
             if self.state is WorldState.DYING:  # it came up while its world was going down
                 self._link.send(identity, Kill(epoch=self.epoch))
@@ -206,6 +210,8 @@ class World:
         watch.hear(now)
         if watch.is_remote and self.state is WorldState.DYING:  # the order was lost on its way
             self._link.send(identity, Kill(epoch=self.epoch))
+        if isinstance(message, RankFacts):
+            watch.facts = message
         if isinstance(message, Beat):
             watch.beat = message
             if watch.is_remote and self.state is not WorldState.DYING:
@@ -260,6 +266,14 @@ class World:
         is left."""
         if self.state in (WorldState.DYING, WorldState.DEAD):
             return None
+        # What does not fit explains what comes of it, as an MPI_Init that fails.
+        proven = self.times.active is not None or self.is_adopted
+        if (
+            not proven
+            and (fault := find_mismatch(self.hosts, self.ranks, self.plan.mpirun.flavor)) is not None
+        ):
+            self.faults.insert(0, fault)
+            return fault
         if fault := self._find_fault(now):
             if fault not in self.faults:
                 self.faults.append(fault)

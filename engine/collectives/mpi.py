@@ -44,6 +44,12 @@ def _no_sign() -> None:
     return None
 
 
+def library_version() -> str:
+    """The MPI that is loaded, in short, like `Open MPI v5.0.11`. May be called before MPI_Init."""
+    words = MPI.Get_library_version().rstrip("\0").split(",")[0].splitlines()
+    return " ".join(words[0].split()) if words else ""
+
+
 def join_world(tp: int, pp: int, cuda: bool = False, on_collective: Callable[[], None] = _no_sign) -> World:
     """Joins the MPI job that this process was started in. Every rank calls it once. `on_collective` is called
     before each transfer of tensors, as a sign of progress.

@@ -162,6 +162,10 @@ class Cluster:
             command = ["nsenter", "--net", "--target", str(self._router), "--"]
             subprocess.run([*command, "ip", "rule", "del", *rule], capture_output=True)
 
+    def pid_of(self, host: int) -> int:
+        """Process 1 of a host but the first, as it is seen from here."""
+        return self._hosts[host - 1]
+
     def processes(self, host: int) -> list[psutil.Process]:
         """Everything on a host but the first one, less its process 1."""
         try:
