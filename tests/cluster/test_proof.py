@@ -69,11 +69,11 @@ def end_of(process: subprocess.Popen[str], folder: Path) -> tuple[int, str]:
     """Exit code and the last line on standard error."""
     assert process.stdout is not None
     try:
-        assert process.stdout.read() == "", "it served"
+        assert process.stdout.readline() == "", "it serves"
         code = process.wait(10)
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()
+        process.wait(30)
     return code, (folder / "stderr").read_text().splitlines()[-1]
 
 
@@ -134,11 +134,18 @@ def test_too_little_shared_memory(hosts: Cluster, model: Path, tmp_path: Path) -
 
 
 def test_all_ranks_on_one_host(hosts: Cluster, model: Path, tmp_path: Path) -> None:
-    """Two names of one machine: Open MPI starts everything there and is content."""
-    here = tmp_path / "here"
-    here.write_text('#!/bin/sh\nshift\nexec sh -c "$*"\n')
-    here.chmod(0o755)
-    hosts.variables["PRTE_MCA_plm_ssh_agent"] = str(here)
-    code, line = end_of(start(hosts, model, tmp_path, ["127.0.0.1", "10.77.1.2"]), tmp_path)
+    """An mpirun that is not told of the hosts, as by a variable that Open MPI 5 ignores, starts everything here."""
+    wrapper = tmp_path / "mpirun"
+    real = Path(sys.executable).parent / "mpirun"
+    wrapper.write_text(
+        f"""#!/bin/sh
+[ "$3" = --hostfile ] || exec {real} "$@"
+count=$2
+shift 4
+exec {real} -n "$count" --oversubscribe "$@"
+"""
+    )
+    wrapper.chmod(0o755)
+    code, line = end_of(start(hosts, model, tmp_path, hosts.names[:2], "--mpirun", str(wrapper)), tmp_path)
     assert code == 1
     assert "the ranks are not where --hosts puts them: rank 0 on " in line and "instead of" in line, line
