@@ -228,8 +228,9 @@ def test_time_grows_with_the_text_and_no_faster(name: str | None, unit: str) -> 
         parse(parsing(name, reasoning="think"), text)
         return time.process_time() - began
 
-    # Quadratic time would be 64 times as much; what is too short to measure is short enough.
-    assert seconds(80_000) < 24 * max(seconds(10_000), 0.01)
+    # Quadratic time would be 64 times as much; what is too short to measure is short enough. What shares the
+    # processor's caches may slow one of the two down, not all three times.
+    assert any(seconds(80_000) < 24 * max(seconds(10_000), 0.01) for _ in range(3))
 
 
 def bytes_tokenizer() -> Any:
