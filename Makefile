@@ -50,7 +50,7 @@ test-all: test
 	$(BIN)/python -m tests.world.run --gemma3
 	$(BIN)/python -m pytest -m 'not slow' tests/api tests/recovery $(addprefix --ignore=,$(QUICK_API) $(QUICK_RECOVERY))
 	$(BIN)/python -m pytest -m 'slow and not long' tests/unit tests/api tests/recovery
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest -m 'not long' tests/cluster
 
 # What takes too long for every change: more shapes, more seeds, longer soaks.
 test-long: $(READY_TEST)

@@ -49,7 +49,14 @@ def check_whole(streams: list[Stream]) -> list[str]:
     return [stream.text for stream in streams]
 
 
-@pytest.mark.parametrize(("tp", "pp", "fewer"), [(1, 3, (1, 2)), (3, 1, (2, 1))], ids=["pipeline", "tensor"])
+@pytest.mark.parametrize(
+    ("tp", "pp", "fewer"),
+    [
+        pytest.param(1, 3, (1, 2), id="pipeline"),
+        # Two minutes; test_elastic has the shape with small ranks.
+        pytest.param(3, 1, (2, 1), id="tensor", marks=pytest.mark.long),
+    ],
+)
 def test_streams_go_on_with_fewer_ranks_and_with_all_again(
     hosts: Cluster, tmp_path: Path, tp: int, pp: int, fewer: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
