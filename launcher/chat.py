@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.chat_stream import AnswerStream
 from launcher.errors import LauncherError
-from launcher.http_client import first_model, key_or_default
+from launcher.http_client import check_key, first_model, key_or_default
 
 _HELP = """/clear              forget the conversation, keep the system prompt
 /system [TEXT]      show or change the system prompt; it begins a new conversation
@@ -75,9 +75,13 @@ def chat(
     api_key: str | None = None,
     load: Path | None = None,
 ) -> int:
-    """Talks until Ctrl-D. Raises LauncherError if nothing answers at the start."""
+    """Talks until Ctrl-D. Raises LauncherError if nothing answers at the start, or the key is wrong: a person shall
+    not first write a question."""
     key = key_or_default(api_key)
-    model = model or first_model(url, key)
+    if model is None:
+        model = first_model(url, key)
+    else:
+        check_key(url, key)
     settings: dict[str, float | int] = {"temperature": temperature, "max_tokens": max_tokens}
     conversation = Conversation(url, model, key, system, settings)
     if load is not None:

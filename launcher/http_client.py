@@ -59,8 +59,8 @@ def request(
         call = urllib.request.Request(address, data, sent, method=method)
         return cast(http.client.HTTPResponse, urllib.request.urlopen(call, timeout=timeout_s))
     except urllib.error.HTTPError as error:
-        hint = "; give one with --api-key or in PHALANX_API_KEY" if error.code == 401 else ""
-        text = f"{address}: {error.code} {reason_of(error.read())}{hint}"
+        said = reason_of(error.read())
+        text = f"{address}: {error.code} {_why_no_key(api_key) if error.code == 401 else said}"
         raise ServerError(text, error.code, _seconds(error.headers.get("retry-after"))) from None
     except ValueError:
         raise LauncherError(f"--url {url}: not a URL; write it like http://127.0.0.1:8000") from None
@@ -84,6 +84,24 @@ def first_model(url: str, api_key: str | None = None) -> str:
     if not models:
         raise LauncherError(f"{url} serves no model")
     return str(models[0]["id"])
+
+
+def check_key(url: str, api_key: str | None) -> None:
+    """Raises LauncherError if nothing answers, or wants another key. Servers that list no models pass."""
+    try:
+        request(url, "/v1/models", api_key=api_key).close()
+    except ServerError as error:
+        if error.status in (401, 403):
+            raise
+
+
+def _why_no_key(api_key: str | None) -> str:
+    """In the words of whoever typed the command; the server's are for those who write programs."""
+    if api_key:
+        return (
+            "the server does not know this API key; correct --api-key, or PHALANX_API_KEY or OPENAI_API_KEY"
+        )
+    return "the server wants an API key; give one with --api-key or in PHALANX_API_KEY"
 
 
 def reason_of(body: bytes) -> str:

@@ -17,6 +17,7 @@ import pytest
 from gateway.key_file import make_key, save
 from gateway.rpc import inference_pb2 as pb
 from tests.echo_world import EchoCluster
+from tests.terminal import Terminal
 from tests.unit.http_asking import CHAT, TEXT, ask, chat
 
 pytestmark = pytest.mark.slow
@@ -82,6 +83,36 @@ def test_bench_brings_its_key(cluster: EchoCluster, variable: str | None) -> Non
     known = {**unset, variable: ALICE} if variable is not None else unset
     done = subprocess.run([*command, *given], capture_output=True, text=True, timeout=60, env=known)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("model", [(), ("--model", "echo")])
+def test_chat_brings_its_key(cluster: EchoCluster, model: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "launcher.cli", "chat", "--url", cluster.url, *model]
+    unset = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
+
+    def chatted(*given: str, question: str = "hello\n", **known: str) -> subprocess.CompletedProcess[str]:
+        environment = {**unset, **known}
+        return subprocess.run(
+            [*command, *given], input=question, env=environment, capture_output=True, text=True, timeout=60
+        )
+
+    for done in (chatted("--api-key", ALICE), chatted(PHALANX_API_KEY=ALICE), chatted(OPENAI_API_KEY=ALICE)):
+        assert (done.returncode, done.stdout, done.stderr) == (0, "user\nhello\n", ""), done
+    for refused, problem in (
+        (chatted("--api-key", "wrong", PHALANX_API_KEY=ALICE), "the server does not know this API key"),
+        (chatted(PHALANX_API_KEY="wrong"), "the server does not know this API key"),
+        (chatted(), "the server wants an API key"),
+        (chatted(question=""), "the server wants an API key"),
+    ):
+        assert refused.returncode == 1 and not refused.stdout, refused
+        assert refused.stderr.count("\n") == 1 and problem in refused.stderr, refused
+
+
+def test_chat_with_a_wrong_key_does_not_wait_for_a_question(cluster: EchoCluster) -> None:
+    command = [sys.executable, "-m", "launcher.cli", "chat", "--url", cluster.url]
+    terminal = Terminal([*command, "--model", "echo", "--api-key", "wrong"])
+    shown = terminal.read_until("the server does not know this API key")
+    assert terminal.wait() == 1 and "> " not in shown + terminal.output
 
 
 def test_errors_in_the_words_of_others(cluster: EchoCluster) -> None:
