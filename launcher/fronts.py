@@ -50,6 +50,7 @@ class Fronts:
             )
             for number, plan in enumerate(plans)
         ]
+        self._serves_grpc = bool(plans) and "--grpc" in plans[0].command
         self._claims = WorldClaims()
         self._notices: dict[int, str | None] = {}
 
@@ -111,6 +112,17 @@ class Fronts:
                     )
                 )
         return found
+
+    @property
+    def grpc_endpoint(self) -> str | None:
+        """Of the first front: where gRPC is served; None while it is not, or not yet."""
+        state = self._all[0].state
+        return state.grpc if state is not None else None
+
+    @property
+    def awaits_grpc(self) -> bool:
+        """Whether it is to be served and is not yet: the front imports and binds it beside everything else."""
+        return self._serves_grpc and self.grpc_endpoint is None
 
     def send(self, table: WorldTable) -> None:
         """Tells those that are there of the worlds."""

@@ -9,6 +9,7 @@ import select
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
 import zmq
 
 from gateway.control_messages import FrontState
@@ -42,6 +43,8 @@ LAST_GRACE_S = 2.0
 TELL_DRAIN_AFTER_S = 1.0
 SERVE_TIMEOUT_S = 30.0
 """How long the front may take to be welcomed by a world that is ready."""
+GRPC_WAIT_S = 3.0
+"""How long a world that serves is kept from whoever waits for it, so that the address of gRPC can be told as well."""
 
 
 class Supervisor:
@@ -66,7 +69,8 @@ class Supervisor:
         on_turn: Callable[[], None] = lambda: None,
         front_secrets: dict[str, str] | None = None,
     ) -> None:
-        """`on_turn` is called every turn, `on_progress` too until the first world serves, `on_ready` once it does.
+        """`on_turn` is called every turn, `on_progress` too until the first world serves, `on_ready` once it does
+        and gRPC is there or has had its time.
         `found` is what an earlier supervisor left serving: it is taken over. `front_secrets`: variables that no rank
         gets."""
         self._plan = plan
@@ -110,6 +114,8 @@ class Supervisor:
         self._restarts = self._starts.restarts
         self._growth = Growth(self._hosts.pool, self._starts.sizes)
         self._was_ready = False
+        self._untold: tuple[World, FrontState, float] | None = None
+        """What is to be told of the first world that serves, and when at the latest."""
         self._drain_timeout_s = drain_timeout_s
         self._draining = False
         """The front finishes what runs; worlds are watched and replaced as ever."""
@@ -168,8 +174,17 @@ class Supervisor:
             if not self._was_ready and self._current is not None:
                 self._tell_clocks(self._current)
                 self._on_progress(self._current)
+        self._tell_ready(now)
         self._tell_fronts(now)
         self._keep_record()
+
+    def _tell_ready(self, now: float) -> None:
+        if self._untold is None:
+            return
+        world, state, latest = self._untold
+        if now >= latest or not self._fronts.awaits_grpc:
+            self._untold = None
+            self._on_ready(world, msgspec.structs.replace(state, grpc=self._fronts.grpc_endpoint))
 
     def _tell_clocks(self, world: World) -> None:
         warnings = clock_warnings(world.hosts, world.ranks) if len(world.ranks) == world.size else []
@@ -260,7 +275,7 @@ class Supervisor:
         if not self._was_ready:
             self._was_ready = True
             self._keep_record()  # from the moment at which anybody is told, it can be taken over
-            self._on_ready(world, state)
+            self._untold = (world, state, now + GRPC_WAIT_S)
         self._spares.on_served(now, recovered=self._recovering_since is not None)
         if self._recovering_since is not None:
             recover_s = now - self._recovering_since

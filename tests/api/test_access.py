@@ -23,6 +23,8 @@ def test_keys_and_tls_from_the_command_line(tmp_path: Path, monkeypatch: pytest.
     tls = ("--ssl-certfile", str(tmp_path / "server.pem"), "--ssl-keyfile", str(tmp_path / "server.key"))
     with Served("echo", tmp_path / "run", "--spare", "none", *tls) as served:
         assert served.url.startswith("https://")
+        # An echo world serves before gRPC is imported: the line waits for it.
+        assert "  grpc 127.0.0.1:" in served.ready_line
         asked = subprocess.run(["bash", "-c", served.curl_line], capture_output=True, text=True, timeout=60)
         assert '"Name three colours."' in asked.stdout, asked
         command = [sys.executable, "-m", "launcher.cli", "status", "--url", served.url]
