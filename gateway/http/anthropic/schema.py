@@ -30,6 +30,9 @@ class InputTool(Struct):
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     strict: bool | None = None
+    allowed_callers: Any = None
+    defer_loading: Any = None
+    input_examples: Any = None
 
 
 class CountRequest(Struct, kw_only=True):
@@ -172,6 +175,13 @@ def _tool(tool: InputTool, place: str) -> Tool:
     if tool.type not in (None, "custom"):
         text = f"{place}.type is {str(tool.type)[:40]!r}; this server runs no tools itself; allowed: custom"
         raise ApiError(400, text, param=f"{place}.type", code="unsupported_parameter")
+    for name in ("defer_loading", "input_examples"):
+        if getattr(tool, name):
+            text = f"{place}.{name} is not supported by this server; leave it out"
+            raise ApiError(400, text, param=f"{place}.{name}", code="unsupported_parameter")
+    if tool.allowed_callers not in (None, ["direct"]):
+        text = f"{place}.allowed_callers names callers that this server has not; allowed: ['direct']"
+        raise ApiError(400, text, param=f"{place}.allowed_callers", code="unsupported_parameter")
     function = FunctionDefinition(tool.name, tool.description, tool.input_schema, tool.strict)
     return Tool("function", function)
 
