@@ -44,6 +44,10 @@ MAX_CLIENTS = 4096
 HIGH_WATER_MARK = 10_000
 """Messages queued for one client, or from one; a client that lets more pile up is treated as lost."""
 
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 15, 5, 3
+"""TCP asks a connection that is silent for so long, so often: that of a host that vanished is closed, and its memory
+freed. ZMTP's own heartbeats would do the same, but there are clients that end a connection on which a PING comes."""
+
 
 class _Client:
     __slots__ = ("last_seen", "requests")
@@ -87,6 +91,10 @@ class Router:
         self.socket.set(zmq.SNDHWM, HIGH_WATER_MARK)
         self.socket.set(zmq.RCVHWM, HIGH_WATER_MARK)
         self.socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self.socket.set(zmq.TCP_KEEPALIVE, 1)
+        self.socket.set(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
+        self.socket.set(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_INTERVAL_S)
+        self.socket.set(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_COUNT)
         self.socket.set(zmq.IPV6, int("[" in endpoint))
         self._authentication = None if curve is None else curve.authenticate(self._context, self.socket)
         try:
