@@ -223,7 +223,7 @@ def test_the_next_supervisor_takes_over_all_fronts(tmp_path: Path) -> None:
         assert second.url == first.url
         assert all(reader.wait().text == TEXT for reader in readers)
         fronts(second)[0].kill()  # its listener is the new supervisor's, too
-        wait_for(lambda: len(fronts(second)) == 2 and fronts(second)[0].pid != before[0])
+        wait_for(lambda: (new := fronts(second).get(0)) is not None and new.pid != before[0])
         readers = readers_of_both(second)
         second.process.send_signal(15)  # what runs is finished
         assert all(reader.wait().text == TEXT for reader in readers)
