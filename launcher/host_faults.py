@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 FAULTS = 3
 WINDOW_S = 600.0
-NOT_OF_THE_HOST = ("start", "planned", "mismatch")
+NOT_OF_THE_HOST = ("start", "planned", "mismatch", "shortage")
 """Kinds of fault that do not speak against the host of the rank that is named."""
 
 

@@ -15,6 +15,8 @@ from launcher.world_records import RankWatch, WorldFault
 
 MISMATCH = "mismatch"
 """Kind of the fault: it lies with a host, and another host may do."""
+SHORTAGE = "shortage"
+"""The same, and it may pass: shared memory is full, in which a world has fitted if one has served."""
 CLOCKS_APART_S = 2.0
 _MIB = 1 << 20
 
@@ -95,7 +97,7 @@ def _find_small_shared_memory(
                 f"{needed / _MIB:.0f} MiB for {len(members)} ranks; make room or enlarge it "
                 "(mount -o remount,size=1g /dev/shm; docker run --shm-size 1g; a memory-backed emptyDir)"
             )
-            return WorldFault(MISMATCH, rank, ranks[rank].hello.host, detail, exit_code=EXIT_CONFIG)
+            return WorldFault(SHORTAGE, rank, ranks[rank].hello.host, detail, exit_code=EXIT_CONFIG)
     return None
 
 

@@ -18,7 +18,7 @@ from launcher.placing import split_groups
 from launcher.restarts import Restarts
 from launcher.run_dir import RunDir
 from launcher.watch import SpareKind
-from launcher.world_proof import MISMATCH
+from launcher.world_proof import MISMATCH, SHORTAGE
 from launcher.world_records import WorldFault, WorldPlan
 from launcher.world_sizes import HostsMissing, WorldSizes
 from launcher.worlds import World, final_fault
@@ -178,7 +178,10 @@ class WorldStarts:
         another one would not fare better."""
         if final := final_fault(world.faults):
             reason = _last_error(final.last_lines) or final.detail
-            if final.kind == MISMATCH and self._refuse(world, final, asked):
+            if final.kind in (MISMATCH, SHORTAGE) and self._refuse(world, final, asked):
+                return
+            if final.kind == SHORTAGE and self.has_served:
+                self.put_off(NotStarted(final.detail, may_pass=True), now)
                 return
             if world.size >= asked.size or not self.has_served:
                 raise GaveUp(reason)

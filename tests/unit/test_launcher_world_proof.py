@@ -13,7 +13,7 @@ from launcher.launchers.flavors import Flavor
 from launcher.logs import EventLog
 from launcher.processes import host_id
 from launcher.watch import EXIT_CONFIG
-from launcher.world_proof import MISMATCH, clock_warnings, find_mismatch
+from launcher.world_proof import MISMATCH, SHORTAGE, clock_warnings, find_mismatch
 from launcher.world_records import RankWatch
 
 HOSTS = (Host("a", 1), Host("b", 2))
@@ -89,6 +89,7 @@ def test_shared_memory(flavor: Flavor, enough_mib: int) -> None:
     assert fault is not None and fault.detail.startswith(
         f"/dev/shm of b (name-y) has {enough_mib - 1} MiB free"
     )
+    assert fault.kind == SHORTAGE, "a deployment that has served waits"
 
 
 def test_clocks() -> None:

@@ -71,9 +71,10 @@ class InferenceV2:
         for kind in ("systemsharedmemory", "cudasharedmemory"):
             for method in ("GET", "POST"):
                 router.add_api_route(f"/v2/{kind}/{{rest:path}}", self.shared_memory, methods=[method])
-        for path in ("/v2/trace/setting", "/v2/models/{name:path}/trace/setting", "/v2/logging"):
-            for method in ("GET", "POST"):
-                add(method, path, self.settings)
+        for method in ("GET", "POST"):
+            add(method, "/v2/trace/setting", self.settings)
+            add(method, "/v2/models/{name:path}/trace/setting", self.model_settings)
+            add(method, "/v2/logging", self.settings)
         for model in ("/v2/models/{name:path}/versions/{version}", "/v2/models/{name:path}"):
             add("GET", f"{model}/ready", self.model_ready)
             add("GET", f"{model}/config", self.config)
@@ -122,6 +123,9 @@ class InferenceV2:
         raise ApiError(400, NO_SHARED_MEMORY)
 
     async def settings(self) -> Response:
+        raise ApiError(400, NO_SETTINGS)
+
+    async def model_settings(self, name: str) -> Response:
         raise ApiError(400, NO_SETTINGS)
 
     # ----------------------------------------------------------------------- a model
