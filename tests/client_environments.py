@@ -13,8 +13,8 @@ ENVIRONMENTS = Path(__file__).parents[1] / "build" / "client-environments"
 
 
 def client_environment(requirement: str) -> Path:
-    """The Python of the environment that has this requirement. Run its tools with `-m`: the scripts in its `bin` name
-    the folder in which they were made, and a checkout may move."""
+    """The Python of the environment that has this requirement, or several, by spaces. Run its tools with `-m`: the
+    scripts in its `bin` name the folder in which they were made, and a checkout may move."""
     folder = ENVIRONMENTS / re.sub(r"[^\w.]+", "-", requirement)
     python = folder / "bin" / "python"
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
@@ -23,6 +23,8 @@ def client_environment(requirement: str) -> Path:
         if not (folder / ".ready").exists():
             shutil.rmtree(folder, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", requirement], check=True, timeout=900)
+            subprocess.run(
+                [python, "-m", "pip", "install", "-q", *requirement.split()], check=True, timeout=900
+            )
             (folder / ".ready").touch()
     return python
