@@ -24,7 +24,7 @@ from engine.execution.kv_cache import (
 )
 from engine.execution.sampler import Sampler
 from engine.execution.stage import Stage, StageRunner
-from engine.kernels.library import Kernels, KernelsUnavailable, open_kernels
+from engine.kernels.bindings import Kernels, KernelsUnavailable, open_kernels
 from engine.kernels.quantization import Quantization
 from engine.kernels.stage import NativeStage, cache_head_dim, unsupported
 from engine.models.config import ModelConfig

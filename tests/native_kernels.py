@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from engine.kernels import compile, library
+from engine.kernels import bindings, compile
 
 
 def instruction_sets() -> list[str]:
     """What this machine can run, the best first."""
     try:
-        return library.instruction_sets()
-    except library.KernelsUnavailable:
+        return bindings.instruction_sets()
+    except bindings.KernelsUnavailable:
         compile.build()
-        library._library.cache_clear()
-        return library.instruction_sets()
+        bindings._library.cache_clear()
+        return bindings.instruction_sets()

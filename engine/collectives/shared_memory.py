@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from engine.kernels.library import KernelsUnavailable, SharedSum
+from engine.kernels.bindings import KernelsUnavailable, SharedSum
 
 CAPACITY = 2**16
 """Elements of a buffer (256 KiB), which with those of the others stays in the second-level cache. Longer sums go in

@@ -16,7 +16,7 @@ import torch
 from engine.collectives.base import TensorGroup
 from engine.execution.batch import Batch
 from engine.execution.kv_cache import KVCache
-from engine.kernels.library import (
+from engine.kernels.bindings import (
     ExpertsStruct,
     Kernels,
     LayerStruct,

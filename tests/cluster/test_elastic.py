@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.deployments import Begin, deployments
 from tests.cluster.namespaces import Cluster, cluster, why_not
-from tests.cluster.test_hosts import Begin, check_end, epochs_alive, names
+from tests.cluster.test_hosts import check_end, epochs_alive, names
 from tests.recovery.small_world.deployed import Deployment
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -25,21 +26,8 @@ def hosts(tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.fixture
 def begin(tmp_path: Path, hosts: Cluster) -> Iterator[Begin]:
-    started: list[Deployment] = []
-
-    def start(slots: str, **more: Any) -> Deployment:
-        named = ",".join(f"{name}:{count}" for name, count in zip(hosts.names, slots, strict=False))
-        deployment = Deployment(
-            tmp_path / "run", hosts=named, prefix=hosts.prefix, variables=hosts.variables, **more
-        )
-        started.append(deployment)
-        assert deployment.has_started, deployment.errors.read_text()
-        return deployment
-
-    yield start
-    for deployment in started:
-        if deployment.process.poll() is None:
-            deployment.stop()
+    with deployments(tmp_path, hosts) as start:
+        yield start
 
 
 def wait_until(

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from launcher.leases import LEASE_S
+from tests.cluster.deployments import Begin, deployments
 from tests.cluster.namespaces import Cluster, cluster, why_not
 from tests.recovery.run_processes import of_run
 from tests.recovery.small_world.deployed import Deployment, wait_gone
@@ -32,26 +33,10 @@ def hosts(tmp_path: Path) -> Iterator[Cluster]:
         yield three
 
 
-Begin = Callable[..., Deployment]
-
-
 @pytest.fixture
 def begin(tmp_path: Path, hosts: Cluster) -> Iterator[Begin]:
-    started: list[Deployment] = []
-
-    def start(slots: str, **more: Any) -> Deployment:
-        names = ",".join(f"{name}:{count}" for name, count in zip(hosts.names, slots, strict=False))
-        deployment = Deployment(
-            tmp_path / "run", hosts=names, prefix=hosts.prefix, variables=hosts.variables, **more
-        )
-        started.append(deployment)
-        assert deployment.has_started, deployment.errors.read_text()
-        return deployment
-
-    yield start
-    for deployment in started:
-        if deployment.process.poll() is None:
-            deployment.stop()
+    with deployments(tmp_path, hosts) as start:
+        yield start
 
 
 def names(world: dict[str, Any]) -> list[str]:

@@ -6,14 +6,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.cluster import test_elastic, test_hosts
+from tests.cluster.deployments import Begin, deployments
 from tests.cluster.namespaces import Cluster, cluster, why_not
-from tests.cluster.test_hosts import Begin
-from tests.recovery.small_world.deployed import Deployment
 from tests.recovery.test_other_mpis import environment_with
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -37,27 +35,9 @@ def hosts(tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.fixture
 def begin(tmp_path: Path, hosts: Cluster, python: Path) -> Iterator[Begin]:
-    started: list[Deployment] = []
     variables = {**hosts.variables, **NETWORK, "PATH": f"{python.parent}:{os.environ['PATH']}"}
-
-    def start(slots: str, **more: Any) -> Deployment:
-        named = ",".join(f"{name}:{count}" for name, count in zip(hosts.names, slots, strict=False))
-        deployment = Deployment(
-            tmp_path / "run",
-            hosts=named,
-            prefix=hosts.prefix,
-            variables=variables,
-            python=str(python),
-            **more,
-        )
-        started.append(deployment)
-        assert deployment.has_started, deployment.errors.read_text()
-        return deployment
-
-    yield start
-    for deployment in started:
-        if deployment.process.poll() is None:
-            deployment.stop()
+    with deployments(tmp_path, hosts, variables=variables, python=str(python)) as start:
+        yield start
 
 
 def test_remote_rank_that_is_killed(hosts: Cluster, begin: Begin) -> None:

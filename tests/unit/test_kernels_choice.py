@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.engine import ConfigurationError, EngineSettings, _choose_kernels
-from engine.kernels.library import Kernels
+from engine.kernels.bindings import Kernels
 from engine.models.config import ExpertConfig, ModelConfig
 from engine.models.families import QueryKeyNorm
 from engine.models.sharding import shard_world
@@ -59,18 +59,18 @@ def test_torch_computes_where_kernels_cannot_and_deterministic_is_refused(
 
 
 def test_a_library_that_was_not_built_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.kernels import library
+    from engine.kernels import bindings
 
     instruction_sets()
-    library._library.cache_clear()
-    monkeypatch.setattr(library, "LIBRARY", Path("/nowhere/_native.so"))
+    bindings._library.cache_clear()
+    monkeypatch.setattr(bindings, "LIBRARY", Path("/nowhere/_native.so"))
     try:
         kernels, line = _choose(SETTINGS, PLAIN)
         assert kernels is None and "pip install" in line
         with pytest.raises(ConfigurationError, match=r"python -m engine\.kernels\.compile"):
             _choose(replace(SETTINGS, deterministic=True), PLAIN)
     finally:
-        library._library.cache_clear()
+        bindings._library.cache_clear()
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:

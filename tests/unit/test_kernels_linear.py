@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels.library import Kernels, KernelsUnavailable, linear_struct, open_kernels
+from engine.kernels.bindings import Kernels, KernelsUnavailable, linear_struct, open_kernels
 from engine.kernels.packing import PANEL, Packer, pack, packed_shape
 from tests.native_kernels import instruction_sets
 

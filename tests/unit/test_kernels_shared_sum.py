@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from engine.kernels.library import SharedSum
+from engine.kernels.bindings import SharedSum
 from tests.native_kernels import instruction_sets
 
 CAPACITY = 8192  # above what more than two ranks share out

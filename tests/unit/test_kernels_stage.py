@@ -12,7 +12,7 @@ import torch
 from engine.collectives.mpi import SingleRankGroup
 from engine.execution.batch import SequenceTable
 from engine.execution.kv_cache import BLOCK_SIZE, KVCache
-from engine.kernels.library import open_kernels
+from engine.kernels.bindings import open_kernels
 from engine.kernels.packing import pack
 from engine.kernels.stage import NativeStage, cache_head_dim
 from engine.models.config import Activation, ExpertConfig, ModelConfig

@@ -1,4 +1,4 @@
-// The C interface of the kernels: what Python fills in (engine/kernels/library.py has the same structures), and
+// The C interface of the kernels: what Python fills in (engine/kernels/bindings.py has the same structures), and
 // the table of functions that each instruction set provides. Nothing here depends on an instruction set.
 #pragma once
 
