@@ -56,6 +56,8 @@ class LayerStruct(ctypes.Structure):
         ("mlp_post_norm", c_void_p),
         ("query_norm", c_void_p),
         ("key_norm", c_void_p),
+        ("query_projection_norm", c_void_p),
+        ("key_projection_norm", c_void_p),
         ("cosines", c_void_p),
         ("sines", c_void_p),
         ("rotary_dim", c_int64),
@@ -84,6 +86,11 @@ class StageStruct(ctypes.Structure):
         ("attention_scale", c_float),
         ("attention_soft_cap", c_float),
         ("residual_multiplier", c_float),
+        ("parts", c_int64),
+        ("query_columns", c_int64),
+        ("key_columns", c_int64),
+        ("first_counted", c_int64),
+        ("end_counted", c_int64),
     ]
 
 
@@ -159,7 +166,7 @@ class Kernels:
             self._library.phalanx_close(self._context)
             self._context = None
 
-    def halves(
+    def parts(
         self,
         stage: StageStruct,
         step: StepStruct,
@@ -169,9 +176,9 @@ class Kernels:
         delta: torch.Tensor | None,
         partial: torch.Tensor,
     ) -> None:
-        """Half layers `begin` to `end` - 1; see kernels.h. `hidden`, `delta`, `partial`:
-        `[num_tokens, hidden_size]` float32."""
-        self._library.phalanx_halves(
+        """Parts `begin` to `end` - 1 of the stage; see kernels.h. `hidden`, `partial`: `[num_tokens, hidden_size]`
+        float32; `delta`: the same, or what the part before brought."""
+        self._library.phalanx_parts(
             self._functions, self._context, byref(stage), byref(step), begin, end,
             hidden.data_ptr(), None if delta is None else delta.data_ptr(), partial.data_ptr(),
         )  # fmt: skip
@@ -296,7 +303,7 @@ def _library() -> ctypes.CDLL:
         "phalanx_functions": (c_void_p, [c_char_p]),
         "phalanx_open": (c_void_p, [c_int64]),
         "phalanx_close": (None, [c_void_p]),
-        "phalanx_halves": (
+        "phalanx_parts": (
             None,
             [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
         ),

@@ -1,7 +1,7 @@
 """A pipeline stage computed by the native kernels: the counterpart of `engine.models.decoder.DecoderStage`.
 
 Called by the stage runner. Python hands over pointers once when the stage is built; a step is then one native
-call for each half of a layer (attention, MLP), with the sum over the ranks between two, or one call for all of
+call for each part of a layer (attention, MLP), with the sum over the ranks between two, or one call for all of
 them where there is nobody to sum with.
 """
 
@@ -43,8 +43,6 @@ def unsupported(config: ModelConfig, shapes: Iterable[RankShape]) -> str | None:
         sizes = [config.hidden_size, *(2 * len(shape.mlp_columns) for shape in shapes)]
         if any(size % PANEL for size in sizes):
             return f"experts of a width that is no multiple of {PANEL // 2}, or with a hidden size of none of {PANEL}"
-    if config.query_key_norm is QueryKeyNorm.PROJECTION:
-        return "norms over whole query and key projections"
     return None
 
 
@@ -88,10 +86,15 @@ class NativeStage:
             self._fill(struct, index, max_positions)
         kv_of_head = torch.tensor(shape.q_to_kv, dtype=torch.int32)
         scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        counted = shape.counted_kv_heads
+        first_counted = counted.start - shape.kv_heads.start
         self._stage = StageStruct(
             hidden_size, shape.num_q_heads, shape.num_kv_heads, config.head_dim,
             _ACTIVATIONS[config.activation], len(shape.layers), self._pointer(kv_of_head), self._layers,
             config.rms_norm_eps, scale, config.attention_soft_cap or 0.0, config.residual_multiplier,
+            3 if config.query_key_norm is QueryKeyNorm.PROJECTION else 2,
+            config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim,
+            first_counted, first_counted + len(counted),
         )  # fmt: skip
         self._cache: KVCache | None = None
 
@@ -112,19 +115,21 @@ class NativeStage:
             paged.first_rows.ctypes.data, paged.handles.ctypes.data, paged.block_tables.ctypes.data,
             paged.block_tables.shape[1],
         )  # fmt: skip
-        run, stage = self._kernels.halves, self._stage
-        num_halves = 2 * len(self._layers)
+        run, stage = self._kernels.parts, self._stage
+        num_parts = stage.parts * len(self._layers)
         partial = torch.empty_like(hidden)
         if self._group.size == 1:
             # One more than there are: the last only adds what the one before brought.
-            run(stage, step, 0, num_halves + 1, hidden, None, partial)
+            run(stage, step, 0, num_parts + 1, hidden, None, partial)
             return hidden
+        squares = partial.view(-1)[: 2 * batch.num_tokens]
         delta = None
-        for half in range(num_halves):
+        for part in range(num_parts):
             # What came in is added to the residual stream before anything is written to `partial`.
-            run(stage, step, half, half + 1, hidden, delta, partial)
-            delta = partial = self._group.reduced(partial)
-        run(stage, step, num_halves, num_halves + 1, hidden, delta, partial)
+            run(stage, step, part, part + 1, hidden, delta, partial)
+            brings_squares = stage.parts == 3 and part % 3 == 0
+            delta = self._group.reduced(squares if brings_squares else partial)
+        run(stage, step, num_parts, num_parts + 1, hidden, delta, partial)
         return hidden
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -153,8 +158,9 @@ class NativeStage:
         config, shape, name = self._config, self._shape, f"layers.{index}."
         for norm in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"):
             setattr(struct, norm, self._optional_norm(f"{name}{norm}.weight"))
-        struct.query_norm = self._optional_norm(f"{name}q_norm.weight")
-        struct.key_norm = self._optional_norm(f"{name}k_norm.weight")
+        over = "projection_norm" if config.query_key_norm is QueryKeyNorm.PROJECTION else "norm"
+        setattr(struct, f"query_{over}", self._optional_norm(f"{name}q_norm.weight"))
+        setattr(struct, f"key_{over}", self._optional_norm(f"{name}k_norm.weight"))
         rope = config.rope_of(index)
         if rope is not None:
             if rope not in self._rotaries:

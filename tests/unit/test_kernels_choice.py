@@ -11,14 +11,12 @@ import torch
 from engine.engine import ConfigurationError, EngineSettings, _choose_kernels
 from engine.kernels.bindings import Kernels
 from engine.models.config import ExpertConfig, ModelConfig
-from engine.models.families import QueryKeyNorm
 from engine.models.sharding import shard_world
 from tests.native_kernels import instruction_sets
 from tests.unit.test_kernels_stage import PLAIN
 
 SETTINGS = EngineSettings(model_dir=Path("model"), shard_cache=Path("cache"))
 CPU = torch.device("cpu")
-OLMO = replace(PLAIN, query_key_norm=QueryKeyNorm.PROJECTION)
 EXPERTS = replace(PLAIN, experts=ExpertConfig(4, 2, True, "mlp", ("gate", "up", "down")))
 
 
@@ -44,7 +42,6 @@ def test_the_best_instruction_set_computes_unless_another_is_named() -> None:
     [
         (replace(SETTINGS, kernels="off"), PLAIN, CPU, "PHALANX_KERNELS=off"),
         (SETTINGS, replace(EXPERTS, intermediate_size=50), CPU, "experts of a width"),
-        (SETTINGS, OLMO, CPU, "norms over whole query and key projections"),
         (SETTINGS, PLAIN, torch.device("cuda"), "for CPUs"),
     ],
 )

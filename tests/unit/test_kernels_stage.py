@@ -50,6 +50,11 @@ CONFIGS = {
         experts=ExpertConfig(3, 1, False, "mlp", ("g", "u", "d")),
     ),
     "after": replace(PLAIN, norms=Norms.AFTER, head_dim=80, num_heads=3, num_kv_heads=3),
+    # With two ranks, both hold the one in the middle of three KV heads.
+    "projections": replace(
+        PLAIN, norms=Norms.AFTER, query_key_norm=QueryKeyNorm.PROJECTION, head_dim=20, num_heads=9,
+        num_kv_heads=3, hidden_size=70, attention_bias=True,
+    ),
 }  # fmt: skip
 
 
@@ -74,9 +79,10 @@ class Served:
         threads: int = 1,
         tp: int = 1,
         expert_parallel: bool = False,
+        rank: int = 0,
     ) -> None:
         self.config = config
-        shape = shard_world(config, tp, 1, expert_parallel)[0][0]
+        shape = shard_world(config, tp, 1, expert_parallel)[0][rank]
         weights = _weights(config, shape, dtype)
         group = SingleRankGroup()
         self.stage: DecoderStage | NativeStage
@@ -140,10 +146,10 @@ def _token(size: int, name: int, position: int) -> torch.Tensor:
 
 @cache
 def _mixed_steps(
-    name: str, dtype: torch.dtype, path: str | None, tp: int, expert_parallel: bool = False
+    name: str, dtype: torch.dtype, path: str | None, tp: int, expert_parallel: bool = False, rank: int = 0
 ) -> dict[tuple[int, int], torch.Tensor]:
     """What prompts, chunks beside decoding, and decoding bring, by (sequence, position)."""
-    served = Served(CONFIGS[name], dtype, path, tp=tp, expert_parallel=expert_parallel)
+    served = Served(CONFIGS[name], dtype, path, tp=tp, expert_parallel=expert_parallel, rank=rank)
     served.step(chunks=[(1, 90), (2, 3)])
     served.step(decode=[2], chunks=[(1, 40), (3, 17)])
     for _ in range(3):
@@ -171,6 +177,13 @@ def test_stage_is_that_of_torch(name: str, path: str, tp: int) -> None:
 def test_a_rank_may_hold_whole_experts(path: str) -> None:
     native = _mixed_steps("experts", torch.float32, path, 3, True)
     for key, expected in _mixed_steps("experts", torch.float32, None, 3, True).items():
+        assert (native[key] - expected).abs().max() < 1e-4, key
+
+
+@pytest.mark.parametrize("path", instruction_sets())
+def test_keys_that_an_earlier_rank_has_too_are_not_counted_again(path: str) -> None:
+    native = _mixed_steps("projections", torch.float32, path, 2, rank=1)
+    for key, expected in _mixed_steps("projections", torch.float32, None, 2, rank=1).items():
         assert (native[key] - expected).abs().max() < 1e-4, key
 
 

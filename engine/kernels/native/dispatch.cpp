@@ -64,12 +64,12 @@ EXPORT const Functions *phalanx_functions(const char *name) {
     return nullptr;
 }
 
-// Halves [begin, end) of a stage, one after the other; with more than one, what each brings goes to the next as it
-// is. `delta` and `partial` may be the same memory: a half has taken all of the one before it writes the other.
-EXPORT void phalanx_halves(const Functions *functions, Context *context, const Stage *stage, const Step *step,
-                           int64_t begin, int64_t end, float *hidden, const float *delta, float *partial) {
-    for (int64_t half = begin; half < end; ++half) {
-        functions->half(context, stage, step, half, hidden, delta, partial);
+// Parts [begin, end) of a stage, one after the other; with more than one, what each brings goes to the next as it
+// is. `delta` and `partial` may be the same memory: a part has taken all of the one before it writes the other.
+EXPORT void phalanx_parts(const Functions *functions, Context *context, const Stage *stage, const Step *step,
+                          int64_t begin, int64_t end, float *hidden, const float *delta, float *partial) {
+    for (int64_t part = begin; part < end; ++part) {
+        functions->part(context, stage, step, part, hidden, delta, partial);
         delta = partial;
     }
 }

@@ -10,23 +10,57 @@ namespace {
 
 constexpr int64_t MLP_ROWS = 2 * ROW_CHUNK;  // what an MLP computes at a time, so that it stays in the caches
 
-// L: what the linears are kept in; F: the KV cache, and what attention computes with.
-template <class L, class F>
-void attention_half(Context *context, const Stage &stage, const Layer &layer, const Step &step,
-                    const float *hidden, float *partial) {
+// Queries, keys and values of all rows, [num_tokens][qkv.num_outputs], in scratch memory.
+template <class L>
+float *project(Context *context, const Stage &stage, const Layer &layer, const Step &step, const float *hidden) {
     typedef typename L::X X;
     const int64_t num_rows = step.num_tokens, width = layer.qkv.num_outputs;
     const int64_t x_stride = x_stride_of<L>(stage.hidden_size);
-    const int64_t attended = layer.output.num_inputs, out_stride = x_stride_of<F>(attended);
     X *x = static_cast<X *>(scratch(context, SCRATCH_X, num_rows * x_stride * sizeof(X)));
     float *projected = static_cast<float *>(scratch(context, SCRATCH_PROJECTED, num_rows * width * sizeof(float)));
-    typedef typename F::X Out;
-    Out *out = static_cast<Out *>(scratch(context, SCRATCH_QUERIES, num_rows * out_stride * sizeof(Out)));
     parallel_rows(context, num_rows, 32, [&](int64_t row) {
         norm_x_row<L>(hidden + row * stage.hidden_size, stage.hidden_size, layer.attention_norm, stage.norm_eps,
                       x + row * x_stride);
     });
     multiply<L>(context, layer.qkv, x, num_rows, 1.0f, projected, width);
+    return projected;
+}
+
+// squares [num_tokens][2]: of each row's queries, and of those keys that count here.
+void sum_squares(Context *context, const Stage &stage, const Layer &layer, int64_t num_rows, const float *projected,
+                 float *squares) {
+    const int64_t queries = stage.num_heads * stage.head_dim;
+    const int64_t first_key = queries + stage.first_counted * stage.head_dim;
+    const int64_t num_keys = (stage.end_counted - stage.first_counted) * stage.head_dim;
+    parallel_rows(context, num_rows, 16, [&](int64_t row) {
+        const float *x = projected + row * layer.qkv.num_outputs;
+        squares[2 * row] = sum_of_squares(x, queries);
+        squares[2 * row + 1] = sum_of_squares(x + first_key, num_keys);
+    });
+}
+
+// Norms over all queries of a row and all its keys, given their squares over all ranks.
+void norm_projections(Context *context, const Stage &stage, const Layer &layer, int64_t num_rows,
+                      const float *squares, float *projected) {
+    const int64_t queries = stage.num_heads * stage.head_dim, keys = stage.num_kv_heads * stage.head_dim;
+    parallel_rows(context, num_rows, 16, [&](int64_t row) {
+        float *x = projected + row * layer.qkv.num_outputs;
+        const float query_scale = inverse_root(squares[2 * row], stage.query_columns, stage.norm_eps);
+        const float key_scale = inverse_root(squares[2 * row + 1], stage.key_columns, stage.norm_eps);
+        scale_row(x, queries, layer.query_projection_norm, query_scale, x);
+        scale_row(x + queries, keys, layer.key_projection_norm, key_scale, x + queries);
+    });
+}
+
+// L: what the linears are kept in; F: the KV cache, and what attention computes with.
+template <class L, class F>
+void attention_half(Context *context, const Stage &stage, const Layer &layer, const Step &step, float *projected,
+                    float *partial) {
+    typedef typename L::X X;
+    const int64_t num_rows = step.num_tokens, width = layer.qkv.num_outputs;
+    const int64_t attended = layer.output.num_inputs, out_stride = x_stride_of<F>(attended);
+    typedef typename F::X Out;
+    Out *out = static_cast<Out *>(scratch(context, SCRATCH_QUERIES, num_rows * out_stride * sizeof(Out)));
     parallel_rows(context, num_rows, 16, [&](int64_t row) {
         const int64_t slot = step.slots[row];
         const bool goes_on = row + 1 < num_rows && step.slots[row + 1] == slot + 1;
@@ -88,27 +122,40 @@ INLINE void with_format(int64_t format, const Body &body) {
     }
 }
 
-void half(Context *context, const Stage *stage, const Step *step, int64_t index, float *hidden, const float *delta,
+void part(Context *context, const Stage *stage, const Step *step, int64_t index, float *hidden, const float *delta,
           float *partial) {
-    if (delta != nullptr) {
-        const Layer &before = stage->layers[(index - 1) / 2];
-        const float *norm = index % 2 == 1 ? before.attention_post_norm : before.mlp_post_norm;
+    const int64_t parts = stage->parts, mlp_part = parts - 1;
+    const bool has_projections = index > 0 && is_projection(stage, index - 1);
+    if (delta != nullptr && !has_projections) {
+        const Layer &before = stage->layers[(index - 1) / parts];
+        const float *norm = index % parts == mlp_part ? before.attention_post_norm : before.mlp_post_norm;
         parallel_rows(context, step->num_tokens, 32, [&](int64_t row) {
             const int64_t at = row * stage->hidden_size;
             add_row(hidden + at, delta + at, stage->hidden_size, norm, stage->norm_eps);
         });
     }
-    if (index == 2 * stage->num_layers) return;
-    const Layer &layer = stage->layers[index / 2];
-    const bool is_attention = index % 2 == 0;
+    if (index == parts * stage->num_layers) return;
+    const Layer &layer = stage->layers[index / parts];
+    const bool is_attention = index % parts != mlp_part;
+    const int64_t num_rows = step->num_tokens;
     const Linear &mlp = layer.experts == nullptr ? layer.gate_up : layer.experts->gate_ups[0];
     with_format((is_attention ? layer.qkv : mlp).format, [&](auto format) {
         typedef decltype(format) L;
         typedef std::conditional_t<std::is_same_v<L, Float32>, Float32, BFloat16> F;
-        if (is_attention) attention_half<L, F>(context, *stage, layer, *step, hidden, partial);
-        else if (layer.experts != nullptr)
-            experts_half<L, F>(context, *stage, layer, step->num_tokens, hidden, partial, MLP_ROWS);
-        else mlp_half<L>(context, *stage, layer, step->num_tokens, hidden, partial);
+        if (is_attention) {
+            float *projected = nullptr;
+            if (has_projections) {
+                // They wait where `project` put them.
+                projected = static_cast<float *>(scratch(context, SCRATCH_PROJECTED, 0));
+                norm_projections(context, *stage, layer, num_rows, delta, projected);
+            } else {
+                projected = project<L>(context, *stage, layer, *step, hidden);
+            }
+            if (is_projection(stage, index)) sum_squares(context, *stage, layer, num_rows, projected, partial);
+            else attention_half<L, F>(context, *stage, layer, *step, projected, partial);
+        } else if (layer.experts != nullptr)
+            experts_half<L, F>(context, *stage, layer, num_rows, hidden, partial, MLP_ROWS);
+        else mlp_half<L>(context, *stage, layer, num_rows, hidden, partial);
     });
 }
 
@@ -142,6 +189,6 @@ void any_greatest(Context *context, const Linear *head, const float *hidden, int
 }  // namespace
 
 extern const Functions functions;
-const Functions functions = {half, any_linear, norm, any_embed, any_logits, any_greatest, sum_shared};
+const Functions functions = {part, any_linear, norm, any_embed, any_logits, any_greatest, sum_shared};
 
 }  // namespace PHALANX_ISA

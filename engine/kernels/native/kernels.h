@@ -38,6 +38,8 @@ struct Layer {
     const float *mlp_post_norm;
     const float *query_norm;  // [head_dim], for each head on its own
     const float *key_norm;
+    const float *query_projection_norm;  // this rank's columns, for all query heads of all ranks together
+    const float *key_projection_norm;
     const float *cosines;  // [positions][rotary_dim / 2], null: nothing is turned
     const float *sines;
     int64_t rotary_dim;
@@ -64,6 +66,12 @@ struct Stage {
     float attention_scale;
     float attention_soft_cap;  // 0: none
     float residual_multiplier;
+    // Of a layer, after each of which ranks sum what it brought. 2: attention, MLP. 3: where norms go over whole
+    // projections of queries and keys, these come first and bring each row's two sums of squares.
+    int64_t parts;
+    int64_t query_columns, key_columns;  // of the whole projections, over all ranks
+    // The KV heads [.., ..) of this rank whose squares count; those of others count on another rank that has them.
+    int64_t first_counted, end_counted;
 };
 
 // One step's rows: those of a sequence lie together and stand at positions one after another.
@@ -93,10 +101,12 @@ struct Context;  // threads and scratch memory
 
 // What every instruction set provides.
 struct Functions {
-    // half 2 * i is the attention of the stage's layer i, half 2 * i + 1 its MLP. `delta`, if not null, is what
-    // the half before brought: it goes through that half's post-norm and is added to `hidden` first. The sum over
-    // the ranks of `partial` is what this half brings. half == 2 * num_layers only adds.
-    void (*half)(Context *, const Stage *, const Step *, int64_t half, float *hidden, const float *delta,
+    // Part stage.parts * i is the first of the stage's layer i. `delta`, if not null, is what the part before brought:
+    // it goes through that part's post-norm and is added to `hidden` first; sums of squares [num_tokens][2] become
+    // the norms of queries and keys. The sum over the ranks of `partial` is what this part brings, of
+    // `brought_columns` columns. part == stage.parts * num_layers only adds. Nothing else may be called between
+    // projections and the attention that goes on with them: they wait in scratch memory.
+    void (*part)(Context *, const Stage *, const Step *, int64_t part, float *hidden, const float *delta,
                  float *partial);
     void (*linear)(Context *, const Linear *, const float *x, int64_t num_rows, float *out, int64_t out_stride);
     void (*norm)(Context *, const float *x, int64_t num_rows, int64_t size, const float *weight, float eps,
@@ -114,6 +124,15 @@ struct Functions {
     // the same until it returns 0: elements that are left when others kept it waiting.
     int64_t (*sum_shared)(SharedSum *, float *data, int64_t count);
 };
+
+static inline bool is_projection(const Stage *stage, int64_t part) {
+    return stage->parts == 3 && part % 3 == 0 && part != 3 * stage->num_layers;
+}
+
+// Columns of what the ranks sum after a part.
+static inline int64_t brought_columns(const Stage *stage, int64_t part) {
+    return is_projection(stage, part) ? 2 : stage->hidden_size;
+}
 
 // threads.cpp
 typedef void (*Task)(void *argument, int64_t task, int64_t thread);

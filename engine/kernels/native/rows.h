@@ -6,8 +6,7 @@
 namespace PHALANX_ISA {
 namespace {
 
-// 1 / sqrt(mean(x^2) + eps) (arXiv 1910.07467).
-INLINE float inverse_root_mean_square(const float *x, int64_t size, float eps) {
+INLINE float sum_of_squares(const float *x, int64_t size) {
     vec sums[4] = {zero(), zero(), zero(), zero()};
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES)
@@ -19,14 +18,25 @@ INLINE float inverse_root_mean_square(const float *x, int64_t size, float eps) {
         const vec v = load_some(x + i, size - i);
         sums[0] = fma(v, v, sums[0]);
     }
-    const float mean = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / (float)size;
-    return 1.0f / __builtin_sqrtf(mean + eps);
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// 1 / sqrt(mean(x^2) + eps) (arXiv 1910.07467).
+INLINE float inverse_root(float squares, int64_t size, float eps) {
+    return 1.0f / __builtin_sqrtf(squares / (float)size + eps);
+}
+
+INLINE float inverse_root_mean_square(const float *x, int64_t size, float eps) {
+    return inverse_root(sum_of_squares(x, size), size, eps);
+}
+
+INLINE void scale_row(const float *x, int64_t size, const float *weight, float scale, float *out) {
+    for (int64_t i = 0; i < size; i += LANES)
+        store_some(out + i, load_some(x + i, size - i) * all(scale) * load_some(weight + i, size - i), size - i);
 }
 
 INLINE void norm_row(const float *x, int64_t size, const float *weight, float eps, float *out) {
-    const float scale = inverse_root_mean_square(x, size, eps);
-    for (int64_t i = 0; i < size; i += LANES)
-        store_some(out + i, load_some(x + i, size - i) * all(scale) * load_some(weight + i, size - i), size - i);
+    scale_row(x, size, weight, inverse_root_mean_square(x, size, eps), out);
 }
 
 // The same straight into a linear's inputs. No weight: no norm.
