@@ -99,6 +99,23 @@ def _cores() -> Iterator[Finding]:
         yield Finding(Level.WARNING, "cores", text, remedy)
     else:
         yield Finding(Level.OK, "cores", text)
+    if finding := starving_scheduler(os.uname().release):
+        yield finding
+
+
+def starving_scheduler(
+    release: str, setting: Path = Path("/proc/sys/kernel/sched_autogroup_enabled")
+) -> Finding | None:
+    """Whether this kernel may keep other programs from a processor on which threads of a rank wait for each other."""
+    try:
+        enabled = setting.read_text().strip() == "1"
+    except OSError:
+        enabled = False
+    if not enabled or not release.startswith("6.18."):  # the only one with which it was seen
+        return None
+    text = f"Linux {release} with autogroups may keep other programs from cores that ranks use, for seconds"
+    remedy = "sysctl kernel.sched_autogroup_enabled=0, or noautogroup on the kernel's command line (docs/recovery.md)"
+    return Finding(Level.WARNING, "scheduler", text, remedy)
 
 
 def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:

@@ -82,6 +82,10 @@ def start_rank(
             stdout=log,
             stderr=subprocess.STDOUT,
             close_fds=False,
+            # With autogroups the kernel shares processors between sessions first. Ranks of one session that wait
+            # and yield kept all others from their processors for up to 98 s under Linux 6.18; ranks with a session
+            # each never did (docs/recovery.md).
+            start_new_session=True,
         )
     if for_rank >= 0:
         os.close(for_rank)

@@ -41,6 +41,8 @@ FRONT_GRACE_S = 5.0
 LAST_GRACE_S = 2.0
 """How long it may take where nothing is waited for any more."""
 TELL_DRAIN_AFTER_S = 1.0
+LATE_S = 1.0
+"""A turn that begins so much too late has been kept from a processor, as others may have been."""
 SERVE_TIMEOUT_S = 30.0
 """How long the front may take to be welcomed by a world that is ready."""
 GRPC_WAIT_S = 3.0
@@ -125,7 +127,9 @@ class Supervisor:
         self._resumed_epoch = 0
         self._table = TableTeller()
         self._record_failed = False
-        self._turned_at = time.monotonic()
+        self._turned_at = self._excused_at = time.monotonic()
+        """When the last turn began, and when one last began that was late: what should have happened meanwhile could
+        not be seen."""
         if found is not None:
             self._take_over(found)
 
@@ -149,6 +153,8 @@ class Supervisor:
         now = time.monotonic()
         late_s = max(0.0, now - self._turned_at - TURN_S)
         self._turned_at = now
+        if late_s > LATE_S:
+            self._excused_at = now
         if self._stop.fileno() in ready or self._stop in ready:
             self._stop.drain()
         self._on_turn()
@@ -386,7 +392,7 @@ class Supervisor:
     def _find_unserved(self, world: World, now: float) -> WorldFault | None:
         if self._fronts.serving_epoch == world.epoch:
             return None
-        since = max(world.times.active or now, self._fronts.started_at)
+        since = max(world.times.active or now, self._fronts.started_at, self._excused_at)
         if now - since < SERVE_TIMEOUT_S:
             return None
         detail = f"the front and the gateway of rank 0 did not meet within {SERVE_TIMEOUT_S:.0f} s"

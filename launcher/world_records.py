@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ class RankWatch:
     """By how much the clock of its host was ahead when its guard reported, less the way of the message."""
     starvation: StarvationOf | None = None
     starved_s: float = 0.0
-    """Of the guard's silence, what it spent waiting for a processor."""
+    """Of the guard's silence, what it or this process spent waiting for a processor."""
 
     @property
     def phase(self) -> Phase:
@@ -83,10 +84,10 @@ class RankWatch:
         self.starvation, self.starved_s = None, 0.0
 
     def blocked_s(self, now: float) -> float:
-        """How long the guard, of this host, has been silent for no want of a processor. To be called again and again
-        while it is silent."""
+        """How long the guard, of this host, has been silent for no want of a processor: its own, or that of the
+        supervisor's threads, one of which reads what guards send. To be called again and again while it is silent."""
         if self.starvation is None:
-            self.starvation = StarvationOf(self.hello.guard_pid)
+            self.starvation = StarvationOf(self.hello.guard_pid, os.getpid())
         silent_s = now - self.last_beat_at
         self.starved_s += self.starvation.new_wait_s(silent_s, now, 0.0)
         return silent_s - min(self.starved_s, STARVED_AT_MOST_S)

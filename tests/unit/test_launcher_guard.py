@@ -128,6 +128,7 @@ def test_hello_and_beats(start: Start) -> None:
     watched = start("time.sleep(100)")
     assert (watched.hello.epoch, watched.hello.rank) == (EPOCH, 3)
     assert watched.hello.guard_pid == watched.guard.pid
+    assert os.getsid(watched.hello.pid) == watched.hello.pid  # see launcher/rank_start.py
     beat = watched.expect(Beat, lambda beat: beat.step == 41)
     assert beat.phase == Phase.STEPPING and beat.endpoint == "tcp://here:1"
     assert (beat.load_done, beat.load_total) == (3, 4)
@@ -439,6 +440,8 @@ STARVED = (
     + """
 os.sched_setaffinity(0, {int(os.environ["SCARCE_CORE"])})
 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+if os.path.exists("/proc/self/autogroup"):  # a rank has a session, and a group, of its own
+    open("/proc/self/autogroup", "w").write("19")
 page.step(51)
 wanted = time.process_time() + 0.1
 while time.process_time() < wanted: pass

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -35,11 +41,14 @@ def sleeper() -> Iterator[psutil.Popen]:
 def silent_world(guard: psutil.Popen) -> World:
     """A world whose only guard is this process, which has not been heard of since BEGAN."""
     world = World(1, cast(WorldPlan, None), cast(RunDir, Folder()), cast(Any, None))
-    start = int(Path(f"/proc/{guard.pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
-    hello = GuardHello(1, 0, "here", host_id(), guard.pid, start, guard.pid, start)
     world.state = WorldState.ACTIVE
-    world.ranks[0] = RankWatch(hello, b"", BEGAN)
+    world.ranks[0] = RankWatch(hello_of(guard), b"", BEGAN)
     return world
+
+
+def hello_of(guard: psutil.Popen) -> GuardHello:
+    start = int(Path(f"/proc/{guard.pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return GuardHello(1, 0, "here", host_id(), guard.pid, start, guard.pid, start)
 
 
 def lost_after_s(world: World) -> float:
@@ -65,6 +74,33 @@ def test_a_guard_that_waits_for_a_processor_is_not(
     monkeypatch.setattr(StarvationOf, "new_wait_s", lambda *_: 0.025)  # half of the time between two looks
     took_s = lost_after_s(silent_world(sleeper))
     assert took_s == pytest.approx(2 * BEATS_STARVED_AFTER_S, abs=1.5)
+
+
+@pytest.mark.slow
+def test_a_supervisor_whose_thread_waits_for_a_processor_hears_no_guard(sleeper: psutil.Popen) -> None:
+    """ZeroMQ reads in a thread of its own, which may wait while the supervisor's own does not."""
+    core = max(os.sched_getaffinity(0))
+    rival = subprocess.Popen(
+        [sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile True: pass"]
+    )
+
+    def starve() -> None:
+        os.sched_setaffinity(0, {core})
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # a second of a processor; others run meanwhile
+
+    reader = threading.Thread(target=starve)
+    reader.start()
+    watch = RankWatch(hello_of(sleeper), b"guard", time.monotonic())
+    try:
+        while (silent_s := time.monotonic() - watch.last_beat_at) < 3.0:
+            blocked_s = watch.blocked_s(time.monotonic())
+            time.sleep(0.05)
+    finally:
+        rival.kill()
+        rival.wait()
+        reader.join()
+    assert watch.starved_s > 1.0 and blocked_s < silent_s - 1.0
 
 
 def test_a_beat_begins_anew(sleeper: psutil.Popen, monkeypatch: pytest.MonkeyPatch) -> None:
