@@ -336,6 +336,7 @@ class Guard:
                     kv_blocks=progress.kv_blocks,
                     memory_bytes=self._memory_bytes,
                     sent_s=now,
+                    delay_s=self._tie.delay_s if self._tie is not None else 0.0,
                 )
             )
 
@@ -390,7 +391,7 @@ class Guard:
             if isinstance(message, Kill) and message.epoch >= self.epoch:
                 return True
             if isinstance(message, (Introduce, Lease)) and self._tie is not None:
-                self._tie.on_message(message)
+                self._tie.on_message(message, max(BEAT_INTERVAL_S, self._interval_s), time.monotonic())
                 if isinstance(message, Introduce):
                     self._say_hello()
             elif isinstance(message, Go) and message.epoch == self.epoch and self._gate.is_shut:

@@ -9,6 +9,8 @@ import typing
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
+from launcher.leases import LEASE_S
+
 MAX_MESSAGE_BYTES = 64 * 1024
 """Bound of one message between guard and supervisor."""
 
@@ -85,6 +87,8 @@ class Beat(Message):
     """Memory of a parked rank, its share of what it shares with other processes included; 0: not measured."""
     sent_s: float
     """When it was sent, by the guard's own monotonic clock."""
+    delay_s: float = 0.0
+    """By how much answers to beats were late lately; 0 on the supervisor's host, which sends none."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,8 @@ class Lease(Message):
 
     sent_s: float
     """`Beat.sent_s` of that beat."""
+    lease_s: float = LEASE_S
+    """For how long from then on."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from launcher.guard_environment import GuardEnvironment
 from launcher.guard_messages import Introduce, Lease
-from launcher.leases import Tether
+from launcher.leases import AnswerDelays, Tether
 from launcher.processes import ProcessId, host_id, is_alive
 
 
@@ -24,6 +24,7 @@ class SupervisorTie:
     ) -> None:
         self._poller = poller
         self._tether = Tether(environment.adoption_wait_s, now)
+        self._delays = AnswerDelays()
         self._descriptor: int | None = None
         """Readable once the supervisor of this host has ended."""
         self._monitor: zmq.Socket[bytes] | None = None
@@ -48,11 +49,17 @@ class SupervisorTie:
         """Seconds until the rank must be dead; 0 or less: now."""
         return self._tether.left_s(now)
 
-    def on_message(self, message: Introduce | Lease) -> None:
+    @property
+    def delay_s(self) -> float:
+        """By how much answers to beats were late lately."""
+        return self._delays.longest_s
+
+    def on_message(self, message: Introduce | Lease, beat_interval_s: float, now: float) -> None:
         """A supervisor says who it is, or answers a beat."""
         if isinstance(message, Lease):
             if self.is_remote:
-                self._tether.on_lease(message.sent_s)
+                self._tether.on_lease(message.sent_s, message.lease_s)
+                self._delays.on_answer(message.sent_s, beat_interval_s, now)
         elif message.host_id == host_id():
             self._hold(ProcessId(message.pid, message.start))
 
@@ -68,6 +75,7 @@ class SupervisorTie:
             return False
         was_waiting = self._tether.is_waiting
         self._tether.on_gone(now)
+        self._delays.on_gone()
         return not was_waiting
 
     def _hold(self, supervisor: ProcessId) -> bool:

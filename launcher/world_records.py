@@ -13,7 +13,7 @@ from launcher.guard_messages import Beat, GuardHello, RankFacts
 from launcher.hangs import STARVED_AT_MOST_S
 from launcher.hosts import Host
 from launcher.launchers import Launcher, mpirun
-from launcher.leases import FENCE_MARGIN_S, LEASE_S
+from launcher.leases import FENCE_MARGIN, FENCE_MARGIN_S, LEASE_S, lease_s
 from launcher.network import Interface
 from launcher.processes import ProcessId, host_id
 from launcher.starvation import StarvationOf
@@ -64,6 +64,10 @@ class RankWatch:
     starvation: StarvationOf | None = None
     starved_s: float = 0.0
     """Of the guard's silence, what it or this process spent waiting for a processor."""
+    lease_s: float = LEASE_S
+    """Of a guard on another host, as it was given last."""
+    leased_until: float = 0.0
+    """When the longest of all its leases ends at the latest, with the margin; 0 before the first."""
 
     @property
     def phase(self) -> Phase:
@@ -83,6 +87,13 @@ class RankWatch:
         self.last_beat_at = now
         self.starvation, self.starved_s = None, 0.0
 
+    def lease(self, delay_s: float) -> float:
+        """Gives a lease to the guard, which has sent a beat before this call. Seconds from that beat on."""
+        self.lease_s = lease_s(delay_s)
+        ends_at = time.monotonic() + (1 + FENCE_MARGIN) * self.lease_s
+        self.leased_until = max(self.leased_until, ends_at)
+        return self.lease_s
+
     def blocked_s(self, now: float) -> float:
         """How long the guard, of this host, has been silent for no want of a processor: its own, or that of the
         supervisor's threads, one of which reads what guards send. To be called again and again while it is silent."""
@@ -98,9 +109,9 @@ class RankWatch:
         return self.hello.host_id != host_id()
 
     def is_fenced(self, now: float) -> bool:
-        """Whether the rank of a dying world on another host is dead for certain: its guard said so, or its lease,
-        which ran from its last beat, is over."""
-        fenced_at = self.last_beat_at + LEASE_S + FENCE_MARGIN_S
+        """Whether the rank of a dying world on another host is dead for certain: its guard said so, or all leases
+        are over, of which it may have got any."""
+        fenced_at = max(self.last_beat_at + LEASE_S + FENCE_MARGIN_S, self.leased_until)
         return not self.is_remote or self.acknowledged or now >= fenced_at
 
     @property

@@ -12,7 +12,7 @@ from launcher.freezer import CgroupFreezer
 from launcher.guard_link import GuardLink
 from launcher.guard_messages import Beat, FaultReport, Go, GuardHello, Kill, Killed, Lease, Message, RankFacts
 from launcher.hosts import Host
-from launcher.leases import FENCE_MARGIN_S, adoption_wait_s
+from launcher.leases import FENCE_MARGIN, FENCE_MARGIN_S, adoption_wait_s
 from launcher.placement import find_misplaced
 from launcher.post_mortem import last_lines
 from launcher.processes import (
@@ -215,7 +215,8 @@ class World:
         if isinstance(message, Beat):
             watch.beat = message
             if watch.is_remote and self.state is not WorldState.DYING:
-                self._link.send(identity, Lease(epoch=self.epoch, sent_s=message.sent_s))
+                lease_s = watch.lease(message.delay_s)
+                self._link.send(identity, Lease(self.epoch, message.sent_s, lease_s))
         elif isinstance(message, FaultReport):
             self.faults.append(
                 WorldFault(
@@ -300,7 +301,7 @@ class World:
             return self.faults[0]
         for rank, watch in self.ranks.items():
             silent_s = now - watch.last_beat_at
-            if silent_s <= BEATS_LOST_AFTER_S:
+            if silent_s <= max(BEATS_LOST_AFTER_S, (1 + FENCE_MARGIN) * watch.lease_s):
                 continue
             if not _runs_here(watch) or watch.blocked_s(now) > BEATS_STARVED_AFTER_S:
                 detail = f"the guard of rank {rank} has been silent for {silent_s:.2f} s"

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+from launcher import world_records
 from launcher.guard_messages import GuardHello
-from launcher.leases import ADOPTION_WAIT_S, ADOPTION_WAIT_VARIABLE, LEASE_S, Tether, adoption_wait_s
+from launcher.leases import (
+    ADOPTION_WAIT_S,
+    ADOPTION_WAIT_VARIABLE,
+    LEASE_S,
+    LONGEST_LEASE_S,
+    AnswerDelays,
+    Tether,
+    adoption_wait_s,
+    lease_s,
+)
 from launcher.processes import host_id
 from launcher.world_records import RankWatch
 
@@ -67,3 +77,51 @@ def test_fence_is_behind_every_lease(remote: bool) -> None:
     assert watch.is_fenced(lease_ends_at + 0.3)
     watch.acknowledged = True
     assert watch.is_fenced(100.0)
+
+
+def watch_elsewhere() -> RankWatch:
+    return RankWatch(GuardHello(1, 1, "n2", "elsewhere/1", 10, 11, 12, 13), b"id", last_beat_at=0.0)
+
+
+def test_lease_grows_with_what_was_late_lately() -> None:
+    delays = AnswerDelays()
+    delays.on_answer(10.0, 0.05, 10.01)
+    delays.on_answer(10.05, 0.05, 10.06)
+    assert lease_s(delays.longest_s) == LEASE_S, "nothing was late"
+    delays.on_answer(10.1, 0.05, 10.6)  # sent 0.5 s before its answer came: 0.55 s without a newer one
+    assert delays.longest_s == pytest.approx(0.5)
+    assert lease_s(delays.longest_s) == pytest.approx(4 * 0.5)
+    assert lease_s(60.0) == LONGEST_LEASE_S
+    delays.on_gone()
+    delays.on_answer(40.0, 0.05, 40.01)
+    assert delays.longest_s == pytest.approx(0.5), "a wait for the next supervisor is no delay"
+    for minute in range(1, 4):
+        delays.on_gone()
+        delays.on_answer(40.0 + 61.0 * minute, 0.05, 40.01 + 61.0 * minute)
+        delays.on_answer(40.05 + 61.0 * minute, 0.05, 40.06 + 61.0 * minute)
+    assert delays.longest_s < 0.02, "what is long past says nothing"
+
+
+def test_fence_is_behind_the_longest_lease_that_may_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later, shorter lease may be lost on its way: the guard then has the longer one."""
+    clock = 100.0
+    monkeypatch.setattr(world_records.time, "monotonic", lambda: clock)
+    watch, tether = watch_elsewhere(), Tether(60.0, now=0.0)
+    for sent_at, delay_s in ((99.98, 0.9), (100.98, 0.0), (101.98, 0.0)):
+        clock = sent_at + 0.02
+        watch.last_beat_at = clock - 0.01  # the turn began before the beat was read
+        granted_s = watch.lease(delay_s)
+        if delay_s:
+            tether.on_lease(sent_at, granted_s)
+    assert granted_s == LEASE_S
+    ends_at = clock + tether.left_s(clock)
+    assert ends_at == pytest.approx(99.98 + 3.6)
+    assert not watch.is_fenced(ends_at + 0.5), "the guard may be late itself, where it is crowded"
+    assert watch.is_fenced(ends_at + 1.0)
+
+
+def test_lease_that_was_lengthened_is_not_shortened_by_a_newer_one() -> None:
+    tether = Tether(60.0, now=0.0)
+    tether.on_lease(10.0, 3.0)
+    tether.on_lease(10.05, LEASE_S)
+    assert tether.left_s(10.05) == pytest.approx(2.95)
