@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +25,10 @@ from engine.execution.sampler import Sampler
 from engine.execution.stage import Stage, StageRunner
 from engine.kernels.bindings import Kernels, KernelsUnavailable, open_kernels
 from engine.kernels.quantization import Quantization
-from engine.kernels.stage import NativeStage, cache_head_dim, unsupported
+from engine.kernels.stage import NativeStage, cache_head_dim
 from engine.models.config import ModelConfig
 from engine.models.decoder import DecoderStage
-from engine.models.sharding import RankShape, shard_world
+from engine.models.sharding import shard_world
 from engine.models.weights import load_stage_weights
 from engine.scheduling.kv_blocks import BlockPool
 from engine.scheduling.pace import STEP_FACTOR, Pace
@@ -165,7 +164,7 @@ def load_engine(
         )
     limits = scheduler_limits(settings, config)
     sampler = new_sampler(settings, config) if at.is_sampler else None
-    kernels, computed_by = _choose_kernels(settings, config, shapes, device)
+    kernels, computed_by = _choose_kernels(settings, device)
     head_dim = config.head_dim if kernels is None else cache_head_dim(config)
     if settings.deterministic:
         world.tensor_group.sum_in_rank_order()
@@ -212,16 +211,11 @@ def load_engine(
     return LoadedEngine(num_blocks, reserve)
 
 
-def _choose_kernels(
-    settings: EngineSettings, config: ModelConfig, shapes: list[list[RankShape]], device: torch.device
-) -> tuple[Kernels | None, str]:
+def _choose_kernels(settings: EngineSettings, device: torch.device) -> tuple[Kernels | None, str]:
     """The native kernels, or None where torch computes; and a line that says so. Raises ConfigurationError."""
     try:
         if device.type != "cpu":
             raise KernelsUnavailable("the native kernels are for CPUs")
-        missing = unsupported(config, chain.from_iterable(shapes))
-        if missing is not None:
-            raise KernelsUnavailable(f"the native kernels do not compute {missing}")
         kernels = open_kernels(torch.get_num_threads(), settings.kernels)
     except KernelsUnavailable as reason:
         if settings.deterministic:

@@ -8,7 +8,6 @@ them where there is nobody to sum with.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from engine.kernels.bindings import (
     StepStruct,
     linear_struct,
 )
-from engine.kernels.packing import PANEL, padded
+from engine.kernels.packing import padded
 from engine.models.config import Activation, ExpertConfig, ModelConfig
 from engine.models.families import QueryKeyNorm
 from engine.models.rotary import rotary_tables
@@ -34,16 +33,6 @@ from engine.models.sharding import RankShape
 Weights = dict[str, torch.Tensor]
 
 _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1}
-
-
-def unsupported(config: ModelConfig, shapes: Iterable[RankShape]) -> str | None:
-    """What of this model, cut so, the kernels do not compute; None: they compute all of it."""
-    if config.experts is not None:
-        # Experts lie one after another in panels of a matrix, and none may begin within one.
-        sizes = [config.hidden_size, *(2 * len(shape.mlp_columns) for shape in shapes)]
-        if any(size % PANEL for size in sizes):
-            return f"experts of a width that is no multiple of {PANEL // 2}, or with a hidden size of none of {PANEL}"
-    return None
 
 
 def cache_head_dim(config: ModelConfig) -> int:

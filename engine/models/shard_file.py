@@ -136,11 +136,12 @@ class ShardFile:
                 advance(len(self.layout.header))
                 for tensor in self.tensors:
                     if self.packed and _is_matrix(tensor):
-                        packer = Packer(self.quantization.of(tensor.name))
-                        for part in self._matrix_rows(tensor, reader):
-                            _write(target, packer.add(part))
-                            advance(part.shape[0] * tensor.shape[1] * self.dtype.itemsize)
-                        _write(target, packer.finish())
+                        for rows in self._matrices(tensor, reader):
+                            packer = Packer(self.quantization.of(tensor.name))
+                            for part in rows:
+                                _write(target, packer.add(part))
+                                advance(part.shape[0] * tensor.shape[1] * self.dtype.itemsize)
+                            _write(target, packer.finish())
                     else:
                         for piece in tensor.slices:
                             for part in reader.read(piece):
@@ -160,19 +161,18 @@ class ShardFile:
         finally:
             aside.unlink(missing_ok=True)
 
-    def _matrix_rows(self, tensor: LocalTensor, reader: _SourceReader) -> Iterator[Tensor]:
-        """What a Packer takes: values, or blocks of the source that stand for the same ones."""
+    def _matrices(self, tensor: LocalTensor, reader: _SourceReader) -> Iterator[Iterator[Tensor]]:
+        """The rows of each of the tensor's matrices as a Packer takes them: values, or blocks of the source that
+        stand for the same ones."""
         quantization = self.quantization.of(tensor.name)
         block_bytes = reader.source.blocks.block_bytes(tensor.slices)
-        if block_bytes is not None and holds(quantization, block_bytes):
-            for piece in tensor.slices:
-                yield from reader.read_blocks(in_blocks(piece, block_bytes))
-            return
+        if block_bytes is not None and not holds(quantization, block_bytes):
+            block_bytes = None
         # What is to be quantized is rounded once.
         dtype = self.dtype if quantization is Quantization.NONE else torch.float32
-        for piece in tensor.slices:
-            for part in reader.read(piece):
-                yield part.to(dtype)
+        count = len(tensor.slices) // tensor.experts
+        for first in range(0, len(tensor.slices), count):
+            yield reader.rows(tensor.slices[first : first + count], dtype, block_bytes)
 
 
 def _is_matrix(tensor: LocalTensor) -> bool:
@@ -191,9 +191,11 @@ class _Kept:
         if not (packed and _is_matrix(tensor)):
             return cls(tensor.shape, dtype)
         own = quantization.of(tensor.name)
-        if own is Quantization.NONE:
-            return cls(packed_shape(tensor.shape, dtype), dtype)
-        return cls(quantized_shape(tensor.shape, own), torch.uint8)
+        # Each begins with a panel of its own.
+        one = (tensor.shape[0] // tensor.experts, tensor.shape[1])
+        shape = packed_shape(one, dtype) if own is Quantization.NONE else quantized_shape(one, own)
+        kept = dtype if own is Quantization.NONE else torch.uint8
+        return cls((tensor.experts * shape[0], *shape[1:]), kept)
 
 
 def populate(mapped: MappedShard, advance: Advance) -> None:
@@ -238,9 +240,17 @@ class _SourceReader:
         check_tensor(path, entries.get(piece.name), piece)
         yield from self._read(opened, piece)
 
-    def read_blocks(self, piece: SourceSlice) -> Iterator[Tensor]:
-        """The slice of a tensor of blocks, in the same way."""
-        yield from self._read(self._open(self.source.blocks.path)[1], piece)
+    def rows(
+        self, pieces: tuple[SourceSlice, ...], dtype: torch.dtype, block_bytes: int | None
+    ) -> Iterator[Tensor]:
+        """Slices one after the other: values of `dtype`, or with `block_bytes` their blocks."""
+        for piece in pieces:
+            if block_bytes is None:
+                for part in self.read(piece):
+                    yield part.to(dtype)
+            else:
+                opened = self._open(self.source.blocks.path)[1]
+                yield from self._read(opened, in_blocks(piece, block_bytes))
 
     def _read(self, opened: Any, piece: SourceSlice) -> Iterator[Tensor]:
         tensor = opened.get_slice(piece.name)

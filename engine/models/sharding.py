@@ -187,6 +187,8 @@ class LocalTensor:
     name: str
     shape: tuple[int, ...]
     slices: tuple[SourceSlice, ...]
+    experts: int = 1
+    """How many matrices of one size lie one after another along axis 0, made of as many slices each."""
 
 
 def tensor_rules(config: ModelConfig) -> tuple[TensorRule, ...]:
@@ -342,7 +344,8 @@ def _local(config: ModelConfig, shape: RankShape, rule: TensorRule, layer: int |
     )
     first = slices[0].sliced_shape
     rows = sum(piece.sliced_shape[0] for piece in slices)
-    return LocalTensor(rule.local_name.format(layer=layer), (rows, *first[1:]), slices)
+    experts = 1 if rule.sources[0].expert is None else len(shape.experts)
+    return LocalTensor(rule.local_name.format(layer=layer), (rows, *first[1:]), slices, experts)
 
 
 def _slice(

@@ -45,6 +45,9 @@ CONFIGS = {
     ),
     "many heads on one": replace(PLAIN, num_heads=14, num_kv_heads=1, head_dim=32, windows=(5, 100)),
     "experts": replace(PLAIN, intermediate_size=48, experts=ExpertConfig(6, 2, True, "mlp", ("g", "u", "d"))),
+    "odd experts": replace(
+        PLAIN, hidden_size=70, intermediate_size=27, experts=ExpertConfig(5, 2, True, "mlp", ("g", "u", "d"))
+    ),
     "one of three experts": replace(
         PLAIN, residual_multiplier=0.5, norms=Norms.AROUND,
         experts=ExpertConfig(3, 1, False, "mlp", ("g", "u", "d")),
@@ -65,6 +68,17 @@ def _weights(config: ModelConfig, shape: RankShape, dtype: torch.dtype) -> dict[
         scale = tensor.shape[-1] ** -0.5 if len(tensor.shape) == 2 else 1.0
         weights[tensor.name] = (torch.randn(tensor.shape, generator=random) * scale).to(dtype)
     return weights
+
+
+def _packed(
+    config: ModelConfig, shape: RankShape, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    packed = {}
+    for tensor in local_tensors(config, shape, 0):
+        matrices = weights[tensor.name].chunk(tensor.experts)
+        is_matrix = len(tensor.shape) == 2
+        packed[tensor.name] = torch.cat([pack(matrix) for matrix in matrices]) if is_matrix else matrices[0]
+    return packed
 
 
 class Served:
@@ -90,7 +104,7 @@ class Served:
         if path is None:
             self.stage = DecoderStage(config, shape, weights, group, MAX_LENGTH)
         else:
-            packed = {name: pack(tensor) if tensor.ndim == 2 else tensor for name, tensor in weights.items()}
+            packed = _packed(config, shape, weights)
             kernels = open_kernels(threads, path)
             self.stage = NativeStage(config, shape, packed, group, MAX_LENGTH, kernels, dtype)
             head_dim = cache_head_dim(config)

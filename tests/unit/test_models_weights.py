@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.kernels.packing import pack
+from engine.kernels.quantization import Quantization, quantize
 from engine.models.config import ModelConfig
 from engine.models.errors import ModelError
 from engine.models.sharding import local_tensors, shard_world
@@ -36,6 +39,7 @@ def load(
     rank: tuple[int, int] = (0, 0),
     dtype: torch.dtype = torch.float32,
     progress: list[tuple[int, int]] | None = None,
+    **options: Any,
 ) -> dict[str, Tensor]:
     config = ModelConfig.from_folder(folder)
     pp_rank, tp_rank = rank
@@ -52,6 +56,7 @@ def load(
         dtype,
         cache,
         lambda done, total: told.append((done, total)),
+        **options,
     )
 
 
@@ -73,6 +78,21 @@ def test_gathered_shards_are_the_model(tmp_path: Path, tp: int, pp: int, options
 def test_gathered_shards_of_every_family(tmp_path: Path, name: str, tp: int, pp: int) -> None:
     folder = make_tiny_family(tmp_path / "model", name)
     assert_shards_are_the_model(folder, tmp_path / "cache", tp, pp)
+
+
+@pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.INT8])
+def test_each_expert_begins_with_a_panel_of_its_own(tmp_path: Path, quantization: Quantization) -> None:
+    folder = make_tiny_family(tmp_path / "model", "qwen3-moe-plain", num_hidden_layers=1)
+    plain = load(folder, tmp_path / "cache", tp=2)
+    packed = load(folder, tmp_path / "cache", tp=2, packed=True, quantization=quantization)
+    for name in ("layers.0.experts_gate_up.weight", "layers.0.experts_down.weight"):
+        experts = plain[name].chunk(5)
+        assert experts[0].shape[0] % 16, "nothing needs padding here"
+        for expert, found in zip(experts, packed[name].chunk(5), strict=True):
+            if quantization is Quantization.NONE:
+                assert torch.equal(found, pack(expert))
+            else:
+                assert torch.equal(found, quantize(expert, quantization))
 
 
 def assert_shards_are_the_model(folder: Path, cache: Path, tp: int, pp: int) -> None:
