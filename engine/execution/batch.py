@@ -5,13 +5,16 @@ The stage runner calls `SequenceTable.apply` once a plan. Layers read the result
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from engine.plan import Chunk, Pooling, PoolingKind, SequenceParams, StepPlan
+
+LEAST_UNWANTED_ROWS = 16
+"""Fewer are computed in the last layer with the others: reading its weights once more would cost as much."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,20 @@ class Batch:
     prompt_rows: list[PromptRows]
     pooled_rows: list[PooledRows]
     paged: PagedRows
+    wanted_rows: torch.Tensor | None = None
+    """Ascending int64 `[num_wanted]`: rows whose hidden states anybody looks at after the last layer. None: all, or
+    so many that leaving out the others is not worth the trouble."""
+
+    def rows(self, wanted: torch.Tensor) -> Batch:
+        """What native kernels read of the batch, for some of its rows, ascending. What else it has is unchanged."""
+        first_rows = np.searchsorted(wanted.numpy(), self.paged.first_rows)
+        return replace(
+            self,
+            token_ids=self.token_ids[wanted],
+            positions=self.positions[wanted],
+            slots=self.slots[wanted],
+            paged=replace(self.paged, first_rows=first_rows.astype(np.int64)),
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -200,6 +217,9 @@ class SequenceTable:
             if chunk.samples:
                 sampling_rows.append(end - 1)
                 sampling_positions.append(stop)
+        wanted = (
+            _wanted_rows(len(token_ids), sampling_rows, prompt_rows, pooled_rows) if plan.chunks else None
+        )
         return Batch(
             token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
             positions=self._tensor(np.concatenate(positions)),
@@ -217,6 +237,7 @@ class SequenceTable:
                 np.concatenate((handles, [chunk.handle for chunk in plan.chunks])).astype(np.int64),
                 self._blocks,
             ),
+            wanted_rows=None if wanted is None else self._tensor(wanted),
         )
 
     def _decode_groups(self, handles: np.ndarray, lengths: np.ndarray) -> list[DecodeGroup]:
@@ -263,6 +284,23 @@ class SequenceTable:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+
+def _wanted_rows(
+    num_tokens: int, sampling: list[int], prompts: list[PromptRows], pooled: list[PooledRows]
+) -> np.ndarray | None:
+    """As `Batch.wanted_rows`."""
+    is_wanted = np.zeros(num_tokens, dtype=bool)
+    is_wanted[sampling] = True
+    for prompt in prompts:
+        is_wanted[prompt.begin : prompt.begin + len(prompt.targets)] = True
+    for rows in pooled:
+        if rows.pooling.kind is PoolingKind.SCORE:
+            is_wanted[rows.score_begin : rows.score_begin + len(rows.targets)] = True
+        else:
+            is_wanted[rows.begin if rows.pooling.kind is PoolingKind.MEAN else rows.end - 1 : rows.end] = True
+    found = np.flatnonzero(is_wanted)
+    return found if num_tokens - len(found) >= LEAST_UNWANTED_ROWS else None
 
 
 def _pooled_rows(chunk: Chunk, begin: int, pooling: Pooling) -> PooledRows:

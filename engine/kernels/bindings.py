@@ -94,6 +94,10 @@ class StageStruct(ctypes.Structure):
     ]
 
 
+EXTENT_WHOLE, EXTENT_KEYS, EXTENT_REST = range(3)
+"""What of a layer a step computes: all; only keys and values; or the rest, of rows that have those in the cache."""
+
+
 class StepStruct(ctypes.Structure):
     _fields_ = [
         ("num_tokens", c_int64),
@@ -104,6 +108,7 @@ class StepStruct(ctypes.Structure):
         ("block_rows", c_void_p),
         ("block_tables", c_void_p),
         ("table_stride", c_int64),
+        ("extent", c_int64),
     ]
 
 

@@ -16,6 +16,9 @@ from engine.collectives.base import TensorGroup
 from engine.execution.batch import Batch
 from engine.execution.kv_cache import KVCache
 from engine.kernels.bindings import (
+    EXTENT_KEYS,
+    EXTENT_REST,
+    EXTENT_WHOLE,
     ExpertsStruct,
     Kernels,
     LayerStruct,
@@ -38,6 +41,16 @@ _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1}
 def cache_head_dim(config: ModelConfig) -> int:
     """Elements that the KV cache of a native stage holds for each head."""
     return padded(config.head_dim)
+
+
+def step_struct(batch: Batch, extent: int = EXTENT_WHOLE) -> StepStruct:
+    """What a step's native calls read. It points into the batch."""
+    paged = batch.paged
+    return StepStruct(
+        batch.num_tokens, len(paged.handles), batch.positions.data_ptr(), batch.slots.data_ptr(),
+        paged.first_rows.ctypes.data, paged.handles.ctypes.data, paged.block_tables.ctypes.data,
+        paged.block_tables.shape[1], extent,
+    )  # fmt: skip
 
 
 class NativeStage:
@@ -96,30 +109,44 @@ class NativeStage:
         return self._group.reduced(mine)
 
     def layers(self, hidden: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Runs the stage's layers over `hidden` `[num_tokens, hidden_size]` float32, in place."""
+        """Runs the stage's layers over `hidden` `[num_tokens, hidden_size]` float32, in place. After the model's last
+        layer only the rows that the batch wants are right."""
         self._use(cache)
-        paged = batch.paged
-        step = StepStruct(
-            batch.num_tokens, len(paged.handles), batch.positions.data_ptr(), batch.slots.data_ptr(),
-            paged.first_rows.ctypes.data, paged.handles.ctypes.data, paged.block_tables.ctypes.data,
-            paged.block_tables.shape[1],
-        )  # fmt: skip
-        run, stage = self._kernels.parts, self._stage
-        num_parts = stage.parts * len(self._layers)
-        partial = torch.empty_like(hidden)
-        if self._group.size == 1:
-            # One more than there are: the last only adds what the one before brought.
-            run(stage, step, 0, num_parts + 1, hidden, None, partial)
+        step, num_layers = step_struct(batch), len(self._layers)
+        # Norms over whole projections need the ranks' sums between keys and the cache: not worth a way of its own.
+        wanted = batch.wanted_rows if self._shape.has_head and self._stage.parts == 2 else None
+        if wanted is None:
+            self._run(step, 0, num_layers, hidden)
             return hidden
-        squares = partial.view(-1)[: 2 * batch.num_tokens]
-        delta = None
-        for part in range(num_parts):
-            # What came in is added to the residual stream before anything is written to `partial`.
-            run(stage, step, part, part + 1, hidden, delta, partial)
-            brings_squares = stage.parts == 3 and part % 3 == 0
-            delta = self._group.reduced(squares if brings_squares else partial)
-        run(stage, step, num_parts, num_parts + 1, hidden, delta, partial)
+        # The last layer's keys and values are needed of all rows, the rest of it only of those that are wanted.
+        self._run(step, 0, num_layers - 1, hidden, step_struct(batch, EXTENT_KEYS))
+        if len(wanted):
+            rows, rest = batch.rows(wanted), hidden.index_select(0, wanted)
+            self._run(step_struct(rows, EXTENT_REST), num_layers - 1, num_layers, rest)
+            hidden.index_copy_(0, wanted, rest)
         return hidden
+
+    def _run(
+        self, step: StepStruct, begin: int, end: int, hidden: torch.Tensor, after: StepStruct | None = None
+    ) -> None:
+        """Layers `begin` to `end` - 1, and what the part after them begins with: adding what they brought. `after`:
+        what is computed of that part, too."""
+        run, stage, after = self._kernels.parts, self._stage, after or step
+        first, last = stage.parts * begin, stage.parts * end
+        partial = torch.empty_like(hidden)
+        delta = None
+        if self._group.size == 1:
+            if first < last:
+                run(stage, step, first, last, hidden, None, partial)
+                delta = partial
+        else:
+            squares = partial.view(-1)[: 2 * len(hidden)]
+            for part in range(first, last):
+                # What came in is added to the residual stream before anything is written to `partial`.
+                run(stage, step, part, part + 1, hidden, delta, partial)
+                brings_squares = stage.parts == 3 and part % 3 == 0
+                delta = self._group.reduced(squares if brings_squares else partial)
+        run(stage, after, last, last + 1, hidden, delta, partial)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """The last stage's hidden states as the head sees them: `[num_rows, hidden_size]` float32, to the same."""

@@ -118,9 +118,16 @@ class Served:
         self.lengths: dict[int, int] = {}
         self.handles: dict[int, int] = {}
         self.results: dict[tuple[int, int], torch.Tensor] = {}
+        self.wants_all = True
 
-    def step(self, decode: list[int] = (), chunks: list[tuple[int, int]] = ()) -> None:  # type: ignore[assignment]
-        """Decodes a token of each named sequence, and computes so many tokens of others."""
+    def step(
+        self,
+        decode: list[int] = (),  # type: ignore[assignment]
+        chunks: list[tuple[int, int]] = (),  # type: ignore[assignment]
+        more_follows: bool = False,
+    ) -> None:
+        """Decodes a token of each named sequence, and computes so many tokens of others, whose prompts end there
+        unless more follows."""
         names: list[tuple[int, int]] = []
         admitted = []
         decode_blocks = []
@@ -139,7 +146,7 @@ class Served:
             at = self.lengths[name]
             num_new = -(-(at + count) // BLOCK_SIZE) - -(-at // BLOCK_SIZE)
             blocks = [self.free.pop(len(self.free) // 2) for _ in range(num_new)]
-            planned.append(Chunk(self.handles[name], at, [0] * count, blocks, None))
+            planned.append(Chunk(self.handles[name], at, [0] * count, blocks, 0 if more_follows else None))
             names += [(name, at + i) for i in range(count)]
             self.lengths[name] += count
         plan = StepPlan(
@@ -147,8 +154,13 @@ class Served:
             decode_tokens=[0] * len(decode), decode_blocks=decode_blocks, chunks=planned,
         )  # fmt: skip
         hidden = torch.stack([_token(self.config.hidden_size, *name) for name in names])
-        hidden = self.stage.layers(hidden, self.table.apply(plan), self.cache)
-        for row, (name, position) in enumerate(names):
+        batch = self.table.apply(plan)
+        if self.wants_all:
+            batch = replace(batch, wanted_rows=None)
+        hidden = self.stage.layers(hidden, batch, self.cache)
+        wanted = range(len(names)) if batch.wanted_rows is None else batch.wanted_rows.tolist()
+        for row in wanted:
+            name, position = names[row]
             assert torch.isfinite(hidden[row]).all()
             self.results[name, position] = hidden[row].clone()
 
@@ -229,3 +241,23 @@ def test_a_token_has_the_same_bits_however_its_context_was_computed(
         expected = whole.results[1, position]
         assert torch.equal(alone.results[1, position], expected), f"token by token, position {position}"
         assert torch.equal(crowded.results[1, position], expected), f"in company, position {position}"
+
+
+@pytest.mark.parametrize("path", instruction_sets())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_that_nobody_looks_at_change_no_bit_of_the_others(name: str, path: str) -> None:
+    # Chunks that end at odd and even places, beside decoding; then decoding on what they left in the cache.
+    def results(wants_all: bool) -> dict[tuple[int, int], torch.Tensor]:
+        served = Served(CONFIGS[name], torch.bfloat16, path)
+        served.wants_all = wants_all
+        served.step(chunks=[(1, 41)], more_follows=True)
+        served.step(chunks=[(1, 33), (2, 3)])
+        served.step(decode=[2], chunks=[(1, 17), (3, 20)])
+        served.step(decode=[1, 2, 3])
+        served.step(decode=[1, 2, 3])
+        return served.results
+
+    everything, wanted = results(True), results(False)
+    assert set(wanted) < set(everything) and (1, 90) in wanted and (1, 40) not in wanted
+    for key, bits in wanted.items():
+        assert torch.equal(bits, everything[key]), key

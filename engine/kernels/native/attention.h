@@ -234,13 +234,16 @@ void attend(Context *context, const Stage &stage, const Layer &layer, const Step
 }
 
 // Head norm and rotary embedding of one row's queries and keys, in place; then keys and values into the cache.
-// row: [num_heads + 2 * num_kv_heads][head_dim]. `goes_on`: the token after it is written by the same step.
+// row: [num_heads + 2 * num_kv_heads][head_dim]. `goes_on`: the token after it is written by the same step. `extent`: that
+// of the step, whose heads alone are looked at.
 template <class F>
 INLINE void turn_and_keep(const Stage &stage, const Layer &layer, float *row, int64_t position, int64_t slot,
-                          bool goes_on) {
+                          bool goes_on, int64_t extent) {
     typedef typename F::Element Element;
     const int64_t size = stage.head_dim, turned_heads = stage.num_heads + stage.num_kv_heads;
-    for (int64_t head = 0; head < turned_heads; ++head) {
+    const int64_t first_head = extent == EXTENT_KEYS ? stage.num_heads : 0;
+    const int64_t end_head = extent == EXTENT_REST ? stage.num_heads : turned_heads;
+    for (int64_t head = first_head; head < end_head; ++head) {
         float *x = row + head * size;
         const float *weight = head < stage.num_heads ? layer.query_norm : layer.key_norm;
         if (weight != nullptr) norm_row(x, size, weight, stage.norm_eps, x);
@@ -255,6 +258,7 @@ INLINE void turn_and_keep(const Stage &stage, const Layer &layer, float *row, in
             store_some(x + half + i, b * c + a * s, left);
         }
     }
+    if (extent == EXTENT_REST) return;
     const int64_t wide = padded(size), block = slot / BLOCK, offset = slot % BLOCK;
     for (int64_t head = 0; head < stage.num_kv_heads; ++head) {
         const float *key = row + (stage.num_heads + head) * size;

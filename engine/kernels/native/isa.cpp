@@ -22,7 +22,11 @@ float *project(Context *context, const Stage &stage, const Layer &layer, const S
         norm_x_row<L>(hidden + row * stage.hidden_size, stage.hidden_size, layer.attention_norm, stage.norm_eps,
                       x + row * x_stride);
     });
-    multiply<L>(context, layer.qkv, x, num_rows, 1.0f, projected, width);
+    const int64_t queries = layer.output.num_inputs;
+    Linear projection = layer.qkv;
+    if (step.extent == EXTENT_REST) projection.num_outputs = queries;
+    const int64_t skipped = step.extent == EXTENT_KEYS ? queries / PANEL : 0;
+    multiply<L>(context, without_panels<L>(projection, skipped), x, num_rows, 1.0f, projected + skipped * PANEL, width);
     return projected;
 }
 
@@ -64,9 +68,10 @@ void attention_half(Context *context, const Stage &stage, const Layer &layer, co
     parallel_rows(context, num_rows, 16, [&](int64_t row) {
         const int64_t slot = step.slots[row];
         const bool goes_on = row + 1 < num_rows && step.slots[row + 1] == slot + 1;
-        turn_and_keep<F>(stage, layer, projected + row * width, step.positions[row], slot, goes_on);
+        turn_and_keep<F>(stage, layer, projected + row * width, step.positions[row], slot, goes_on, step.extent);
         for (int64_t i = attended; i < padded(attended); ++i) out[row * out_stride + i] = 0;
     });
+    if (step.extent == EXTENT_KEYS) return;
     attend<F>(context, stage, layer, step, projected, width, out, out_stride);
     if constexpr (L::QUANTIZED) {
         const int64_t stride = x_stride_of<L>(attended);

@@ -74,7 +74,11 @@ struct Stage {
     int64_t first_counted, end_counted;
 };
 
-// One step's rows: those of a sequence lie together and stand at positions one after another.
+// What of a layer is computed for a step's rows: all of it; only keys and values, into the cache; or all the rest, of rows
+// whose keys and values are in the cache already.
+enum Extent { EXTENT_WHOLE = 0, EXTENT_KEYS = 1, EXTENT_REST = 2 };
+
+// One step's rows: those of a sequence lie together and stand at ascending positions, one after another unless EXTENT_REST.
 struct Step {
     int64_t num_tokens;
     int64_t num_sequences;
@@ -84,6 +88,7 @@ struct Step {
     const int64_t *block_rows;    // [num_sequences]: which row of block_tables
     const int64_t *block_tables;  // [..][table_stride]: the sequence's blocks in the order of their positions
     int64_t table_stride;
+    int64_t extent;
 };
 
 // Memory that the ranks of a host share, zeros at first: a segment for each rank, see shared.h.

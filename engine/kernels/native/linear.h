@@ -143,6 +143,16 @@ struct Tiles<F, true> {
 };
 #endif
 
+// The same linear without its first outputs: as many as fill whole panels.
+template <class F>
+INLINE Linear without_panels(Linear linear, int64_t num_panels) {
+    const int64_t num_steps = (linear.num_inputs + F::STEP - 1) / F::STEP;
+    linear.weights = static_cast<const char *>(linear.weights) + num_panels * num_steps * F::STEP_BYTES;
+    if (linear.bias != nullptr) linear.bias += num_panels * PANEL;
+    linear.num_outputs -= num_panels * PANEL;
+    return linear;
+}
+
 // A few rows, at most MOST_ROWS, times a few panels. Leaves `output` behind the last of them.
 template <class F>
 INLINE void multiply_tile(const typename F::X *x, int64_t x_stride, int64_t num_rows,
