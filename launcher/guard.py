@@ -400,6 +400,8 @@ class Guard:
 
     def _kill_rank(self) -> None:
         if self._exit_code is None:
+            if self._page.read().phase in (Phase.JOINING, Phase.LOADING):
+                self._segments.note()
             self._process.kill()
             # Only a process in an uninterruptible wait outlives this; the supervisor sees that it does.
             with contextlib.suppress(subprocess.TimeoutExpired):

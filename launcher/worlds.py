@@ -28,6 +28,7 @@ from launcher.processes import (
     reap_orphan,
 )
 from launcher.run_dir import RunDir
+from launcher.segments import note_before_kill
 from launcher.start_times import StartTimes
 from launcher.watch import EXIT_CONFIG, Phase, SpareKind
 from launcher.world_command import world_command
@@ -346,6 +347,8 @@ class World:
         here = host_id()
         local = [watch for watch in self.ranks.values() if watch.hello.host_id == here]
         for watch in local:
+            if watch.phase in (Phase.JOINING, Phase.LOADING):
+                note_before_kill(self._run_dir.shm_dir(self.epoch), watch.hello.rank, watch.process.pid)
             kill(watch.process)
         self._note_shells()  # as long as mpirun is their parent
         ends_at_once = self.plan.launcher.has_ranks_in_session
