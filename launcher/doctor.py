@@ -182,7 +182,7 @@ def _shared_memory() -> Iterator[Finding]:
 
 def _ports(port: int) -> Iterator[Finding]:
     from launcher.grpc_port import DEFAULT_PORT
-    from launcher.serve import bind
+    from launcher.listeners import bind
 
     for number, flag in ((port, "--port"), (5555, "--zmq"), (DEFAULT_PORT, "--grpc-port")):
         try:

@@ -4,11 +4,7 @@ supervisor with what it found. Called by `cli`; must refuse at once, in one line
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import logging
 import os
-import shlex
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
@@ -28,23 +24,29 @@ from launcher.hosts import Host, address_towards, parse_hosts, with_own_name
 from launcher.launchers import mpijob
 from launcher.launchers.host_file import host_file
 from launcher.launchers.mpirun import Mpirun, find_mpirun, flavor_named
+from launcher.listeners import bind, bind_fronts, listen
 from launcher.logs import EventLog
 from launcher.network import Interface, find_interface
 from launcher.planned_changes import PlannedChanges, longest_request, rank_command
-from launcher.preparation import PreparationProgress, PreparedModel, Stopped, prepare
+from launcher.preparation import PreparedModel, Stopped, prepare
 from launcher.processes import usable_cores
-from launcher.rank_table import table_of
 from launcher.run_dir import RunDir, RunDirInUse
 from launcher.service_manager import ServiceManager
 from launcher.settings import Settings, default_cache_dir, default_run_dir
 from launcher.slurm_job import SlurmJob
+from launcher.start_report import (
+    DisplayHandler,
+    StartProgress,
+    client_url,
+    say_ready_line,
+    show_preparation,
+)
 from launcher.stop_signals import StopSignals
 from launcher.supervisor import Supervisor
-from launcher.watch import Phase, SpareKind, adopt_orphans
+from launcher.watch import SpareKind, adopt_orphans
 from launcher.world_records import WorldPlan
 from launcher.worlds import World
 
-_BACKLOG = 2048
 HOSTS_WAIT_S = 60.0
 """How long other hosts may take to answer before the first world, if nobody says otherwise."""
 NOT_RECORDED = (
@@ -67,7 +69,7 @@ def serve(settings: Settings, read_settings: Callable[[], Settings] | None = Non
         StopSignals(stops_at_hangup=not reloads, leaves_at_usr1=settings.launcher == "slurm") as stop,
         choose_display() as display,
     ):
-        log.to_stream(_DisplayHandler(display))
+        log.to_stream(DisplayHandler(display))
         try:
             job = SlurmJob.find(settings)
             with contextlib.suppress(Stopped):
@@ -111,7 +113,7 @@ def _serve(
                 settings.pp,
                 settings.dtype,
                 default_cache_dir(),
-                lambda progress: _show_preparation(display, progress),
+                lambda progress: show_preparation(display, progress),
                 stop.requested,
                 settings.backend,
                 settings.expert_parallel,
@@ -121,17 +123,17 @@ def _serve(
         name = settings.served_model_name or prepared.name
         plan = make_plan(settings, prepared, mpirun, hosts, interface, job)
         for listener in listeners:
-            _listen(listener, settings)
+            listen(listener, settings.host, settings.port)
         run_dir.write_address(client_url(settings, port))
         hangups = HangupReload(run_dir.path, read_settings, log)
-        progress = _StartProgress(display)
+        progress = StartProgress(display)
         keeper = RecordKeeper(run_dir, recorded_settings(settings), recorded_model(prepared))
 
         def remember(changed: Settings, model: PreparedModel) -> None:
             keeper.change(recorded_settings(changed), recorded_model(model))
 
         def say_ready(world: World, state: FrontState) -> None:
-            _say_ready(display, settings, port, world, state, prepared.path)
+            say_ready_line(display, settings, port, world, state, prepared.path)
             manager.ready(f"serving {world.plan.served_model_name} at {client_url(settings, port)}")
             if job is not None:
                 job.publish(run_dir.path, client_url(settings, port, job.address), name, state, log)
@@ -283,55 +285,6 @@ def _take_listeners(found: Found, run_dir: RunDir, log: EventLog) -> tuple[Found
     return found, received
 
 
-def bind_fronts(host: str, port: int, count: int) -> list[socket.socket]:
-    """A socket for each front, all at one port: the kernel gives each connection to one of them, by its addresses.
-    Raises LauncherError that names the flag."""
-    first = bind(host, port)
-    if count == 1:
-        return [first]
-    # Whoever shares a port can share it with strangers of the same user, so that it was taken alone first.
-    port = first.getsockname()[1]
-    first.close()
-    return [bind(host, port, shared=True) for _ in range(count)]
-
-
-def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A socket bound for HTTP, not listening yet: until the front runs, clients are refused rather than kept
-    waiting. `shared`: others may be bound to the same port (SO_REUSEPORT). Raises LauncherError that names the
-    flag."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise LauncherError(f"--host {host}: {error.strerror}; give an address of this machine") from None
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            message = _port_in_use(host, port)
-        elif error.errno == errno.EACCES:
-            message = f"port {port} needs privileges; choose one above 1023 with --port"
-        else:
-            message = f"--host {host}: {error.strerror}; give an address of this machine"
-        raise LauncherError(message) from None
-    return listener
-
-
-def _listen(listener: socket.socket, settings: Settings) -> None:
-    try:
-        listener.listen(_BACKLOG)
-    except OSError:  # somebody bound the port as well while the model was being prepared, and was faster
-        raise LauncherError(_port_in_use(settings.host, settings.port)) from None
-
-
-def _port_in_use(host: str, port: int) -> str:
-    return f"port {port} on {host} is in use; choose another one with --port"
-
-
 def front_command(
     settings: Settings,
     prepared: PreparedModel,
@@ -372,97 +325,3 @@ def front_command(
     if not settings.page:
         command.append("--no-page")
     return [*command, "--drain-timeout-s", f"{settings.drain_timeout:g}", *settings.access_arguments()]
-
-
-# --------------------------------------------------------------------------- what the user sees
-
-
-class _DisplayHandler(logging.Handler):
-    """Log lines go where the bars are drawn, so that neither disturbs the other."""
-
-    def __init__(self, display: Display) -> None:
-        super().__init__()
-        self._display = display
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._display.say(self.format(record))
-
-
-def _show_preparation(display: Display, progress: PreparationProgress) -> None:
-    display.update(progress.task, progress.done, progress.total, progress.unit)
-
-
-class _StartProgress:
-    """What a starting world does, told once for each change."""
-
-    def __init__(self, display: Display) -> None:
-        self._display = display
-        self._told: tuple[int, Phase] | None = None
-        self._table_told = False
-
-    def show(self, world: World) -> None:
-        if not self._table_told and (lines := table_of(world)):
-            self._table_told = True
-            for line in lines:
-                self._display.say(line)
-        phases = [watch.phase for watch in world.ranks.values()]
-        slowest = min(phases) if len(phases) == world.size else Phase.STARTING
-        if (world.epoch, slowest) != self._told:
-            self._told = (world.epoch, slowest)
-            if slowest < Phase.LOADING or slowest is Phase.IDLE:
-                doing = "waiting for the front" if slowest is Phase.IDLE else slowest.name.lower()
-                ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
-                self._display.say(f"world {world.epoch}: {ranks} {doing}")
-        done, total = world.load_progress
-        if total:
-            self._display.update("load", done, total, "B")
-
-
-def client_url(settings: Settings, port: int, node: str = "127.0.0.1") -> str:
-    """Where clients of this machine reach the front; those of others, if it listens for them, with the address
-    of the `node`."""
-    host, scheme = settings.host, "http" if settings.ssl_certfile is None else "https"
-    if host in ("0.0.0.0", "::", ""):
-        host = node
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-def _say_ready(
-    display: Display, settings: Settings, port: int, world: World, state: FrontState, model_dir: Path
-) -> None:
-    display.finish()
-    url = client_url(settings, port)
-    name = world.plan.served_model_name
-    shape = f"(tp {world.plan.tp}, pp {world.plan.pp})"
-    with contextlib.suppress(OSError):  # serving does not depend on somebody reading this
-        grpc = "" if state.grpc is None else f"  grpc {state.grpc.replace('0.0.0.0', '127.0.0.1')}"
-        print(f"ready  {url}  zmq {state.zmq}  model {name}  world {world.epoch} {shape}{grpc}")
-        print(
-            curl_line(url, name, model_dir, settings.asks_for_keys),
-            flush=True,
-        )
-
-
-def curl_line(url: str, model: str, model_dir: Path, needs_key: bool = False) -> str:
-    """A command that works when pasted: a chat if the model has a chat template, else a completion."""
-    body: dict[str, object] = {"model": model}
-    if _has_chat_template(model_dir):
-        path = "/v1/chat/completions"
-        body["messages"] = [{"role": "user", "content": "Name three colours."}]
-    else:
-        path = "/v1/completions"
-        body["prompt"] = "The sky is"
-    body["max_tokens"] = 48
-    header = shlex.quote("Content-Type: application/json")
-    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if needs_key else ""
-    return f"curl {shlex.quote(url + path)} -H {header}{key} -d {shlex.quote(json.dumps(body))}"
-
-
-def _has_chat_template(model_dir: Path) -> bool:
-    if (model_dir / "chat_template.jinja").exists() or (model_dir / "chat_template.json").exists():
-        return True
-    try:
-        content = json.loads((model_dir / "tokenizer_config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and bool(content.get("chat_template"))

@@ -4,7 +4,6 @@ default, in this order. Built by `cli`, read by the supervisor; never changed af
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from launcher.access_settings import LOG_FORMATS, LOG_LEVELS, AccessSettings, _f
 from launcher.binding import BINDINGS
 from launcher.errors import SettingsError
 from launcher.hosts import check_slots, parse_hosts
+from launcher.setting_values import convert, read_config
 from launcher.zmq_keys import check_zmq
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -23,7 +23,6 @@ SPARES = ("none", "warm", "hot")
 JOURNALS = ("off", "disk")
 MOST_FRONTS = 64
 LEAST_JOURNAL_BYTES = 1 << 24
-_SIZES = ("kv_cache_memory", "journal_max_size", "max_body_size")
 BACKENDS = ("auto", "phalanx", "deepspeed")
 QUANTIZATIONS = ("none", "int8", "int4")
 LAUNCHERS = ("mpirun", "slurm")
@@ -58,22 +57,6 @@ RELOADABLE = (
     "spare",
 )
 """What `phalanx reload` may change: what concerns the world alone."""
-
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of a size such as 2GiB, 512M, 1.5g or 1000000. K, M, G and T stand for powers of 1024, except in
-    kB, MB, GB and TB, which mean powers of 1000. Raises ValueError."""
-    match = _SIZE.fullmatch(str(text))
-    if match is None:
-        raise ValueError(f"{text!r} is not a size; write it like 2GiB, 512MiB or a number of bytes")
-    number, letter, suffix = match.groups()
-    if suffix.lower() == "i":
-        raise ValueError(f"{text!r} is not a size; write {number}{letter}iB")
-    base = 1000 if letter and suffix.lower() == "b" else 1024
-    return int(float(number) * base ** _POWERS[letter.lower()])
 
 
 def default_cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
@@ -324,8 +307,9 @@ class Settings(AccessSettings):
     @classmethod
     def changes_from(cls, arguments: argparse.Namespace) -> dict[str, Any]:
         """What the arguments of `reload` ask to be changed. Raises SettingsError."""
+        kinds = _kinds()
         return {
-            name: _convert(name, value, f"{_as_flag(name)} {value}")
+            name: convert(name, kinds[name], value, f"{_as_flag(name)} {value}")
             for name, value in vars(arguments).items()
             if name in RELOADABLE and value is not None
         }
@@ -373,66 +357,17 @@ class Settings(AccessSettings):
         """Command line over config file over default. Raises SettingsError."""
         values: dict[str, Any] = {}
         if arguments.config is not None:
-            values.update(read_config(arguments.config))
-        names = {setting.name for setting in fields(cls)}
+            values.update(read_config(arguments.config, _kinds()))
+        kinds = _kinds()
         for name, value in vars(arguments).items():
-            if name in names and value is not None:
-                values[name] = _convert(name, value, f"{_as_flag(name)} {value}")
+            if name in kinds and value is not None:
+                values[name] = convert(name, kinds[name], value, f"{_as_flag(name)} {value}")
         return cls(**{"model": "", **values})
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings of a config file. Raises SettingsError that names the file, the key, and the nearest name
-    for one that is unknown."""
-    import yaml  # 20 ms that a start without a file does not pay
-
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise SettingsError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise SettingsError(f"--config {path}: must hold `name: value` lines")
-    allowed = {setting.name.replace("_", "-"): setting.name for setting in fields(Settings)}
-    values = {}
-    for key, value in content.items():
-        name = allowed.get(str(key).replace("_", "-"))
-        if name is None:
-            nearest = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.0)
-            raise SettingsError(f"--config {path}: unknown key {key!r}; did you mean {nearest[0]!r}?")
-        if value is None:
-            continue
-        values[name] = _convert(name, value, f"--config {path}: {key}: {value}")
-    return values
-
-
-def _convert(name: str, value: Any, where: str) -> Any:
-    kind = {setting.name: setting.type for setting in fields(Settings)}[name]
-    if kind == "bool":
-        if not isinstance(value, bool):
-            raise SettingsError(f"{where}: must be true or false")
-        return value
-    if name == "journal" and value is False:
-        return "off"  # as YAML reads it
-    if isinstance(value, (bool, list, dict)):
-        raise SettingsError(f"{where}: must be a single value")
-    if name in _SIZES:
-        try:
-            return parse_size(value)
-        except ValueError as error:
-            raise SettingsError(f"{where}: {error}") from None
-    try:
-        if kind in ("int", "int | None"):
-            return int(str(value))
-        if kind in ("float", "float | None"):
-            return float(value)
-    except ValueError:
-        wanted = "a number" if kind.startswith("float") else "a whole number"
-        raise SettingsError(f"{where}: must be {wanted}") from None
-    return Path(str(value)).expanduser() if kind == "Path | None" else str(value)
+def _kinds() -> dict[str, str]:
+    """The type of each setting, as it is written above."""
+    return {setting.name: str(setting.type) for setting in fields(Settings)}
 
 
 def _as_flag(name: str) -> str:

@@ -10,7 +10,8 @@ import pytest
 
 from launcher.cli import build_parser
 from launcher.errors import SettingsError
-from launcher.settings import Settings, default_cache_dir, default_run_dir, parse_size
+from launcher.setting_values import parse_size
+from launcher.settings import Settings, default_cache_dir, default_run_dir
 
 
 def settings_of(*arguments: str) -> Settings:

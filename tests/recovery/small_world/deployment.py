@@ -13,9 +13,9 @@ from launcher.errors import LauncherError
 from launcher.fronts import FrontPlan
 from launcher.hosts import Host, address_towards, parse_hosts
 from launcher.launchers.mpirun import find_mpirun
+from launcher.listeners import bind
 from launcher.logs import EventLog
 from launcher.run_dir import RunDir
-from launcher.serve import bind
 from launcher.stop_signals import StopSignals
 from launcher.supervisor import Supervisor
 from launcher.watch import SpareKind, adopt_orphans
