@@ -23,7 +23,7 @@ from engine.execution.kv_cache import (
 )
 from engine.execution.sampler import Sampler
 from engine.execution.stage import Stage, StageRunner
-from engine.kernels.bindings import Kernels, KernelsUnavailable, open_kernels
+from engine.kernels.bindings import Kernels, KernelsUnavailable, open_kernels, refused_amx
 from engine.kernels.quantization import Quantization
 from engine.kernels.stage import NativeStage, cache_head_dim
 from engine.models.config import ModelConfig
@@ -227,7 +227,10 @@ def _choose_kernels(settings: EngineSettings, device: torch.device) -> tuple[Ker
         if settings.kernels not in ("auto", "off"):
             raise ConfigurationError(str(reason)) from None
         return None, f"torch ({reason})"
-    return kernels, f"native kernels ({kernels.instruction_set}, {kernels.threads} threads)"
+    line = f"native kernels ({kernels.instruction_set}, {kernels.threads} threads)"
+    if settings.kernels == "auto" and (reason := refused_amx()) is not None:
+        line += f"; without AMX: {reason}"
+    return kernels, line
 
 
 def scheduler_limits(settings: EngineSettings, config: ModelConfig | HuggingFaceModel) -> SchedulerLimits:

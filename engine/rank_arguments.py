@@ -88,8 +88,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kernels",
         default=os.environ.get("PHALANX_KERNELS") or "auto",
-        help="instruction set of the native kernels (avx512_bf16, avx512, avx2, portable), auto for the best, off "
-        "for torch (default: PHALANX_KERNELS, else auto)",
+        help="instruction set of the native kernels (amx_bf16, avx512_bf16, avx512, avx2, portable), auto for the "
+        "best, off for torch (default: PHALANX_KERNELS, else auto)",
     )
     parser.add_argument(
         "--quantization",

@@ -13,3 +13,8 @@ def instruction_sets() -> list[str]:
         compile.build()
         bindings._library.cache_clear()
         return bindings.instruction_sets()
+
+
+def every_instruction_set() -> list[str]:
+    """And what is never chosen by itself: AMX without the processor."""
+    return [*instruction_sets(), *(["amx_emulated"] if bindings.runs("amx_emulated") else [])]

@@ -275,7 +275,7 @@ def open_kernels(threads: int, instruction_set: str = "auto") -> Kernels:
     available = instruction_sets()
     if instruction_set == "auto":
         instruction_set = available[0]
-    if instruction_set not in available:
+    if not library.phalanx_functions(instruction_set.encode()):
         raise KernelsUnavailable(
             f"--kernels {instruction_set} does not run on this machine; what does: {', '.join(available)}"
         )
@@ -283,12 +283,32 @@ def open_kernels(threads: int, instruction_set: str = "auto") -> Kernels:
 
 
 def instruction_sets() -> list[str]:
-    """What this machine can run, the best first. Raises KernelsUnavailable."""
+    """What this machine can run, the best first, without what is only for tests. Raises KernelsUnavailable."""
     library = _library()
     names: list[str] = []
     while (name := library.phalanx_instruction_set(len(names))) is not None:
         names.append(name.decode())
     return names
+
+
+def runs(instruction_set: str) -> bool:
+    """Whether it can be named, by `--kernels`. Raises KernelsUnavailable."""
+    return bool(_library().phalanx_functions(instruction_set.encode()))
+
+
+def survives_probe(instruction_set: str) -> bool:
+    """Whether a child process multiplies rightly with it, whatever the processor says of itself. Raises
+    KernelsUnavailable, and KeyError for one that this library does not have."""
+    survived: int = _library().phalanx_survives_probe(instruction_set.encode())
+    if survived < 0:
+        raise KeyError(instruction_set)
+    return bool(survived)
+
+
+def refused_amx() -> str | None:
+    """Why AMX is not used though the processor names it. Raises KernelsUnavailable."""
+    reason: bytes | None = _library().phalanx_amx_refused()
+    return None if reason is None else reason.decode()
 
 
 @cache
@@ -306,6 +326,8 @@ def _library() -> ctypes.CDLL:
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "phalanx_instruction_set": (c_char_p, [c_int64]),
         "phalanx_functions": (c_void_p, [c_char_p]),
+        "phalanx_amx_refused": (c_char_p, []),
+        "phalanx_survives_probe": (c_int64, [c_char_p]),
         "phalanx_open": (c_void_p, [c_int64]),
         "phalanx_close": (None, [c_void_p]),
         "phalanx_parts": (

@@ -25,6 +25,11 @@ _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 _X86 = {"avx2": ["-mavx2", "-mfma"], "avx512": _AVX512}
 _AVX512_BF16 = {"avx512_bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"]}
+_AMX = [*_AVX512_BF16["avx512_bf16"], "-DPHALANX_AMX"]
+_AMX_BF16 = {
+    "amx_bf16": [*_AMX, "-mamx-tile", "-mamx-bf16"],
+    "amx_emulated": [*_AMX, "-DPHALANX_AMX_EMULATED"],  # for tests on processors without
+}
 _TIMEOUT_S = 300
 
 
@@ -51,8 +56,13 @@ def build(library: Path = LIBRARY) -> None:
         if _accepts(compiler, _AVX512_BF16["avx512_bf16"]):
             instruction_sets |= _AVX512_BF16
             macros.append("-DPHALANX_AVX512_BF16")
+            if _accepts(compiler, _AMX_BF16["amx_bf16"]) and platform.system() == "Linux":
+                instruction_sets |= _AMX_BF16
+                macros.append("-DPHALANX_AMX_BF16")
     units = [("isa.cpp", name, [*flags, f"-DPHALANX_ISA={name}"]) for name, flags in instruction_sets.items()]
     units += [("dispatch.cpp", "dispatch", macros), ("threads.cpp", "threads", [])]
+    if "amx_bf16" in instruction_sets:
+        units.append(("amx_probe.cpp", "amx_probe", []))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         objects = [str(Path(folder, f"{name}.o")) for _, name, _ in units]
         commands = [

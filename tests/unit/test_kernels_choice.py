@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine.engine import ConfigurationError, EngineSettings, _choose_kernels
-from tests.native_kernels import instruction_sets
+from engine.kernels import bindings
+from tests.native_kernels import every_instruction_set, instruction_sets
 
 SETTINGS = EngineSettings(model_dir=Path("model"), shard_cache=Path("cache"))
 CPU = torch.device("cpu")
@@ -59,3 +60,18 @@ def test_a_library_that_was_not_built_says_how_to_build_it(monkeypatch: pytest.M
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="--kernels sse9 does not run on this machine"):
         _choose_kernels(replace(SETTINGS, kernels="sse9"), CPU)
+
+
+def test_amx_is_refused_where_a_child_that_tries_it_dies() -> None:
+    """Also on processors that have none: the child's first tile is an illegal instruction."""
+    if "amx_emulated" not in every_instruction_set():
+        pytest.skip("built without AMX, or on a processor without AVX-512 BF16")
+    assert bindings.survives_probe("amx_emulated")
+    assert bindings.survives_probe("amx_bf16") is bindings.runs("amx_bf16")
+    assert "amx_emulated" not in instruction_sets()
+
+
+def test_what_is_said_of_amx_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.engine.refused_amx", lambda: "a child process that tried it failed")
+    _, line = _choose_kernels(SETTINGS, CPU)
+    assert "without AMX: a child process that tried it failed" in line

@@ -9,12 +9,16 @@ from hypothesis import strategies as st
 
 from engine.kernels.bindings import Kernels, KernelsUnavailable, linear_struct, open_kernels
 from engine.kernels.packing import PANEL, Packer, pack, packed_shape
-from tests.native_kernels import instruction_sets
+from tests.native_kernels import every_instruction_set
 
-KERNELS = {(name, threads): open_kernels(threads, name) for name in instruction_sets() for threads in (1, 3)}
+KERNELS = {
+    (name, threads): open_kernels(threads, name) for name in every_instruction_set() for threads in (1, 3)
+}
 DTYPES = [torch.float32, torch.bfloat16]
 
-every_path = pytest.mark.parametrize("path", [(name, 1) for name in instruction_sets()], ids=lambda p: p[0])
+every_path = pytest.mark.parametrize(
+    "path", [(name, 1) for name in every_instruction_set()], ids=lambda p: p[0]
+)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 
 

@@ -17,11 +17,15 @@ from engine.kernels.quantization import (
     quantize,
     quantized_shape,
 )
-from tests.native_kernels import instruction_sets
+from tests.native_kernels import every_instruction_set
 
-KERNELS = {(name, threads): open_kernels(threads, name) for name in instruction_sets() for threads in (1, 3)}
+KERNELS = {
+    (name, threads): open_kernels(threads, name) for name in every_instruction_set() for threads in (1, 3)
+}
 BOTH = pytest.mark.parametrize("quantization", [Quantization.INT8, Quantization.INT4])
-every_path = pytest.mark.parametrize("path", [(name, 1) for name in instruction_sets()], ids=lambda p: p[0])
+every_path = pytest.mark.parametrize(
+    "path", [(name, 1) for name in every_instruction_set()], ids=lambda p: p[0]
+)
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:

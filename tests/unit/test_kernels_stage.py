@@ -21,7 +21,7 @@ from engine.models.families import Norms, QueryKeyNorm
 from engine.models.rope_config import RopeConfig
 from engine.models.sharding import RankShape, local_tensors, shard_world
 from engine.plan import Chunk, SequenceParams, StepPlan
-from tests.native_kernels import instruction_sets
+from tests.native_kernels import every_instruction_set
 
 CPU = torch.device("cpu")
 NUM_BLOCKS = 64
@@ -184,7 +184,7 @@ def _mixed_steps(
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("path", instruction_sets())
+@pytest.mark.parametrize("path", every_instruction_set())
 @pytest.mark.parametrize("name", CONFIGS)
 def test_stage_is_that_of_torch(name: str, path: str, tp: int) -> None:
     # The first rank's share: with two ranks, heads and columns are cut unevenly.
@@ -199,14 +199,14 @@ def test_stage_is_that_of_torch(name: str, path: str, tp: int) -> None:
         assert len(off) <= sent_elsewhere, (dtype, off)
 
 
-@pytest.mark.parametrize("path", instruction_sets())
+@pytest.mark.parametrize("path", every_instruction_set())
 def test_a_rank_may_hold_whole_experts(path: str) -> None:
     native = _mixed_steps("experts", torch.float32, path, 3, True)
     for key, expected in _mixed_steps("experts", torch.float32, None, 3, True).items():
         assert (native[key] - expected).abs().max() < 1e-4, key
 
 
-@pytest.mark.parametrize("path", instruction_sets())
+@pytest.mark.parametrize("path", every_instruction_set())
 def test_keys_that_an_earlier_rank_has_too_are_not_counted_again(path: str) -> None:
     native = _mixed_steps("projections", torch.float32, path, 2, rank=1)
     for key, expected in _mixed_steps("projections", torch.float32, None, 2, rank=1).items():
@@ -214,7 +214,7 @@ def test_keys_that_an_earlier_rank_has_too_are_not_counted_again(path: str) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("path", instruction_sets())
+@pytest.mark.parametrize("path", every_instruction_set())
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_token_has_the_same_bits_however_its_context_was_computed(
     name: str, path: str, dtype: torch.dtype

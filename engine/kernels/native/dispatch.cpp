@@ -2,6 +2,9 @@
 #include <string.h>
 
 #include "kernels.h"
+#ifdef PHALANX_AMX_BF16
+#include "amx_probe.h"
+#endif
 
 namespace portable { extern const Functions functions; }
 #ifdef PHALANX_X86
@@ -9,6 +12,10 @@ namespace avx2 { extern const Functions functions; }
 namespace avx512 { extern const Functions functions; }
 #ifdef PHALANX_AVX512_BF16
 namespace avx512_bf16 { extern const Functions functions; }
+#endif
+#ifdef PHALANX_AMX_BF16
+namespace amx_bf16 { extern const Functions functions; }
+namespace amx_emulated { extern const Functions functions; }
 #endif
 #endif
 
@@ -18,18 +25,41 @@ struct InstructionSet {
     const char *name;
     const Functions *functions;
     bool (*runs_here)();
+    bool is_chosen = true;  // without being named
 };
+
+#ifdef PHALANX_AVX512_BF16
+bool has_avx512_bf16() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+#ifdef PHALANX_AMX_BF16
+enum Amx { AMX_NONE = 0, AMX_WORKS = 1, AMX_FORBIDDEN = 2, AMX_FAULTY = 3 };
+
+Amx find_amx() {
+    if (!has_avx512_bf16() || !amx_is_promised()) return AMX_NONE;
+    if (!amx_is_permitted()) return AMX_FORBIDDEN;
+    return survives_probe(&amx_bf16::functions) ? AMX_WORKS : AMX_FAULTY;
+}
+
+Amx amx() {
+    static const Amx found = find_amx();
+    return found;
+}
+#endif
 
 const InstructionSet INSTRUCTION_SETS[] = {
 // The best first.
 #ifdef PHALANX_X86
+#ifdef PHALANX_AMX_BF16
+    {"amx_bf16", &amx_bf16::functions, [] { return amx() == AMX_WORKS; }},
+    {"amx_emulated", &amx_emulated::functions, has_avx512_bf16, false},
+#endif
 #ifdef PHALANX_AVX512_BF16
-    {"avx512_bf16", &avx512_bf16::functions,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-     }},
+    {"avx512_bf16", &avx512_bf16::functions, has_avx512_bf16},
 #endif
     {"avx512", &avx512::functions,
      [] {
@@ -53,8 +83,28 @@ EXPORT const char *phalanx_source_hash() { return PHALANX_SOURCE_HASH; }
 // Name of the index-th best instruction set that runs on this machine, or null.
 EXPORT const char *phalanx_instruction_set(int64_t index) {
     for (const InstructionSet &set : INSTRUCTION_SETS)
-        if (set.runs_here() && index-- == 0) return set.name;
+        if (set.is_chosen && set.runs_here() && index-- == 0) return set.name;
     return nullptr;
+}
+
+// Why AMX is not used though the processor names it, or null.
+EXPORT const char *phalanx_amx_refused() {
+#ifdef PHALANX_AMX_BF16
+    if (amx() == AMX_FORBIDDEN) return "the kernel does not let this process use it";
+    if (amx() == AMX_FAULTY) return "a child process that tried it failed";
+#endif
+    return nullptr;
+}
+
+// Whether a child process multiplies rightly with this instruction set, whatever the processor says of itself: 1, 0, or
+// -1 for one that is unknown.
+EXPORT int64_t phalanx_survives_probe(const char *name) {
+    (void)name;
+#ifdef PHALANX_AMX_BF16
+    for (const InstructionSet &set : INSTRUCTION_SETS)
+        if (strcmp(set.name, name) == 0) return survives_probe(set.functions);
+#endif
+    return -1;
 }
 
 // The functions of an instruction set, or null if it is unknown or does not run here.

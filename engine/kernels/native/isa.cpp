@@ -5,6 +5,10 @@
 #include "experts.h"
 #include "shared.h"
 
+#ifdef PHALANX_AMX
+namespace avx512_bf16 { extern const Functions functions; }
+#endif
+
 namespace PHALANX_ISA {
 namespace {
 
@@ -116,9 +120,22 @@ void mlp_half(Context *context, const Stage &stage, const Layer &layer, int64_t 
     }
 }
 
+// Tiles are for bfloat16 alone. Another format's functions are those of the instruction set below, whole; null: here.
+INLINE const Functions *elsewhere(int64_t format) {
+#ifdef PHALANX_AMX
+    return format == FORMAT_BFLOAT16 ? nullptr : &avx512_bf16::functions;
+#else
+    (void)format;
+    return nullptr;
+#endif
+}
+
 // Calls `body` with an object of the format's type.
 template <class Body>
 INLINE void with_format(int64_t format, const Body &body) {
+#ifdef PHALANX_AMX
+    return body(BFloat16{});
+#endif
     switch (format) {
         case FORMAT_FLOAT32: return body(Float32{});
         case FORMAT_BFLOAT16: return body(BFloat16{});
@@ -127,9 +144,19 @@ INLINE void with_format(int64_t format, const Body &body) {
     }
 }
 
+// What the index-th part's weights are kept in; behind the last one there are none.
+int64_t format_of(const Stage *stage, int64_t index) {
+    if (index == stage->parts * stage->num_layers) return FORMAT_BFLOAT16;
+    const Layer &layer = stage->layers[index / stage->parts];
+    if (index % stage->parts != stage->parts - 1) return layer.qkv.format;
+    return layer.experts == nullptr ? layer.gate_up.format : layer.experts->gate_ups[0].format;
+}
+
 void part(Context *context, const Stage *stage, const Step *step, int64_t index, float *hidden, const float *delta,
           float *partial) {
     const int64_t parts = stage->parts, mlp_part = parts - 1;
+    if (const Functions *other = elsewhere(format_of(stage, index)))
+        return other->part(context, stage, step, index, hidden, delta, partial);
     const bool has_projections = index > 0 && is_projection(stage, index - 1);
     if (delta != nullptr && !has_projections) {
         const Layer &before = stage->layers[(index - 1) / parts];
@@ -143,8 +170,7 @@ void part(Context *context, const Stage *stage, const Step *step, int64_t index,
     const Layer &layer = stage->layers[index / parts];
     const bool is_attention = index % parts != mlp_part;
     const int64_t num_rows = step->num_tokens;
-    const Linear &mlp = layer.experts == nullptr ? layer.gate_up : layer.experts->gate_ups[0];
-    with_format((is_attention ? layer.qkv : mlp).format, [&](auto format) {
+    with_format(format_of(stage, index), [&](auto format) {
         typedef decltype(format) L;
         typedef std::conditional_t<std::is_same_v<L, Float32>, Float32, BFloat16> F;
         if (is_attention) {
@@ -166,12 +192,16 @@ void part(Context *context, const Stage *stage, const Step *step, int64_t index,
 
 void any_linear(Context *context, const Linear *layer, const float *x, int64_t num_rows, float *out,
                 int64_t out_stride) {
+    if (const Functions *other = elsewhere(layer->format))
+        return other->linear(context, layer, x, num_rows, out, out_stride);
     with_format(layer->format,
                 [&](auto format) { linear<decltype(format)>(context, layer, x, num_rows, out, out_stride); });
 }
 
 void any_embed(Context *context, const Linear *table, const int64_t *ids, int64_t num_ids, int64_t first_id,
                float multiplier, float *out) {
+    if (const Functions *other = elsewhere(table->format))
+        return other->embed(context, table, ids, num_ids, first_id, multiplier, out);
     with_format(table->format, [&](auto format) {
         embed<decltype(format)>(context, table, ids, num_ids, first_id, multiplier, out);
     });
@@ -179,6 +209,8 @@ void any_embed(Context *context, const Linear *table, const int64_t *ids, int64_
 
 void any_logits(Context *context, const Linear *head, const float *hidden, int64_t num_rows, const float *norm_weight,
                 float eps, float divisor, float soft_cap, float *out) {
+    if (const Functions *other = elsewhere(head->format))
+        return other->logits(context, head, hidden, num_rows, norm_weight, eps, divisor, soft_cap, out);
     with_format(head->format, [&](auto format) {
         logits<decltype(format)>(context, head, hidden, num_rows, norm_weight, eps, divisor, soft_cap, out);
     });
@@ -186,6 +218,8 @@ void any_logits(Context *context, const Linear *head, const float *hidden, int64
 
 void any_greatest(Context *context, const Linear *head, const float *hidden, int64_t num_rows,
                   const float *norm_weight, float eps, float divisor, float soft_cap, float *values, int64_t *ids) {
+    if (const Functions *other = elsewhere(head->format))
+        return other->greatest(context, head, hidden, num_rows, norm_weight, eps, divisor, soft_cap, values, ids);
     with_format(head->format, [&](auto format) {
         greatest<decltype(format)>(context, head, hidden, num_rows, norm_weight, eps, divisor, soft_cap, values, ids);
     });

@@ -3,8 +3,13 @@
 // the work was cut.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "quantized.h"
+#ifdef PHALANX_AMX
+#include "amx.h"
+#endif
 
 namespace PHALANX_ISA {
 namespace {
@@ -37,9 +42,16 @@ struct Output {
 
 // Rows and panels of a tile, by format: as many sums as there are registers for. Few rows times many panels wait least
 // for what they multiply; whole numbers of a quantized panel are made once for all rows, so that many rows pay.
+#if defined(PHALANX_AMX)
+template <class F>
+constexpr bool BY_TILES = std::is_same_v<F, BFloat16>;
+#else
+template <class F>
+constexpr bool BY_TILES = false;
+#endif
 #if defined(__AVX512F__)
 template <class F>
-constexpr int MOST_ROWS = F::QUANTIZED ? 12 : 6;
+constexpr int MOST_ROWS = BY_TILES<F> ? 32 : F::QUANTIZED ? 12 : 6;
 constexpr int WIDE_ROWS = 6, WIDE = 4, NARROW = 2;
 #else
 template <class F>
@@ -158,6 +170,18 @@ template <class F>
 INLINE void multiply_tile(const typename F::X *x, int64_t x_stride, int64_t num_rows,
                           const typename F::Element *const *panels, int64_t num_panels, int64_t num_steps,
                           Output &output) {
+#if defined(PHALANX_AMX)
+    if constexpr (BY_TILES<F>) {
+        multiply_by_tiles(x, x_stride, num_rows, panels, num_panels, num_steps,
+                          [&](int64_t row, int64_t panel, vec sums) INLINE_LAMBDA {
+                              write_sums(output, row, panel * PANEL, sums);
+                          });
+        output.to += num_panels * PANEL;
+        output.columns -= num_panels * PANEL;
+        if (output.bias != nullptr) output.bias += num_panels * PANEL;
+        return;
+    }
+#endif
     const int64_t width = num_rows <= WIDE_ROWS ? WIDE : NARROW;
     int64_t panel = 0;
     while (panel < num_panels) {
