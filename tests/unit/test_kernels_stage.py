@@ -243,7 +243,7 @@ def test_a_token_has_the_same_bits_however_its_context_was_computed(
         assert torch.equal(crowded.results[1, position], expected), f"in company, position {position}"
 
 
-@pytest.mark.parametrize("path", instruction_sets())
+@pytest.mark.parametrize("path", every_instruction_set())
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rows_that_nobody_looks_at_change_no_bit_of_the_others(name: str, path: str) -> None:
     # Chunks that end at odd and even places, beside decoding; then decoding on what they left in the cache.

@@ -93,8 +93,8 @@ INLINE void multiply_by_tiles(const uint16_t *x, int64_t x_stride, int64_t num_r
     configure_tiles(num_rows);
     for (int64_t panel = 0; panel < num_panels; panel += PAIRED) {
         const bool pair = panel + 1 < num_panels;
-        if (num_rows <= AMX_ROWS) (pair ? sum_tiles<1, 2> : sum_tiles<1, 1>)(x, x_stride, num_rows, panels + panel, num_steps, sums);
-        else (pair ? sum_tiles<2, 2> : sum_tiles<2, 1>)(x, x_stride, num_rows, panels + panel, num_steps, sums);
+        const auto few = pair ? sum_tiles<1, 2> : sum_tiles<1, 1>, many = pair ? sum_tiles<2, 2> : sum_tiles<2, 1>;
+        (num_rows <= AMX_ROWS ? few : many)(x, x_stride, num_rows, panels + panel, num_steps, sums);
         for (int64_t row = 0; row < num_rows; ++row)
             for (int64_t p = 0; p < 1 + pair; ++p) write(row, panel + p, load(sums + (row * PAIRED + p) * PANEL));
     }
