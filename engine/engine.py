@@ -228,8 +228,8 @@ def _choose_kernels(settings: EngineSettings, device: torch.device) -> tuple[Ker
             raise ConfigurationError(str(reason)) from None
         return None, f"torch ({reason})"
     line = f"native kernels ({kernels.instruction_set}, {kernels.threads} threads)"
-    if settings.kernels == "auto" and (reason := refused_amx()) is not None:
-        line += f"; without AMX: {reason}"
+    if settings.kernels == "auto" and (refused := refused_amx()) is not None:
+        line += f"; without AMX: {refused}"
     return kernels, line
 
 
