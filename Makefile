@@ -88,6 +88,7 @@ bench: $(READY_TEST)
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.quantization
 	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.tensor_parallel
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.deterministic
 	$(BIN)/python -m benchmarks.journal

@@ -155,6 +155,13 @@ class Faults:
         group = world.tensor_group
         if getattr(group, "size", 1) > 1:
             group.reduced = self._skippable(group.reduced, lambda partial: partial.float())
+            shared_sums = group.shared_sums
+
+            def on_shared_sums(count: int) -> Any:
+                return None if self._stops_at_collectives() else shared_sums(count)
+
+            # Native code takes sums without a look at this: where one of them is meant, Python takes them all.
+            group.shared_sums = on_shared_sums
         if world.next_stage is not None:
             world.next_stage.send = self._skippable(world.next_stage.send, lambda *_: None)
 
@@ -185,6 +192,12 @@ class Faults:
             return True
         token = int(conditions["token"])
         return token in plan.decode_tokens or any(token in chunk.token_ids for chunk in plan.chunks)
+
+    def _stops_at_collectives(self) -> bool:
+        """Whether something may happen to a collective of this step."""
+        return self._skips_next or any(
+            "collective" in spec.conditions and self._is_of_step(spec.conditions) for spec in self._specs
+        )
 
     def _mine(self, text: str) -> list[FaultSpec]:
         return [spec for spec in parse_faults(text) if spec.is_for(self._rank, self._epoch)]

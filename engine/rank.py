@@ -102,7 +102,7 @@ def _run(
     if gate.kind is SpareKind.WARM:
         _park(page, gate)
     page.enter(Phase.JOINING)
-    world = join_world(arguments.tp, arguments.pp, cuda, page.collective)
+    world = join_world(arguments.tp, arguments.pp, cuda, page.collective, page.collective_words())
     torch.set_num_threads(arguments.threads or _default_threads(world.local_size))
     page.enter(Phase.LOADING)
     settings = EngineSettings(

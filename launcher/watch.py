@@ -149,6 +149,12 @@ class ProgressPage:
         self._words[self._COLLECTIVE] += 1
         self._stamp()
 
+    def collective_words(self) -> tuple[int, int]:
+        """Addresses for native code that does what `collective` does: of the count, and of the time of the last write
+        (CLOCK_MONOTONIC, ns), which is written second. The page cannot be closed any more."""
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        return address + 8 * self._COLLECTIVE, address + 8 * self._STAMP
+
     def load(self, done_bytes: int, total_bytes: int) -> None:
         """Weights in place so far, in bytes."""
         self._words[self._LOAD_TOTAL] = total_bytes

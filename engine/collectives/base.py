@@ -6,10 +6,22 @@ guards see a death within milliseconds and kill every rank, so no wait here outl
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from engine.kernels.bindings import SharedSum
+
+
+class SharedSums(Protocol):
+    """Sums that native code takes, on ranks that share memory."""
+
+    def drive(self, work: Callable[[SharedSum], bool]) -> None:
+        """Calls `work` until it says that it is done, and does in between what a rank that waits has to do."""
+        ...
 
 
 class TensorGroup(Protocol):
@@ -25,6 +37,11 @@ class TensorGroup(Protocol):
     def reduced(self, partial: torch.Tensor) -> torch.Tensor:
         """The sum of `partial` over the ranks, float32 and the same on every rank. `partial`, in any float type
         and the same shape everywhere, may be overwritten, and the result may be its memory."""
+        ...
+
+    def shared_sums(self, count: int) -> SharedSums | None:
+        """What native code may use to take sums of `count` elements by itself, with the bits that `reduced` gives;
+        the other ranks may call `reduced`. None: there is no such way."""
         ...
 
     def sum_in_rank_order(self) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from engine.collectives.shared_memory import SharedMemorySums
+from engine.collectives.shared_memory import CAPACITY, SharedMemorySums
 from engine.world import Coordinates, World
 
 PLAN_HEAD_INTS = 256
@@ -50,9 +50,16 @@ def library_version() -> str:
     return " ".join(words[0].split()) if words else ""
 
 
-def join_world(tp: int, pp: int, cuda: bool = False, on_collective: Callable[[], None] = _no_sign) -> World:
+def join_world(
+    tp: int,
+    pp: int,
+    cuda: bool = False,
+    on_collective: Callable[[], None] = _no_sign,
+    progress_words: tuple[int, int] | None = None,
+) -> World:
     """Joins the MPI job that this process was started in. Every rank calls it once. `on_collective` is called
-    before each transfer of tensors, as a sign of progress.
+    before each transfer of tensors, as a sign of progress; where native code begins them it counts them itself, in
+    `progress_words`: see SharedSum.show_progress_at.
 
     Raises WorldShapeError, on every rank, if the job does not have `tp * pp` ranks.
     """
@@ -74,7 +81,7 @@ def join_world(tp: int, pp: int, cuda: bool = False, on_collective: Callable[[],
 
         tensor_group, previous_stage, next_stage = join_nccl(at, everyone, host.Get_rank())
     else:
-        tensor_group = MpiTensorGroup(group, on_collective) if tp > 1 else SingleRankGroup()
+        tensor_group = MpiTensorGroup(group, on_collective, progress_words) if tp > 1 else SingleRankGroup()
         previous_stage = None if at.is_first_stage else MpiLink(pipeline, at.pp_rank - 1, on_collective)
         next_stage = None if at.is_last_stage else MpiLink(pipeline, at.pp_rank + 1, on_collective)
     return World(
@@ -99,6 +106,9 @@ class SingleRankGroup:
     def reduced(self, partial: torch.Tensor) -> torch.Tensor:
         return partial.float()
 
+    def shared_sums(self, count: int) -> None:
+        return None
+
     def sum_in_rank_order(self) -> None:
         return
 
@@ -112,7 +122,9 @@ class SingleRankGroup:
 class MpiTensorGroup:
     """Sums in float32 whatever the model's type: MPI has no bfloat16, and partial sums deserve the bits."""
 
-    def __init__(self, comm: MPI.Comm, on_collective: Callable[[], None]) -> None:
+    def __init__(
+        self, comm: MPI.Comm, on_collective: Callable[[], None], progress_words: tuple[int, int] | None
+    ) -> None:
         self._comm = comm
         self._on_collective = on_collective
         self._ends = comm.Dup()
@@ -121,6 +133,8 @@ class MpiTensorGroup:
         self._rank = comm.Get_rank()
         self._in_rank_order = False
         self._shared = SharedMemorySums.join(comm)
+        if self._shared is not None and progress_words is not None:
+            self._shared.show_progress_at(*progress_words)
 
     def add_reduced(self, total: torch.Tensor, partial: torch.Tensor) -> None:
         total.add_(self.reduced(partial))
@@ -136,6 +150,9 @@ class MpiTensorGroup:
             return self._summed_in_rank_order(partial)
         self._comm.Allreduce(MPI.IN_PLACE, partial.numpy(), MPI.SUM)
         return partial
+
+    def shared_sums(self, count: int) -> SharedMemorySums | None:
+        return self._shared if count <= CAPACITY else None
 
     def sum_in_rank_order(self) -> None:
         # MPI picks an algorithm by size, and with it an order. Two addends commute, bit for bit.

@@ -52,6 +52,9 @@ class NcclTensorGroup:
         dist.all_reduce(partial, group=self._group)
         return partial
 
+    def shared_sums(self, count: int) -> None:
+        return None
+
     def sum_in_rank_order(self) -> None:
         raise NotImplementedError("deterministic worlds run on CPUs")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -17,8 +18,8 @@ from mpi4py import MPI
 
 from engine.kernels.bindings import KernelsUnavailable, SharedSum
 
-CAPACITY = 2**16
-"""Elements of a buffer (256 KiB), which with those of the others stays in the second-level cache. Longer sums go in
+CAPACITY = 2**22
+"""Elements of a buffer. Of these 16 MiB only what sums have needed is ever touched, and so there. Longer sums go in
 pieces."""
 
 _SPIN_S = 0.02
@@ -73,6 +74,21 @@ class SharedMemorySums:
         with suppress(KernelsUnavailable):
             sums = cls(comm, mapped, comm.Get_size() > len(os.sched_getaffinity(0)))
         return sums if _all_agree(comm, sums is not None) else None
+
+    @property
+    def waited_s(self) -> float:
+        """See SharedSum."""
+        return self._sums.waited_s
+
+    def show_progress_at(self, begun: int, begun_at_ns: int) -> None:
+        """See SharedSum."""
+        self._sums.show_progress_at(begun, begun_at_ns)
+
+    def drive(self, work: Callable[[SharedSum], bool]) -> None:
+        """Calls native work that sums by itself until it is done: it comes back early where ranks keep it waiting."""
+        self._waiting_since = 0.0
+        while not work(self._sums):
+            self._meanwhile()
 
     def sum(self, data: torch.Tensor) -> None:
         """Replaces contiguous float32 `data` by the sum over the ranks, in their order."""

@@ -123,6 +123,10 @@ class SharedSumStruct(ctypes.Structure):
         ("round", c_int64),
         ("phase", c_int64),
         ("done", c_int64),
+        ("parts_done", c_int64),
+        ("begun", c_void_p),
+        ("begun_at_ns", c_void_p),
+        ("waited_ns", c_int64),
     ]
 
 
@@ -138,9 +142,17 @@ class SharedSum:
         library = _library()
         self._call = library.phalanx_sum_shared
         self._functions = library.phalanx_functions(instruction_sets()[0].encode())
-        self._struct = SharedSumStruct(
-            address, rank, size, self.segment_bytes(capacity), capacity, crowded, 0, 0, 0
-        )
+        self.struct = SharedSumStruct(address, rank, size, self.segment_bytes(capacity), capacity, crowded)
+
+    @property
+    def waited_s(self) -> float:
+        """How long `Kernels.summed_parts` has waited for other ranks so far."""
+        return float(self.struct.waited_ns / 1e9)
+
+    def show_progress_at(self, begun: int, begun_at_ns: int) -> None:
+        """Addresses of two words of 64 bits, which outlive this: to the first `Kernels.summed_parts` adds each sum
+        as it begins, and into the other it writes when that was (CLOCK_MONOTONIC, ns)."""
+        self.struct.begun, self.struct.begun_at_ns = begun, begun_at_ns
 
     @classmethod
     def segment_bytes(cls, capacity: int) -> int:
@@ -151,7 +163,7 @@ class SharedSum:
         """Replaces float32 `data`, which is contiguous and as large on every rank, by the sum over the ranks, taken
         in their order. Waits for all of them, and calls `meanwhile` from time to time as long as it does."""
         address, count = data.data_ptr(), data.numel()
-        while self._call(self._functions, byref(self._struct), address, count):
+        while self._call(self._functions, byref(self.struct), address, count):
             meanwhile()
 
 
@@ -187,6 +199,29 @@ class Kernels:
             self._functions, self._context, byref(stage), byref(step), begin, end,
             hidden.data_ptr(), None if delta is None else delta.data_ptr(), partial.data_ptr(),
         )  # fmt: skip
+
+    def summed_parts(
+        self,
+        stage: StageStruct,
+        step: StepStruct,
+        begin: int,
+        end: int,
+        sums: SharedSum,
+        hidden: torch.Tensor,
+    ) -> bool:
+        """Parts `begin` to `end` - 1 with the sums over the ranks, in `hidden` `[num_tokens, hidden_size]` float32,
+        which has at most `capacity` elements. False: other ranks kept it waiting; call it again until it is True."""
+        left: int = self._library.phalanx_summed_parts(
+            self._functions,
+            self._context,
+            byref(stage),
+            byref(step),
+            begin,
+            end,
+            byref(sums.struct),
+            hidden.data_ptr(),
+        )
+        return left == 0
 
     def linear(self, linear: LinearStruct, x: torch.Tensor) -> torch.Tensor:
         """`x` `[num_rows, num_inputs]` float32 to `[num_rows, num_outputs]` float32."""
@@ -352,6 +387,7 @@ def _library() -> ctypes.CDLL:
             [*[c_void_p] * 4, c_int64, c_void_p, c_float, c_float, c_float, c_void_p, c_void_p],
         ),
         "phalanx_sum_shared": (c_int64, [c_void_p, c_void_p, c_void_p, c_int64]),
+        "phalanx_summed_parts": (c_int64, [*[c_void_p] * 4, c_int64, c_int64, c_void_p, c_void_p]),
     }  # fmt: skip
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

@@ -1,8 +1,8 @@
 """A pipeline stage computed by the native kernels: the counterpart of `engine.models.decoder.DecoderStage`.
 
 Called by the stage runner. Python hands over pointers once when the stage is built; a step is then one native
-call for each part of a layer (attention, MLP), with the sum over the ranks between two, or one call for all of
-them where there is nobody to sum with.
+call, also where ranks sum through memory that they share; where MPI takes the sums, one for each part of a layer
+(attention, MLP), with the sum between two.
 """
 
 from __future__ import annotations
@@ -133,9 +133,13 @@ class NativeStage:
         what is computed of that part, too."""
         run, stage, after = self._kernels.parts, self._stage, after or step
         first, last = stage.parts * begin, stage.parts * end
+        sums = self._group.shared_sums(hidden.numel())
         partial = torch.empty_like(hidden)
         delta = None
-        if self._group.size == 1:
+        if sums is not None:
+            # What the last of them brings is added, too.
+            sums.drive(lambda shared: self._kernels.summed_parts(stage, step, first, last, shared, hidden))
+        elif self._group.size == 1:
             if first < last:
                 run(stage, step, first, last, hidden, None, partial)
                 delta = partial

@@ -126,7 +126,7 @@ def test_a_skipped_collective_is_skipped_once() -> None:
         summed.append(partial)
         return partial
 
-    group = SimpleNamespace(size=2, reduced=reduced)
+    group = SimpleNamespace(size=2, reduced=reduced, shared_sums=lambda count: None)
     control = SimpleNamespace(broadcast_plan=lambda plan: None)
     world = SimpleNamespace(tensor_group=group, control=control, next_stage=None)
     partial = SimpleNamespace(float=lambda: "not summed")
@@ -135,6 +135,22 @@ def test_a_skipped_collective_is_skipped_once() -> None:
     assert runner.run(plan(1)) == [partial] * 3
     assert runner.run(plan(2)) == ["not summed", partial, partial]
     assert len(summed) == 5
+
+
+def test_python_takes_the_sums_of_steps_that_a_fault_is_meant_for() -> None:
+    sums = object()
+    group = SimpleNamespace(size=2, reduced=lambda partial: partial, shared_sums=lambda count: sums)
+    control = SimpleNamespace(broadcast_plan=lambda plan: None)
+    world = SimpleNamespace(tensor_group=group, control=control, next_stage=None)
+    runner = SimpleNamespace(run=lambda plan: group.shared_sums(576))
+    Faults(
+        "hang collective=100 step=2; skip step=3; print=here step=4; kill rank=1 collective=1", 0, 1
+    ).watch_engine(world, runner)
+    assert runner.run(plan(1)) is sums
+    assert runner.run(plan(2)) is None
+    assert runner.run(plan(3)) is None
+    group.reduced(SimpleNamespace(float=lambda: "not summed"))
+    assert runner.run(plan(4)) is sums
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.collectives.base import TensorGroup
 from engine.collectives.mpi import SingleRankGroup
 from engine.execution.batch import SequenceTable
 from engine.execution.kv_cache import BLOCK_SIZE, KVCache
@@ -94,11 +95,12 @@ class Served:
         tp: int = 1,
         expert_parallel: bool = False,
         rank: int = 0,
+        group: TensorGroup | None = None,
     ) -> None:
         self.config = config
         shape = shard_world(config, tp, 1, expert_parallel)[0][rank]
         weights = _weights(config, shape, dtype)
-        group = SingleRankGroup()
+        group = SingleRankGroup() if group is None else group
         self.stage: DecoderStage | NativeStage
         head_dim = config.head_dim
         if path is None:

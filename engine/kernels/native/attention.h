@@ -73,6 +73,7 @@ INLINE void add_values_of_rows(int64_t num_rows, const typename F::X *weights, i
     };
     while (row + MOST <= num_rows) add(std::integral_constant<int, MOST>());
     if (row + 3 <= num_rows) add(std::integral_constant<int, 3>());
+    if (row + 2 <= num_rows) add(std::integral_constant<int, 2>());
     while (row < num_rows) add(std::integral_constant<int, 1>());
 }
 

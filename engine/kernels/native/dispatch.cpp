@@ -154,4 +154,9 @@ EXPORT int64_t phalanx_sum_shared(const Functions *functions, SharedSum *shared,
     return functions->sum_shared(shared, data, count);
 }
 
+EXPORT int64_t phalanx_summed_parts(const Functions *functions, Context *context, const Stage *stage, const Step *step,
+                                     int64_t begin, int64_t end, SharedSum *shared, float *hidden) {
+    return functions->summed_parts(context, stage, step, begin, end, shared, hidden);
+}
+
 }  // extern "C"

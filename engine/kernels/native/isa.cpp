@@ -190,6 +190,14 @@ void part(Context *context, const Stage *stage, const Step *step, int64_t index,
     });
 }
 
+}  // namespace
+}  // namespace PHALANX_ISA
+
+#include "summed.h"
+
+namespace PHALANX_ISA {
+namespace {
+
 void any_linear(Context *context, const Linear *layer, const float *x, int64_t num_rows, float *out,
                 int64_t out_stride) {
     if (const Functions *other = elsewhere(layer->format))
@@ -228,6 +236,7 @@ void any_greatest(Context *context, const Linear *head, const float *hidden, int
 }  // namespace
 
 extern const Functions functions;
-const Functions functions = {part, any_linear, norm, any_embed, any_logits, any_greatest, sum_shared};
+const Functions functions = {part, any_linear, norm, any_embed, any_logits, any_greatest, sum_shared,
+                             summed_parts};
 
 }  // namespace PHALANX_ISA

@@ -100,6 +100,10 @@ struct SharedSum {
     int64_t crowded;        // more ranks than cores: who waits gives its core away
     uint64_t round;         // of this rank; this and what follows is 0 at first
     int64_t phase, done;    // of a sum that has begun
+    int64_t parts_done;     // by summed_parts, which has begun the next
+    int64_t *begun;         // words that another process reads, or null: summed_parts counts the sums that it begins,
+    int64_t *begun_at_ns;   // and says when the last one was (CLOCK_MONOTONIC)
+    int64_t waited_ns;      // by summed_parts for other ranks, all in all
 };
 
 struct Context;  // threads and scratch memory
@@ -128,6 +132,11 @@ struct Functions {
     // data = the sum of all ranks' data. Every rank calls it with as many elements, from one thread, and again with
     // the same until it returns 0: elements that are left when others kept it waiting.
     int64_t (*sum_shared)(SharedSum *, float *data, int64_t count);
+    // Parts [begin, end) of a stage, with the sums over the ranks. Every rank calls it with the same step, and again until it
+    // returns 0: others kept it waiting. num_tokens * hidden_size is at most the capacity. A rank may as well call
+    // `part` and `sum_shared` in turn: the others do not see the difference.
+    int64_t (*summed_parts)(Context *, const Stage *, const Step *, int64_t begin, int64_t end, SharedSum *,
+                            float *hidden);
 };
 
 static inline bool is_projection(const Stage *stage, int64_t part) {
@@ -146,6 +155,7 @@ int64_t num_threads(const Context *);
 enum Scratch {
     SCRATCH_X, SCRATCH_PROJECTED, SCRATCH_QUERIES, SCRATCH_GATED, SCRATCH_TASKS, SCRATCH_THREADS,
     SCRATCH_ROUTED_BY, SCRATCH_SENT, SCRATCH_SAID, SCRATCH_CHOSEN, SCRATCH_ROUTES, SCRATCH_STARTS, SCRATCH_BEST,
+    SCRATCH_SUM,
     SCRATCHES
 };
 // At least `bytes` of memory at a multiple of 64, whose content is undefined. Ends the process if there is none.

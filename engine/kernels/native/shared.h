@@ -19,10 +19,12 @@ INLINE std::atomic<uint64_t> &word(const SharedSum &shared, int64_t rank, int64_
     return *reinterpret_cast<std::atomic<uint64_t> *>(shared.memory + rank * shared.segment_bytes + which * 64);
 }
 
-INLINE float *buffer(const SharedSum &shared, int64_t rank) {
+INLINE float *buffer_of(const SharedSum &shared, int64_t rank, uint64_t round) {
     char *buffers = shared.memory + rank * shared.segment_bytes + SEGMENT_HEAD;
-    return reinterpret_cast<float *>(buffers) + (shared.round % 2) * shared.capacity;
+    return reinterpret_cast<float *>(buffers) + (round % 2) * shared.capacity;
 }
+
+INLINE float *buffer(const SharedSum &shared, int64_t rank) { return buffer_of(shared, rank, shared.round); }
 
 // Whether every rank has come to this round. False after a while: the caller has more to do than to wait.
 INLINE bool all_came(const SharedSum &shared, int64_t which) {
@@ -37,12 +39,57 @@ INLINE bool all_came(const SharedSum &shared, int64_t which) {
     return true;
 }
 
+INLINE vec of_all_ranks(const SharedSum &shared, int64_t i, int64_t end) {
+    vec total = load_some(buffer(shared, 0) + i, end - i);
+    for (int64_t rank = 1; rank < shared.size; ++rank) total = total + load_some(buffer(shared, rank) + i, end - i);
+    return total;
+}
+
+// Elements [begin, end) of the sum, to `to` and on.
 INLINE void add_ranks(const SharedSum &shared, int64_t begin, int64_t end, float *to) {
-    for (int64_t i = begin; i < end; i += LANES) {
-        vec total = load_some(buffer(shared, 0) + i, end - i);
-        for (int64_t rank = 1; rank < shared.size; ++rank)
-            total = total + load_some(buffer(shared, rank) + i, end - i);
-        store_some(to + i, total, end - i);
+    for (int64_t i = begin; i < end; i += LANES) store_some(to + (i - begin), of_all_ranks(shared, i, end), end - i);
+}
+
+// How `count` elements are shared out where more than two ranks sum a share each.
+struct Shares {
+    int64_t count, share;
+    bool are_cut;
+
+    INLINE Shares(const SharedSum &shared, int64_t count)
+        : count(count), share(padded((count + shared.size - 1) / shared.size)),
+          are_cut(shared.size > 2 && count >= SHARED_OUT_FROM) {}
+    INLINE int64_t end(int64_t rank) const { return (rank + 1) * share < count ? (rank + 1) * share : count; }
+};
+
+// This rank's part of the next round is in its buffer.
+INLINE void publish(SharedSum &shared) {
+    ++shared.round;
+    word(shared, shared.rank, 0).store(shared.round, std::memory_order_release);
+    shared.phase = 1;
+}
+
+// Whether what is to be added up can be read: all buffers, or of each its rank's share of the sum. False after a while.
+// Who has come here has read all of the round before, so that its buffers may be written in the next.
+INLINE bool gathered(SharedSum &shared, const Shares &shares) {
+    if (shared.phase == 1) {
+        if (!all_came(shared, 0)) return false;
+        if (!shares.are_cut) return true;
+        // Nobody else reads this rank's share of any buffer before it is summed.
+        add_ranks(shared, shared.rank * shares.share, shares.end(shared.rank),
+                  buffer(shared, shared.rank) + shared.rank * shares.share);
+        word(shared, shared.rank, 1).store(shared.round, std::memory_order_release);
+        shared.phase = 2;
+    }
+    return all_came(shared, 1);
+}
+
+// Elements [begin, end) of the sum, once they are gathered, to `to`.
+INLINE void take_sum(const SharedSum &shared, const Shares &shares, int64_t begin, int64_t end, float *to) {
+    if (!shares.are_cut) return add_ranks(shared, begin, end, to);
+    for (int64_t rank = begin / shares.share; rank * shares.share < end; ++rank) {
+        const int64_t from = rank * shares.share > begin ? rank * shares.share : begin;
+        const int64_t until = shares.end(rank) < end ? shares.end(rank) : end;
+        memcpy(to + (from - begin), buffer(shared, rank) + from, (until - from) * sizeof(float));
     }
 }
 
@@ -50,33 +97,13 @@ int64_t sum_shared(SharedSum *shared, float *data, int64_t count) {
     while (shared->done < count) {
         float *to = data + shared->done;
         const int64_t left = count - shared->done, now = left < shared->capacity ? left : shared->capacity;
-        const bool in_shares = shared->size > 2 && now >= SHARED_OUT_FROM;
-        const int64_t share = padded((now + shared->size - 1) / shared->size);
-        const auto end_of = [&](int64_t rank) { return (rank + 1) * share < now ? (rank + 1) * share : now; };
+        const Shares shares(*shared, now);
         if (shared->phase == 0) {
-            ++shared->round;
-            memcpy(buffer(*shared, shared->rank), to, now * sizeof(float));
-            word(*shared, shared->rank, 0).store(shared->round, std::memory_order_release);
-            shared->phase = 1;
+            memcpy(buffer_of(*shared, shared->rank, shared->round + 1), to, now * sizeof(float));
+            publish(*shared);
         }
-        if (shared->phase == 1) {
-            // Who has come here has read all of the round before, so that its buffers may be written in the next.
-            if (!all_came(*shared, 0)) return left;
-            if (!in_shares) {
-                add_ranks(*shared, 0, now, to);
-            } else {
-                // Nobody else reads this rank's share of any buffer before it is summed.
-                add_ranks(*shared, shared->rank * share, end_of(shared->rank), buffer(*shared, shared->rank));
-                word(*shared, shared->rank, 1).store(shared->round, std::memory_order_release);
-                shared->phase = 2;
-            }
-        }
-        if (shared->phase == 2) {
-            if (!all_came(*shared, 1)) return left;
-            for (int64_t rank = 0; rank * share < now; ++rank)
-                memcpy(to + rank * share, buffer(*shared, rank) + rank * share,
-                       (end_of(rank) - rank * share) * sizeof(float));
-        }
+        if (!gathered(*shared, shares)) return left;
+        take_sum(*shared, shares, 0, now, to);
         shared->phase = 0;
         shared->done += now;
     }
