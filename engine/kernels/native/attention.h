@@ -14,6 +14,8 @@ constexpr int64_t BLOCK = PANEL;       // tokens of a block of the cache
 constexpr int64_t SPAN_BLOCKS = 4;
 constexpr int64_t SPAN = SPAN_BLOCKS * BLOCK;
 constexpr float NO_SCORE = -1e30f;     // below every score, and its difference to itself is 0
+template <class F>
+constexpr bool COARSE = !std::is_same_v<F, Float32>;  // weights become bfloat16, or are as good as that
 constexpr int64_t TILE_ROWS = 24;      // (position, head) pairs of a task
 
 struct AttentionTask {
@@ -84,7 +86,7 @@ INLINE float highest_score(float *row, int64_t num_scores, int64_t newest, int64
     vec largest = all(highest);
     if (soft_cap != 0.0f)
         for (int64_t i = 0; i < num_scores; i += LANES)
-            store(row + i, hyperbolic_tangent(load(row + i) / all(soft_cap)) * all(soft_cap));
+            store(row + i, hyperbolic_tangent(load(row + i) / all(soft_cap)) * all(soft_cap * LOG2_E));
     if (newest >= SPAN - 1 && oldest <= 0) {
         for (int64_t i = 0; i < SPAN; i += LANES) largest = maximum(load(row + i), largest);
         return maximum(largest);
@@ -102,14 +104,14 @@ INLINE float highest_score(float *row, int64_t num_scores, int64_t newest, int64
     return maximum(largest);
 }
 
-// A row's scores of a span become weights, in place: exp(score - highest). Added to `total` with what is kept of it.
+// A row's scores of a span, powers of two, become weights, in place: 2**(score - highest). Added to `total` with what is kept of it.
 template <class F>
 INLINE void weigh(float *row, float highest, float kept, vec &total) {
     vec sum = total * all(kept);
     // What is written lies never beyond what was read.
     auto *weights = reinterpret_cast<typename F::X *>(row);
     for (int64_t i = 0; i < SPAN; i += LANES) {
-        const vec weight = exponential_of_negative(load(row + i) - all(highest));
+        const vec weight = power_of_two<COARSE<F>>(load(row + i) - all(highest));
         sum = sum + weight;
         F::store_x(weights + i, weight);
     }
@@ -145,6 +147,7 @@ void attend_tile(const Stage &stage, const Layer &layer, const Step &step, const
     const int64_t first = layer.window == 0 || positions[0] < layer.window ? 0 : positions[0] - layer.window + 1;
     const int64_t *blocks = step.block_tables + step.block_rows[task.sequence] * step.table_stride;
     const int64_t head_block = size * BLOCK;
+    const float scale = stage.attention_soft_cap == 0.0f ? stage.attention_scale * LOG2_E : stage.attention_scale;
 
     for (int64_t begin = first / SPAN * SPAN; begin <= last; begin += SPAN) {
         const int64_t count = last + 1 - begin < SPAN ? last + 1 - begin : SPAN;
@@ -157,7 +160,7 @@ void attend_tile(const Stage &stage, const Layer &layer, const Step &step, const
         }
         for (int64_t r = 0; r < num_rows; r += MOST_ROWS<F>) {
             const auto *ahead = reinterpret_cast<const char *>(values[0]);
-            Output output{scores + r * SPAN, SPAN, SPAN, nullptr, stage.attention_scale, {ahead, ahead}};
+            Output output{scores + r * SPAN, SPAN, SPAN, nullptr, scale, {ahead, ahead}};
             multiply_tile<F>(x + r * x_stride, x_stride, num_rows - r < MOST_ROWS<F> ? num_rows - r : MOST_ROWS<F>,
                              keys, num_blocks, num_steps, output);
         }
@@ -170,7 +173,7 @@ void attend_tile(const Stage &stage, const Layer &layer, const Step &step, const
                                       stage.attention_soft_cap, maxima[r]);
         }
         for (int64_t r = 0; r < num_rows; r += LANES)
-            store(kept + r, exponential_of_negative(load(before + r) - load(maxima + r)));
+            store(kept + r, power_of_two<COARSE<F>>(load(before + r) - load(maxima + r)));
         for (int64_t r = 0; r < num_rows; ++r) weigh<F>(scores + r * SPAN, maxima[r], kept[r], totals[r]);
         const X *weights = reinterpret_cast<const X *>(scores);
         constexpr int64_t WEIGHTS_STRIDE = SPAN * sizeof(float) / sizeof(X);
@@ -185,13 +188,13 @@ void attend_tile(const Stage &stage, const Layer &layer, const Step &step, const
         const int64_t row = task.first_row + r / task.num_heads, head = task.first_head + r % task.num_heads;
         float *result = sums + r * size;
         const vec scale = all(1.0f / sum(totals[r]));
-        for (int64_t i = 0; i < size; i += LANES) store(result + i, load(result + i) * scale);
         X *to = out + row * out_stride + head * stage.head_dim;
-        X whole[LANES];
-        for (int64_t i = 0; i < stage.head_dim; i += LANES) {
-            const int64_t left = stage.head_dim - i;
-            F::store_x(whole, load(result + i));
-            memcpy(to + i, whole, (left < LANES ? left : LANES) * sizeof(X));
+        int64_t i = 0;
+        for (; i + LANES <= stage.head_dim; i += LANES) F::store_x(to + i, load(result + i) * scale);
+        if (i < stage.head_dim) {
+            X whole[LANES];
+            F::store_x(whole, load(result + i) * scale);
+            memcpy(to + i, whole, (stage.head_dim - i) * sizeof(X));
         }
     }
 }
@@ -229,17 +232,25 @@ void attend(Context *context, const Stage &stage, const Layer &layer, const Step
     const int64_t bytes = (tile_bytes<F>(stage.head_dim) + 63) / 64 * 64;
     char *memory = static_cast<char *>(scratch(context, SCRATCH_THREADS, num_threads(context) * bytes));
     parallel(context, num_tasks, [&](int64_t task, int64_t thread) {
+        // Queries of the task after those that the other threads have by now come while this one is computed.
+        const int64_t later = task + num_threads(context);
+        for (int64_t position = 0; later < num_tasks && position < tasks[later].num_positions; ++position) {
+            const auto *from = reinterpret_cast<const char *>(
+                queries + (tasks[later].first_row + position) * query_stride + tasks[later].first_head * stage.head_dim);
+            for (int64_t at = 0; at < tasks[later].num_heads * stage.head_dim * 4; at += 64)
+                __builtin_prefetch(from + at, 0, 2);
+        }
         attend_tile<F>(stage, layer, step, tasks[task], queries, query_stride, out, out_stride,
                        memory + thread * bytes);
     });
 }
 
 // Head norm and rotary embedding of one row's queries and keys, in place; then keys and values into the cache.
-// row: [num_heads + 2 * num_kv_heads][head_dim]. `goes_on`: the token after it is written by the same step. `extent`: that
-// of the step, whose heads alone are looked at.
+// row: [num_heads + 2 * num_kv_heads][head_dim]. `next`: the row of the token after it, if that is written by the same
+// step; `comes_after`: so is the one before it. `extent`: that of the step, whose heads alone are looked at.
 template <class F>
-INLINE void turn_and_keep(const Stage &stage, const Layer &layer, float *row, int64_t position, int64_t slot,
-                          bool goes_on, int64_t extent) {
+INLINE void turn_and_keep(const Stage &stage, const Layer &layer, float *row, const float *next, bool comes_after,
+                          int64_t position, int64_t slot, int64_t extent) {
     typedef typename F::Element Element;
     const int64_t size = stage.head_dim, turned_heads = stage.num_heads + stage.num_kv_heads;
     const int64_t first_head = extent == EXTENT_KEYS ? stage.num_heads : 0;
@@ -266,22 +277,30 @@ INLINE void turn_and_keep(const Stage &stage, const Layer &layer, float *row, in
         const float *value = row + (turned_heads + head) * size;
         const int64_t at = (block * stage.num_kv_heads + head) * wide * BLOCK;
         Element *keys = static_cast<Element *>(layer.keys) + at;
-        Element *values = static_cast<Element *>(layer.values) + at + offset / F::STEP * F::STEP * PANEL + offset % F::STEP;
-        // What is multiplied together with this token and was never written must be a number: its weight is zero.
-        const bool fills = F::STEP == 2 && offset % 2 == 0 && !goes_on;
+        Element *values = static_cast<Element *>(layer.values) + at + offset / F::STEP * F::STEP * PANEL;
+        const auto part_of = [&](const float *x, int64_t i) INLINE_LAMBDA {
+            return size - i > 0 ? load_some(x + i, size - i) : zero();
+        };
         for (int64_t i = 0; i < wide; i += PANEL) {
-            Element key_part[PANEL], value_part[PANEL];
-            for (int64_t j = 0; j < PANEL; j += LANES) {
-                const int64_t left = size - i - j;
-                F::store_elements(key_part + j, left > 0 ? load_some(key + i + j, left) : zero());
-                F::store_elements(value_part + j, left > 0 ? load_some(value + i + j, left) : zero());
-            }
+            Element key_part[PANEL];
+            for (int64_t j = 0; j < PANEL; j += LANES) F::store_elements(key_part + j, part_of(key, i + j));
             for (int64_t j = 0; j < PANEL; j += F::STEP)
                 memcpy(keys + (i + j) * BLOCK + offset * F::STEP, key_part + j, F::STEP * sizeof(Element));
-            Element *to = values + i * BLOCK;
-            for (int64_t j = 0; j < PANEL; ++j) to[j * F::STEP] = value_part[j];
-            if (fills)
-                for (int64_t j = 0; j < PANEL; ++j) to[j * F::STEP + 1] = 0;
+        }
+        for (int64_t i = 0; i < wide; i += LANES) {
+            Element *to = values + i / PANEL * PANEL * BLOCK + i % PANEL * F::STEP;
+            if constexpr (F::STEP == 1) {
+                F::store_elements(to, part_of(value, i));
+            } else if (offset % 2 == 0) {
+                // Two tokens' values lie side by side: the first writes both. If the second has none yet, zeros: what
+                // is multiplied with this token must be a number.
+                const vec odd = next == nullptr ? zero() : part_of(next + (value - row), i);
+                F::store_pairs(to, part_of(value, i), odd);
+            } else if (!comes_after) {
+                Element part[LANES];
+                F::store_elements(part, part_of(value, i));
+                for (int64_t j = 0; j < LANES; ++j) to[2 * j + 1] = part[j];
+            }
         }
     }
 }

@@ -71,8 +71,10 @@ void attention_half(Context *context, const Stage &stage, const Layer &layer, co
     Out *out = static_cast<Out *>(scratch(context, SCRATCH_QUERIES, num_rows * out_stride * sizeof(Out)));
     parallel_rows(context, num_rows, 16, [&](int64_t row) {
         const int64_t slot = step.slots[row];
+        const bool comes_after = row > 0 && step.slots[row - 1] == slot - 1;
         const bool goes_on = row + 1 < num_rows && step.slots[row + 1] == slot + 1;
-        turn_and_keep<F>(stage, layer, projected + row * width, step.positions[row], slot, goes_on, step.extent);
+        turn_and_keep<F>(stage, layer, projected + row * width, goes_on ? projected + (row + 1) * width : nullptr,
+                         comes_after, step.positions[row], slot, step.extent);
         for (int64_t i = attended; i < padded(attended); ++i) out[row * out_stride + i] = 0;
     });
     if (step.extent == EXTENT_KEYS) return;
@@ -97,7 +99,7 @@ void mlp_half(Context *context, const Stage &stage, const Layer &layer, int64_t 
     typedef typename F::X X;
     const int64_t columns = layer.down.num_inputs, width = layer.gate_up.num_outputs, size = stage.hidden_size;
     const int64_t x_stride = x_stride_of<F>(size), gated_stride = x_stride_of<F>(columns);
-    const int64_t most = num_tokens < MLP_ROWS ? num_tokens : MLP_ROWS;
+    const int64_t most = even_piece(num_tokens, MLP_ROWS);
     X *x = static_cast<X *>(scratch(context, SCRATCH_X, most * x_stride * sizeof(X)));
     X *gated = static_cast<X *>(scratch(context, SCRATCH_GATED, most * gated_stride * sizeof(X)));
     for (int64_t begin = 0; begin < num_tokens; begin += most) {

@@ -63,7 +63,14 @@ template <int ROWS>
 constexpr bool FETCHES = ROWS > WIDE_ROWS / 2;
 constexpr int64_t FAR_STEPS = 128;  // from here on results may lie far away, and are fetched before they are written
 constexpr int64_t GROUP = 4;        // panels of a task
-constexpr int64_t ROW_CHUNK = 240;  // rows of a task: their inputs stay in the second-level cache
+constexpr int64_t ROW_CHUNK = 240;  // most rows of a task: their inputs stay in the second-level cache
+
+// Rows of a piece when `num_rows` are cut into pieces of even size, of at most `most` rows, and of whole tiles.
+INLINE int64_t even_piece(int64_t num_rows, int64_t most) {
+    constexpr int64_t WHOLE = 12;  // rows of a tile, of every format
+    const int64_t num_pieces = (num_rows + most - 1) / most;
+    return ((num_rows + num_pieces - 1) / num_pieces + WHOLE - 1) / WHOLE * WHOLE;
+}
 
 // Sums of one row and vector, finished and written.
 INLINE void write_sums(const Output &output, int64_t row, int64_t column, vec v) {
@@ -213,7 +220,7 @@ INLINE void multiply_groups(Context *context, const Linear &linear, const typena
     const int64_t num_steps = (linear.num_inputs + F::STEP - 1) / F::STEP;
     const int64_t panel_size = num_steps * F::STEP_BYTES / (int64_t)sizeof(Element);
     const int64_t x_stride = x_stride_of<F>(linear.num_inputs);
-    const int64_t num_chunks = (num_rows + ROW_CHUNK - 1) / ROW_CHUNK;
+    const int64_t row_chunk = even_piece(num_rows, ROW_CHUNK), num_chunks = (num_rows + row_chunk - 1) / row_chunk;
     parallel(context, num_groups * num_chunks, [&](int64_t task, int64_t thread) {
         const int64_t group = task % num_groups, chunk = task / num_groups;
         const int64_t count = panels_of(group);
@@ -226,8 +233,8 @@ INLINE void multiply_groups(Context *context, const Linear &linear, const typena
         for (int64_t i = 0; i < GROUP; ++i)
             later[i] = fetches ? static_cast<const Element *>(linear.weights) + panel_of(later_group, i) * panel_size
                                : panels[0];
-        int64_t row = chunk * ROW_CHUNK;
-        const int64_t end = row + ROW_CHUNK < num_rows ? row + ROW_CHUNK : num_rows;
+        int64_t row = chunk * row_chunk;
+        const int64_t end = row + row_chunk < num_rows ? row + row_chunk : num_rows;
         // Tiles of even size: a last one of a single row would cost nearly as much as a full one.
         const int64_t num_tiles = (end - row + MOST_ROWS<F> - 1) / MOST_ROWS<F>;
         for (int64_t tile = 0; tile < num_tiles; ++tile) {

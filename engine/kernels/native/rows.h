@@ -61,7 +61,14 @@ INLINE void add_row(float *hidden, const float *delta, int64_t size, const float
 }
 
 INLINE vec activate(vec x, int64_t activation) {
-    if (activation == ACTIVATION_SILU) return x / (all(1.0f) + exponential(-x));
+    if (activation == ACTIVATION_SILU) {
+#if defined(__AVX512F__)
+        const vec power = (vec)_mm512_min_ps((__m512)(x * all(-LOG2_E)), _mm512_set1_ps(126.0f));
+        return x / (all(1.0f) + power_of_two<false>(power));
+#else
+        return x / (all(1.0f) + exponential(-x));
+#endif
+    }
     const vec inner = (x + x * x * x * all(0.044715f)) * all(0.7978845608028654f);  // arXiv 1606.08415
     return x * all(0.5f) * (all(1.0f) + hyperbolic_tangent(inner));
 }

@@ -54,6 +54,9 @@ INLINE vec fma(vec a, vec b, vec c) {
 INLINE vec maximum(vec a, vec b) { return a > b ? a : b; }
 
 INLINE float sum(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);  // in halves, as below
+#endif
     float parts[LANES];
     store(parts, v);
     for (int width = LANES / 2; width > 0; width /= 2)
@@ -106,23 +109,23 @@ INLINE vec exponential(vec x) {
     return x < -87.3f ? zero() : y;
 }
 
-// The same for what is not above zero, where an instruction set makes it cheaper.
-INLINE vec exponential_of_negative(vec x) {
+constexpr float LOG2_E = 1.44269504088896341f;
+
+// 2**x for x up to 126: exactly 1 for 0, exactly 0 far below it. To about 2 ulp, or where it becomes bfloat16 anyway to 3e-6.
+template <bool COARSE>
+INLINE vec power_of_two(vec x) {
 #if defined(__AVX512F__)
-    // 2**(n + f) with f from -0.5 to 0.5; a polynomial for 2**f that is exactly 1 for 0.
-    const __m512 t = _mm512_max_ps((__m512)(x * all(1.44269504088896341f)), _mm512_set1_ps(-200.0f));
-    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const vec f = (vec)_mm512_sub_ps(t, n);
-    vec y = all(1.5461447e-4f);
-    y = fma(y, f, all(1.3390867e-3f));
-    y = fma(y, f, all(9.6180569e-3f));
-    y = fma(y, f, all(5.5503570e-2f));
-    y = fma(y, f, all(2.4022651e-1f));
-    y = fma(y, f, all(6.9314718e-1f));
+    // 2**(n + f), n the floor of x; polynomials for 2**f with f from 0 to 1 that are exactly 1 for 0.
+    const vec f = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    vec y = COARSE ? all(1.342668553e-2f) : all(1.867130213e-3f);
+    if (!COARSE) y = fma(y, f, all(9.017030019e-3f));
+    y = fma(y, f, COARSE ? all(5.224247220e-2f) : all(5.579991332e-2f));
+    y = fma(y, f, COARSE ? all(2.412802057e-1f) : all(2.401644501e-1f));
+    y = fma(y, f, COARSE ? all(6.930448448e-1f) : all(6.931513118e-1f));
     y = fma(y, f, all(1.0f));
-    return (vec)_mm512_scalef_ps((__m512)y, n);
+    return (vec)_mm512_scalef_ps((__m512)y, (__m512)x);
 #else
-    return exponential(x);
+    return exponential(x * all(0.693147180559945309f));
 #endif
 }
 
@@ -239,6 +242,12 @@ struct BFloat16 {
     static INLINE void store_elements(Element *to, vec v) {
         const hvec h = to_bfloat16(v);
         memcpy(to, &h, sizeof h);
+    }
+    // Elements of two inputs, side by side.
+    static INLINE void store_pairs(Element *to, vec even, vec odd) {
+        const uvec pairs = __builtin_convertvector(to_bfloat16(even), uvec) |
+                           __builtin_convertvector(to_bfloat16(odd), uvec) << 16;
+        memcpy(to, &pairs, sizeof pairs);
     }
 };
 
