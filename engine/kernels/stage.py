@@ -113,8 +113,7 @@ class NativeStage:
         layer only the rows that the batch wants are right."""
         self._use(cache)
         step, num_layers = step_struct(batch), len(self._layers)
-        # Norms over whole projections need the ranks' sums between keys and the cache: not worth a way of its own.
-        wanted = batch.wanted_rows if self._shape.has_head and self._stage.parts == 2 else None
+        wanted = batch.wanted_rows if self._shape.has_head else None
         if wanted is None:
             self._run(step, 0, num_layers, hidden)
             return hidden
@@ -135,6 +134,7 @@ class NativeStage:
         first, last = stage.parts * begin, stage.parts * end
         sums = self._group.shared_sums(hidden.numel())
         partial = torch.empty_like(hidden)
+        squares = partial.view(-1)[: 2 * len(hidden)]
         delta = None
         if sums is not None:
             # What the last of them brings is added, too.
@@ -144,13 +144,15 @@ class NativeStage:
                 run(stage, step, first, last, hidden, None, partial)
                 delta = partial
         else:
-            squares = partial.view(-1)[: 2 * len(hidden)]
             for part in range(first, last):
                 # What came in is added to the residual stream before anything is written to `partial`.
                 run(stage, step, part, part + 1, hidden, delta, partial)
                 brings_squares = stage.parts == 3 and part % 3 == 0
                 delta = self._group.reduced(squares if brings_squares else partial)
         run(stage, after, last, last + 1, hidden, delta, partial)
+        if stage.parts == 3 and after.extent == EXTENT_KEYS:
+            # Keys go into the cache with their norms, which are another part.
+            run(stage, after, last + 1, last + 2, hidden, self._group.reduced(squares), partial)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """The last stage's hidden states as the head sees them: `[num_rows, hidden_size]` float32, to the same."""

@@ -34,29 +34,30 @@ float *project(Context *context, const Stage &stage, const Layer &layer, const S
     return projected;
 }
 
-// squares [num_tokens][2]: of each row's queries, and of those keys that count here.
-void sum_squares(Context *context, const Stage &stage, const Layer &layer, int64_t num_rows, const float *projected,
+// squares [num_tokens][2]: of each row's queries, and of those keys that count here; 0 of what the step leaves out.
+void sum_squares(Context *context, const Stage &stage, const Layer &layer, const Step &step, const float *projected,
                  float *squares) {
     const int64_t queries = stage.num_heads * stage.head_dim;
     const int64_t first_key = queries + stage.first_counted * stage.head_dim;
     const int64_t num_keys = (stage.end_counted - stage.first_counted) * stage.head_dim;
-    parallel_rows(context, num_rows, 16, [&](int64_t row) {
+    parallel_rows(context, step.num_tokens, 16, [&](int64_t row) {
         const float *x = projected + row * layer.qkv.num_outputs;
-        squares[2 * row] = sum_of_squares(x, queries);
-        squares[2 * row + 1] = sum_of_squares(x + first_key, num_keys);
+        squares[2 * row] = step.extent == EXTENT_KEYS ? 0.0f : sum_of_squares(x, queries);
+        squares[2 * row + 1] = step.extent == EXTENT_REST ? 0.0f : sum_of_squares(x + first_key, num_keys);
     });
 }
 
 // Norms over all queries of a row and all its keys, given their squares over all ranks.
-void norm_projections(Context *context, const Stage &stage, const Layer &layer, int64_t num_rows,
+void norm_projections(Context *context, const Stage &stage, const Layer &layer, const Step &step,
                       const float *squares, float *projected) {
     const int64_t queries = stage.num_heads * stage.head_dim, keys = stage.num_kv_heads * stage.head_dim;
-    parallel_rows(context, num_rows, 16, [&](int64_t row) {
+    parallel_rows(context, step.num_tokens, 16, [&](int64_t row) {
         float *x = projected + row * layer.qkv.num_outputs;
         const float query_scale = inverse_root(squares[2 * row], stage.query_columns, stage.norm_eps);
         const float key_scale = inverse_root(squares[2 * row + 1], stage.key_columns, stage.norm_eps);
-        scale_row(x, queries, layer.query_projection_norm, query_scale, x);
-        scale_row(x + queries, keys, layer.key_projection_norm, key_scale, x + queries);
+        if (step.extent != EXTENT_KEYS) scale_row(x, queries, layer.query_projection_norm, query_scale, x);
+        if (step.extent != EXTENT_REST)
+            scale_row(x + queries, keys, layer.key_projection_norm, key_scale, x + queries);
     });
 }
 
@@ -180,11 +181,11 @@ void part(Context *context, const Stage *stage, const Step *step, int64_t index,
             if (has_projections) {
                 // They wait where `project` put them.
                 projected = static_cast<float *>(scratch(context, SCRATCH_PROJECTED, 0));
-                norm_projections(context, *stage, layer, num_rows, delta, projected);
+                norm_projections(context, *stage, layer, *step, delta, projected);
             } else {
                 projected = project<L>(context, *stage, layer, *step, hidden);
             }
-            if (is_projection(stage, index)) sum_squares(context, *stage, layer, num_rows, projected, partial);
+            if (is_projection(stage, index)) sum_squares(context, *stage, layer, *step, projected, partial);
             else attention_half<L, F>(context, *stage, layer, *step, projected, partial);
         } else if (layer.experts != nullptr)
             experts_half<L, F>(context, *stage, layer, num_rows, hidden, partial, MLP_ROWS);
