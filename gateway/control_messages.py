@@ -66,6 +66,9 @@ class HostEntry(Struct, frozen=True):
     detail: str | None = None
 
 
+MOST_IN_FLIGHT_IDS = 10
+
+
 class Fault(Struct, frozen=True):
     """What is known of one fault: the post-mortem record that `/cluster`, log and metrics show."""
 
@@ -105,6 +108,10 @@ class Fault(Struct, frozen=True):
     """Seconds from detection until no process of the world was left."""
     resume_s: float | None = None
     """Seconds from detection until the first request that went on had a new token; None if there was none."""
+    in_flight: int | None = None
+    """Requests that the world had; None while the front has not said so, or where the world had not served."""
+    in_flight_ids: tuple[str, ...] = ()
+    """Of the first of them."""
 
 
 class Claim(Struct, frozen=True):
@@ -137,6 +144,15 @@ class WorldTable(Struct, frozen=True, tag="world_table", tag_field="type"):
     """Those of `--hosts`, in its order."""
 
 
+class InFlight(Struct, frozen=True):
+    """What a front had in a world when it lost it."""
+
+    epoch: int
+    count: int
+    ids: tuple[str, ...]
+    """Of the first MOST_IN_FLIGHT_IDS requests, in the order in which they were submitted."""
+
+
 class FrontState(Struct, frozen=True, tag="front_state", tag_field="type"):
     """The front's word to the supervisor, once when it listens and whenever `serving_epoch` changes."""
 
@@ -155,6 +171,8 @@ class FrontState(Struct, frozen=True, tag="front_state", tag_field="type"):
     """Epoch of the world that it wants for itself."""
     out_of: int | None = None
     """Epoch of the world in which it has nothing, and puts nothing, as long as another front claims it."""
+    in_flight: InFlight | None = None
+    """Of the last world that it lost."""
 
 
 ControlMessage = WorldTable | FrontState

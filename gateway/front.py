@@ -220,6 +220,7 @@ class Front:
             self._journal.moved_aside,
             self._claim.wanted,
             self._claim.out_of,
+            self._requests.in_flight,
         )
 
     def _on_table(self, table: WorldTable) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from gateway.admission import MAX_WAITING_TOKENS, WaitingRoom
 from gateway.checks import check_request
-from gateway.control_messages import Fault
+from gateway.control_messages import Fault, InFlight
 from gateway.errors import RequestFailed
 from gateway.journal import Journal, JournalCall, JournalEntry
 from gateway.keys import current as current_holder
@@ -61,6 +61,8 @@ class Requests:
         over all that count in `shared`. `claim`: how this front has a world for itself then."""
         self.max_wait_s = max_wait_s
         self._known = KnownWorld(journal)
+        self.in_flight: InFlight | None = None
+        """What the last world had that was lost."""
         self.resumed_at: float | None = None
         """Unix time at which the first replayed request got a token in the world that serves."""
         self.after_batch: list[Callable[[], None]] = []
@@ -252,6 +254,7 @@ class Requests:
         """No world serves: everything waits for the next one. What the old one still says is dropped."""
         self.hand_over()
         if self._metrics.serving_epoch is not None:
+            self.in_flight = self._submissions.in_flight(self._metrics.serving_epoch)
             self._quarantine.world_down(self._metrics.serving_epoch, list(self._submissions))
         self._submissions.clear()
         self._metrics.serving_epoch = None

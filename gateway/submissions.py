@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import msgspec
 
+from gateway.control_messages import MOST_IN_FLIGHT_IDS, InFlight
 from gateway.live_request import Outage, Request, World
 from gateway.protocol import Cancel, Submit
 
@@ -76,6 +78,11 @@ class Submissions:
     def forget(self, request: Request) -> None:
         """The world has nothing more of it."""
         self._requests.pop(request.engine_id, None)
+
+    def in_flight(self, epoch: int) -> InFlight:
+        """What that world has now, for the record of its end."""
+        ids = (request.request_id for request in islice(self, MOST_IN_FLIGHT_IDS))
+        return InFlight(epoch, len(self._requests), tuple(ids))
 
     def clear(self) -> None:
         """No world serves."""

@@ -4,10 +4,11 @@ alone; what is learned later (when the world was dead, when one served again) is
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import msgspec
 
-from gateway.control_messages import Fault
+from gateway.control_messages import MOST_IN_FLIGHT_IDS, Fault, InFlight
 from launcher.logs import EventLog
 from launcher.post_mortem import signal_name, telling_line
 from launcher.world_records import Doing, WorldFault
@@ -27,6 +28,8 @@ class FaultLog:
         self._recovered_by = 0
         """The world that recovered last from faults, and which ones."""
         self._recovered: set[tuple[int, float]] = set()
+        self._in_flight: dict[int, InFlight] = {}
+        """By the pid of the front: in the last world that it lost."""
 
     def __bool__(self) -> bool:
         return bool(self.records)
@@ -99,7 +102,20 @@ class FaultLog:
             self._replace([other is fault for other in self.records], resume_s=resume_s)
             self._log.info("requests resumed", epoch=epoch, fault=fault.epoch, resumed_s=resume_s)
 
-    def _replace(self, concerned: list[bool], **values: float) -> None:
+    def on_in_flight(self, front_pid: int, told: InFlight) -> None:
+        """A front says, again and again, what the last world that it lost had of its requests."""
+        faults = [fault.epoch == told.epoch for fault in self.records]
+        if self._in_flight.get(front_pid) == told or not any(faults):
+            return
+        self._in_flight[front_pid] = told
+        parts = [part for part in self._in_flight.values() if part.epoch == told.epoch]
+        count, ids = sum(part.count for part in parts), [name for part in parts for name in part.ids]
+        shown = ids[:MOST_IN_FLIGHT_IDS]
+        self._replace(faults, in_flight=count, in_flight_ids=tuple(shown))
+        if count:
+            self._log.info("requests in flight", epoch=told.epoch, requests=count, ids=" ".join(shown))
+
+    def _replace(self, concerned: list[bool], **values: Any) -> None:
         self.records = [
             msgspec.structs.replace(fault, **values) if is_concerned else fault
             for fault, is_concerned in zip(self.records, concerned, strict=True)

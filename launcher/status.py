@@ -94,6 +94,10 @@ def format_cluster(cluster: dict[str, Any]) -> list[str]:
         lines.append(f"      {'; '.join([*_place(fault), *_times(fault)])}")
         if line := telling_line(fault.get("last_lines") or ""):
             lines.append(f"      it said: {line}")
+        if fault.get("in_flight"):
+            ids = ", ".join(fault["in_flight_ids"])
+            more = ", ..." if fault["in_flight"] > len(fault["in_flight_ids"]) else ""
+            lines.append(f"      in flight: {fault['in_flight']} ({ids}{more})")
     return lines
 
 

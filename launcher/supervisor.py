@@ -218,6 +218,8 @@ class Supervisor:
 
     def _hear_fronts(self, now: float) -> None:
         for state in self._fronts.receive():
+            if state.in_flight is not None:
+                self._faults.on_in_flight(state.pid, state.in_flight)
             if self._reloads.world is not None and state.serving_epoch == self._reloads.world.epoch:
                 self._change_world(state, now)
             world = self._current

@@ -154,6 +154,7 @@ class Stream:
     done: bool = False
     error: str | None = None
     usage: dict[str, Any] | None = None
+    call_id: str = ""
 
     @property
     def text(self) -> str:
@@ -211,6 +212,7 @@ class Streams:
     def _take(stream: Stream, chunk: dict[str, Any]) -> None:
         if "error" in chunk:
             stream.error = str(chunk["error"])
+        stream.call_id = chunk.get("id", stream.call_id)
         if chunk.get("usage") is not None:
             stream.usage = chunk["usage"]
         for choice in chunk.get("choices", []):

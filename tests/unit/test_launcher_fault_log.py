@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.control_messages import Fault
+from gateway.control_messages import Fault, InFlight
 from gateway.fault_metrics import FaultMetrics
 from launcher import post_mortem
 from launcher.fault_log import KEPT_FAULTS, FaultLog
@@ -84,6 +84,31 @@ def test_a_spare_that_dies_interrupts_nothing() -> None:
     faults.on_resumed(6, faults.records[0].at + 1)
     fault = faults.records[0]
     assert fault.detail.startswith("spare: ") and (fault.recover_s, fault.resume_s) == (0.0, None)
+
+
+def test_requests_in_flight_are_those_of_all_fronts() -> None:
+    log = Log()
+    faults = FaultLog(log)  # type: ignore[arg-type]
+    first, second = InFlight(4, 12, tuple(f"a{n}" for n in range(10))), InFlight(4, 1, ("b0",))
+    faults.on_in_flight(1, first)  # a front may know it first
+    assert faults.records == [] and log.events == []
+    faults.record(world(4), SEGV, "world fault", None)
+    assert faults.records[0].in_flight is None
+    for _ in range(3):  # they say it every second
+        faults.on_in_flight(1, first)
+        faults.on_in_flight(2, second)
+    [fault] = faults.records
+    assert (fault.in_flight, fault.in_flight_ids) == (13, first.ids), "ten are enough"
+    assert [fields["requests"] for event, fields in log.events if event == "requests in flight"] == [12, 13]
+    faults.record(world(5), SEGV, "world fault", None)
+    faults.on_in_flight(1, InFlight(5, 1, ("a3",)))
+    faults.on_in_flight(2, second)
+    assert [(fault.in_flight, fault.in_flight_ids) for fault in faults.records] == [
+        (1, ("a3",)),
+        (13, first.ids),
+    ]
+    shown = "\n".join(format_cluster({"worlds": [], "faults": msgspec.to_builtins(faults.records)}))
+    assert "in flight: 1 (a3)" in shown and "in flight: 13 (a0, " in shown and "a9, ...)" in shown
 
 
 def test_the_last_ones_are_kept() -> None:
