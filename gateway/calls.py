@@ -111,6 +111,7 @@ class Call:
         return all(request.submissions for request in self._members)
 
     def add(self, request: Request) -> None:
+        request.call_id = self.record.call_id
         self._members.append(request)
 
     def listen(self, listener: Listener) -> None:

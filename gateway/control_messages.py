@@ -111,7 +111,7 @@ class Fault(Struct, frozen=True):
     in_flight: int | None = None
     """Requests that the world had; None while the front has not said so, or where the world had not served."""
     in_flight_ids: tuple[str, ...] = ()
-    """Of the first of them."""
+    """Of the first calls that these are of, as their clients know them."""
 
 
 class Claim(Struct, frozen=True):
@@ -150,7 +150,7 @@ class InFlight(Struct, frozen=True):
     epoch: int
     count: int
     ids: tuple[str, ...]
-    """Of the first MOST_IN_FLIGHT_IDS requests, in the order in which they were submitted."""
+    """Of the first MOST_IN_FLIGHT_IDS calls that these are of, in the order in which they were submitted."""
 
 
 class FrontState(Struct, frozen=True, tag="front_state", tag_field="type"):

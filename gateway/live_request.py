@@ -59,6 +59,7 @@ class Request:
 
     __slots__ = (
         "accepted_at",
+        "call_id",
         "deadline_timer",
         "deaths_alone",
         "ended",
@@ -83,6 +84,8 @@ class Request:
 
     def __init__(self, entry: JournalEntry, sink: Sink, text: TextStream) -> None:
         self.entry = entry
+        self.call_id = entry.request_id
+        """What its client knows it by, where it is part of a call."""
         self.num_waiting_tokens = len(entry.prompt_token_ids) + len(entry.output_token_ids)
         """What it counts for while it has no first token."""
         self.sink = sink

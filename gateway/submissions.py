@@ -81,8 +81,8 @@ class Submissions:
 
     def in_flight(self, epoch: int) -> InFlight:
         """What that world has now, for the record of its end."""
-        ids = (request.request_id for request in islice(self, MOST_IN_FLIGHT_IDS))
-        return InFlight(epoch, len(self._requests), tuple(ids))
+        ids = dict.fromkeys(request.call_id for request in self)
+        return InFlight(epoch, len(self._requests), tuple(islice(ids, MOST_IN_FLIGHT_IDS)))
 
     def clear(self) -> None:
         """No world serves."""

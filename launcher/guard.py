@@ -11,17 +11,16 @@ import argparse
 import contextlib
 import os
 import select
-import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import zmq
 
 from launcher.binding import BINDINGS
-from launcher.freezer import CgroupFreezer
+from launcher.end_signals import EndSignals
+from launcher.freezes import FreezeWatch
 from launcher.guard_environment import GuardEnvironment, connect, rank_of_environment
 from launcher.guard_messages import (
     Beat,
@@ -44,12 +43,11 @@ from launcher.post_mortem import (
     describe_progress,
     dump_stacks,
     last_lines,
-    memory_bytes,
     python_stacks,
-    resident_bytes,
     signal_name,
 )
-from launcher.processes import ProcessId, StateReader, ending_code, host_id, host_name
+from launcher.processes import ProcessId, ending_code, host_id, host_name
+from launcher.rank_memory import RankMemory
 from launcher.rank_start import StartGate, start_rank
 from launcher.segments import SegmentWatch, remove_shared_memory
 from launcher.starvation import Starvation
@@ -67,14 +65,6 @@ STARTING_INTERVAL_S = 0.01
 """A rank that starts is looked at more often: everybody waits for it. At rest each look costs 0.2 ms."""
 PARKED_INTERVAL_S = 0.25
 """Nobody waits for the rank of a spare; its end wakes the guard at once all the same."""
-MEMORY_INTERVAL_S = 30.0
-"""How often the memory of a parked rank is measured, which takes milliseconds."""
-RESIDENT_INTERVAL_S = 2.0
-"""How often that of another one is, more roughly: its resident pages, which the kernel has counted."""
-FREEZER_INTERVAL_S = 0.25
-"""How often the freezer of the rank's cgroup is looked at."""
-FROZEN_AFTER_S = 0.45
-"""A rank stopped for less goes on as if nothing had been (a debugger, a checkpoint, a busy cgroup)."""
 ORDER_WAIT_S = 5.0
 """How long a guard whose rank has ended waits for the supervisor's order before it ends by itself."""
 
@@ -104,9 +94,6 @@ class Guard:
         self._log_path = environment.world_dir / f"rank-{rank}.log"
         self._stack_path = environment.world_dir / f"rank-{rank}.stacks"
         self._mpirun = os.getppid()
-        self._stopped_since: float | None = None
-        self._cgroup_frozen = False
-        self._cgroup_at = 0.0
         self._report: FaultReport | None = None
         """What was reported of the rank's fault, once it was."""
         self._life: LifeLock | None = None
@@ -114,15 +101,11 @@ class Guard:
         self._rank_is_ending = False
         self._ended_at: float | None = None
         self._exit_code: int | None = None
-        self._told_to_end = False
         self._spare = spare
         self._gate = StartGate()
         self._hangs = HangWatch()
         self._laggards = Laggards(self._environment.shm_dir, self.rank)
         self._starvation = Starvation(environment.shm_dir)
-        self._memory_bytes = 0
-        self._memory_at = -MEMORY_INTERVAL_S
-        self._measured_by: Callable[[int], int] | None = None
         self._interval_s = STARTING_INTERVAL_S
         self._last_beat = 0.0
         self._last_view: tuple[Phase, str | None] | None = None
@@ -131,7 +114,7 @@ class Guard:
     def run(self) -> int:
         """Spawns the rank and watches it until it is dead and the supervisor knows, or nobody is left to
         tell."""
-        self._catch_signals()
+        self._signals = EndSignals()
         self._environment.shm_dir.mkdir(mode=0o700, exist_ok=True)
         self._place_logs()
         page_path = self._environment.shm_dir / f"rank-{self.rank}.progress"
@@ -152,8 +135,8 @@ class Guard:
         assert rank_id is not None  # it is not reaped yet
         self._rank_id = rank_id
         self._starvation.tell_pid(self.rank, self._process.pid)
-        self._state = StateReader(self._process.pid)
-        self._freezer = CgroupFreezer(self._process.pid)
+        self._freezes = FreezeWatch(self._process.pid)
+        self._memory = RankMemory(self._process.pid)
         self._segments = SegmentWatch(self._environment.shm_dir, self.rank, self._process.pid)
         try:
             with zmq.Context() as context, connect(self._environment, context) as link:
@@ -174,28 +157,15 @@ class Guard:
             self._log_path = self._environment.shm_dir / self._log_path.name
             self._stack_path = self._environment.shm_dir / self._stack_path.name
 
-    def _catch_signals(self) -> None:
-        # mpirun ends its processes by SIGTERM; the pair of sockets wakes the poll when one comes in.
-        self._wake, write_end = socket.socketpair()
-        self._wake.setblocking(False)
-        write_end.setblocking(False)
-        self._write_end = write_end
-        signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self._told_to_end = True
-
     def _watch(self, link: zmq.Socket[bytes]) -> int:
         rank_descriptor = os.pidfd_open(self._process.pid)
         poller = zmq.Poller()
         poller.register(self._link, zmq.POLLIN)
         poller.register(rank_descriptor, select.POLLIN)
-        poller.register(self._wake, select.POLLIN)
+        poller.register(self._signals.fileno(), select.POLLIN)
         tie = self._tie = SupervisorTie(self._environment, link, poller, time.monotonic())
         if tie.is_lost:  # no other supervisor takes over a world that is only starting
-            self._told_to_end = True
+            self._signals.told_to_end = True
         greeted = False
         checked_at = time.monotonic()
         while True:
@@ -203,9 +173,8 @@ class Guard:
             planned_s = max(0.0, min(self._interval_s, tie.left_s(time.monotonic())))
             events = dict(poller.poll(round(planned_s * 1000)))
             now = time.monotonic()
-            if self._wake.fileno() in events:
-                with contextlib.suppress(BlockingIOError):
-                    self._wake.recv(64)
+            if self._signals.fileno() in events:
+                self._signals.drain()
             if self._rank_is_ending and self._report is None:
                 self._on_rank_ending(now - checked_at)
             if rank_descriptor in events:
@@ -213,8 +182,8 @@ class Guard:
                 os.close(rank_descriptor)
                 self._on_rank_end(now - checked_at)
             if tie.check(events, now) and self._page.read().phase not in _ADOPTABLE:
-                self._told_to_end = True
-            if self._told_to_end or (self._link in events and self._hear_orders()):
+                self._signals.told_to_end = True
+            if self._signals.told_to_end or (self._link in events and self._hear_orders()):
                 self._kill_rank()
                 self._send(Killed(epoch=self.epoch, rank=self.rank))
                 return self._end_code()
@@ -250,8 +219,7 @@ class Guard:
 
         def on_end() -> None:  # in another thread
             self._rank_is_ending = True
-            with contextlib.suppress(OSError):
-                self._write_end.send(b"e")
+            self._signals.wake()
 
         self._life.watch(on_end)
         self._life = None
@@ -278,22 +246,11 @@ class Guard:
     def _check_state(self, now: float, late_s: float) -> None:
         """Beats, and reports a rank that has been stopped or silent for too long."""
         self._watch_life()
-        state = self._state.read()
-        if now - self._cgroup_at >= FREEZER_INTERVAL_S:
-            self._cgroup_at = now
-            self._cgroup_frozen = self._freezer.is_frozen()
-        if state not in "Tt" and not self._cgroup_frozen:
-            self._stopped_since = None
-        elif self._stopped_since is None:
-            self._stopped_since = now
-        else:
-            self._stopped_since += late_s  # it may have run while this guard did not
-            stopped_s = now - self._stopped_since
-            if stopped_s > FROZEN_AFTER_S and self._report is None:
-                doing = describe_progress(self._page.read())
-                how = "frozen by its cgroup" if self._cgroup_frozen else "stopped"
-                detail = f"rank {self.rank} has been {how} for {stopped_s:.2f} s while {doing}"
-                self._tell_fault("frozen", detail, None, stopped_s)
+        stopped_s = self._freezes.check(now, late_s)
+        if stopped_s is not None and self._report is None:
+            doing = describe_progress(self._page.read())
+            detail = f"rank {self.rank} has been {self._freezes.how} for {stopped_s:.2f} s while {doing}"
+            self._tell_fault("frozen", detail, None, stopped_s)
         progress = self._page.read()
         silence_s = progress.age_s if progress.phase is Phase.STEPPING else 0.0
         starved_s = self._starvation.new_wait_s(silence_s, now, late_s)
@@ -301,14 +258,7 @@ class Guard:
         if hung_s is not None and self._report is None:
             self._judge_silence(progress, hung_s)
         parked = progress.phase is Phase.PARKED and self._gate.is_shut
-        measure, interval_s = (
-            (memory_bytes, MEMORY_INTERVAL_S) if parked else (resident_bytes, RESIDENT_INTERVAL_S)
-        )
-        if measure is not self._measured_by or now - self._memory_at >= interval_s:
-            self._measured_by, self._memory_at = measure, now
-            self._memory_bytes = measure(self._process.pid)
-            self._segments.look(progress.phase)
-        elif progress.phase in (Phase.JOINING, Phase.LOADING):
+        if self._memory.check(parked, now) or progress.phase in (Phase.JOINING, Phase.LOADING):
             self._segments.look(progress.phase)
         self._tell_facts()
         view = (progress.phase, progress.endpoint)
@@ -325,7 +275,7 @@ class Guard:
                 Beat(
                     epoch=self.epoch,
                     rank=self.rank,
-                    state=state,
+                    state=self._freezes.state,
                     phase=int(progress.phase),
                     step=progress.step,
                     collective=progress.collective,
@@ -334,7 +284,7 @@ class Guard:
                     load_total=progress.load_total,
                     endpoint=progress.endpoint,
                     kv_blocks=progress.kv_blocks,
-                    memory_bytes=self._memory_bytes,
+                    memory_bytes=self._memory.num_bytes,
                     sent_s=now,
                     delay_s=self._tie.delay_s if self._tie is not None else 0.0,
                 )

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gateway.control_messages import MOST_IN_FLIGHT_IDS
 from launcher.errors import LauncherError
 from launcher.http_client import get_json, key_or_default
 from launcher.post_mortem import telling_line
@@ -96,7 +97,7 @@ def format_cluster(cluster: dict[str, Any]) -> list[str]:
             lines.append(f"      it said: {line}")
         if fault.get("in_flight"):
             ids = ", ".join(fault["in_flight_ids"])
-            more = ", ..." if fault["in_flight"] > len(fault["in_flight_ids"]) else ""
+            more = ", ..." if fault["in_flight"] > len(fault["in_flight_ids"]) >= MOST_IN_FLIGHT_IDS else ""
             lines.append(f"      in flight: {fault['in_flight']} ({ids}{more})")
     return lines
 

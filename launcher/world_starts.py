@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from launcher.diagnosis import Machine, describe_failed_starts, diagnose
 from launcher.errors import LauncherError
@@ -17,11 +17,11 @@ from launcher.obstacles import full_disk, may_pass
 from launcher.placing import split_groups
 from launcher.restarts import Restarts
 from launcher.run_dir import RunDir
-from launcher.watch import SpareKind
+from launcher.watch import EXIT_CONFIG, SpareKind
 from launcher.world_proof import MISMATCH, SHORTAGE
 from launcher.world_records import WorldFault, WorldPlan
 from launcher.world_sizes import HostsMissing, WorldSizes
-from launcher.worlds import World, final_fault
+from launcher.worlds import World
 
 
 class GaveUp(LauncherError):
@@ -176,7 +176,7 @@ class WorldStarts:
     def on_dead(self, world: World, asked: WorldPlan, now: float) -> None:
         """The world that was to serve, or did, is dead; `asked`: as large as it should have been. Raises GaveUp if
         another one would not fare better."""
-        if final := final_fault(world.faults):
+        if final := _final_fault(world.faults):
             reason = _last_error(final.last_lines) or final.detail
             if final.kind in (MISMATCH, SHORTAGE) and self._refuse(world, final, asked):
                 return
@@ -237,3 +237,8 @@ def _last_error(lines: str) -> str:
         if line.startswith(prefix):
             return line.removeprefix(prefix)
     return ""
+
+
+def _final_fault(faults: Iterable[WorldFault]) -> WorldFault | None:
+    """The report of a rank that says no relaunch can help, if there is one among the faults of a world."""
+    return next((fault for fault in faults if fault.exit_code == EXIT_CONFIG), None)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from launcher.freezer import CgroupFreezer
 from launcher.guard_link import GuardLink
@@ -29,8 +29,9 @@ from launcher.processes import (
 )
 from launcher.run_dir import RunDir
 from launcher.segments import note_before_kill
+from launcher.stalls import find_stall
 from launcher.start_times import StartTimes
-from launcher.watch import EXIT_CONFIG, Phase, SpareKind
+from launcher.watch import Phase, SpareKind
 from launcher.world_command import world_command
 from launcher.world_proof import find_mismatch
 from launcher.world_records import Doing, RankWatch, WorldFault, WorldPlan, WorldState, WorldTimes, phase_of
@@ -39,15 +40,8 @@ BEATS_LOST_AFTER_S = 1.0
 BEATS_STARVED_AFTER_S = 5.0
 """The same for a guard of this host whose process runs or sleeps as it should; what it waited for a processor on a
 crowded machine comes on top."""
-JOIN_TIMEOUT_S = 60.0
-"""How long the guards of a world may take to report after mpirun was started."""
-STARTUP_STALL_S = 300.0
-"""How long no rank of a starting world may write to its progress page. Joining MPI and importing write
-nothing while they run, so this is long."""
 ACKNOWLEDGE_S = 0.15
 """How long guards get to acknowledge a kill order before they are killed too."""
-ADOPTION_TIMEOUT_S = 10.0
-"""How long the guards of an adopted world may take to report to the new supervisor."""
 DEATH_TIMEOUT_S = 30.0
 """How long killed processes may take to vanish; only a fault of the kernel or a device takes so long."""
 
@@ -314,25 +308,8 @@ class World:
                 return WorldFault("start", None, None, f"{detail} before a rank reported", last_lines=lines)
             return WorldFault("mpirun", None, None, detail, 0.0, last_lines=lines)
         if self.state not in (WorldState.ACTIVE, WorldState.PARKED):
-            return self._find_stall(now)
-        return None
-
-    def _find_stall(self, now: float) -> WorldFault | None:
-        waited_s = now - self.times.started
-        if self.is_adopted and waited_s > ADOPTION_TIMEOUT_S:
-            detail = (
-                f"the world was not found whole within {ADOPTION_TIMEOUT_S:.0f} s after its supervisor ended"
-            )
-            return WorldFault("lost", None, None, detail, last_lines=last_lines(self._mpirun_log))
-        if len(self.ranks) < self.size and waited_s > JOIN_TIMEOUT_S:
-            missing = [str(rank) for rank in range(self.size) if rank not in self.ranks]
-            detail = f"rank {', '.join(missing)} did not report within {JOIN_TIMEOUT_S:.0f} s"
-            return WorldFault("start", None, None, detail, last_lines=last_lines(self._mpirun_log))
-        ages = [watch.beat.age_s for watch in self.ranks.values() if watch.beat is not None]
-        if waited_s > STARTUP_STALL_S and ages and min(ages) > STARTUP_STALL_S:
-            phases = ", ".join(f"{rank} {watch.phase.name.lower()}" for rank, watch in self.ranks.items())
-            detail = f"no rank made progress for {min(ages):.0f} s (rank {phases})"
-            return WorldFault("start", None, None, detail, min(ages))
+            waited_s = now - self.times.started
+            return find_stall(self.ranks, self.size, waited_s, self.is_adopted, self._mpirun_log)
         return None
 
     # ----------------------------------------------------------------- its end
@@ -436,11 +413,6 @@ class World:
             if watch.hello.host_id == here
             for process in (watch.guard, watch.process)
         }
-
-
-def final_fault(faults: Iterable[WorldFault]) -> WorldFault | None:
-    """The report of a rank that says no relaunch can help, if there is one among the faults of a world."""
-    return next((fault for fault in faults if fault.exit_code == EXIT_CONFIG), None)
 
 
 def _runs_here(watch: RankWatch) -> bool:

@@ -34,11 +34,8 @@ def fault_of(served: Served, file: Path, what: str) -> dict[str, Any]:
     times = [fault[name] for name in ("detect_s", "abort_s", "recover_s", "resume_s", "progress_age_s")]
     assert None not in times and min(times) >= 0
     assert fault["in_flight"] == len(fault["in_flight_ids"]) == 2
-    for name in fault["in_flight_ids"]:
-        assert any(
-            name.removeprefix("cmpl-").startswith(stream.call_id.removeprefix("cmpl-"))
-            for stream in streams.all
-        )
+    for stream in streams.all:
+        assert any(stream.call_id.endswith(name) for name in fault["in_flight_ids"]), (stream.call_id, fault)
     return fault
 
 
