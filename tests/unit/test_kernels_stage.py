@@ -263,3 +263,19 @@ def test_rows_that_nobody_looks_at_change_no_bit_of_the_others(name: str, path: 
     assert set(wanted) < set(everything) and (1, 90) in wanted and (1, 40) not in wanted
     for key, bits in wanted.items():
         assert torch.equal(bits, everything[key]), key
+
+
+@pytest.mark.parametrize("path", every_instruction_set())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_of_many_rows_are_those_of_few(name: str, path: str) -> None:
+    # More rows than a part of a layer takes at a time: they are cut within a sequence, and between two tokens whose
+    # values lie side by side.
+    together, apart = (Served(CONFIGS[name], torch.bfloat16, path) for _ in range(2))
+    lengths = [(1, 151), (2, 150), (3, 40)]
+    together.step(chunks=lengths)
+    for chunk in lengths:
+        apart.step(chunks=[chunk])
+    for served in (together, apart):
+        served.step(decode=[1, 2, 3])
+    for key, bits in apart.results.items():
+        assert torch.equal(together.results[key], bits), key

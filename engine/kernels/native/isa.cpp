@@ -12,7 +12,7 @@ namespace avx512_bf16 { extern const Functions functions; }
 namespace PHALANX_ISA {
 namespace {
 
-constexpr int64_t MLP_ROWS = 2 * ROW_CHUNK;  // what an MLP computes at a time, so that it stays in the caches
+constexpr int64_t PIECE_ROWS = 264;  // what half a layer computes at a time, so that it stays in the caches
 
 // Queries, keys and values of all rows, [num_tokens][qkv.num_outputs], in scratch memory.
 template <class L>
@@ -95,32 +95,27 @@ void attention_half(Context *context, const Stage &stage, const Layer &layer, co
 }
 
 template <class F>
-void mlp_half(Context *context, const Stage &stage, const Layer &layer, int64_t num_tokens, const float *hidden,
+void mlp_half(Context *context, const Stage &stage, const Layer &layer, int64_t num_rows, const float *hidden,
               float *partial) {
     typedef typename F::X X;
     const int64_t columns = layer.down.num_inputs, width = layer.gate_up.num_outputs, size = stage.hidden_size;
     const int64_t x_stride = x_stride_of<F>(size), gated_stride = x_stride_of<F>(columns);
-    const int64_t most = even_piece(num_tokens, MLP_ROWS);
-    X *x = static_cast<X *>(scratch(context, SCRATCH_X, most * x_stride * sizeof(X)));
-    X *gated = static_cast<X *>(scratch(context, SCRATCH_GATED, most * gated_stride * sizeof(X)));
-    for (int64_t begin = 0; begin < num_tokens; begin += most) {
-        const int64_t num_rows = num_tokens - begin < most ? num_tokens - begin : most;
-        parallel_rows(context, num_rows, 32, [&](int64_t row) {
-            norm_x_row<F>(hidden + (begin + row) * size, size, layer.mlp_norm, stage.norm_eps, x + row * x_stride);
+    X *x = static_cast<X *>(scratch(context, SCRATCH_X, num_rows * x_stride * sizeof(X)));
+    X *gated = static_cast<X *>(scratch(context, SCRATCH_GATED, num_rows * gated_stride * sizeof(X)));
+    parallel_rows(context, num_rows, 32, [&](int64_t row) {
+        norm_x_row<F>(hidden + row * size, size, layer.mlp_norm, stage.norm_eps, x + row * x_stride);
+    });
+    if (columns % PANEL == 0 && layer.gate_up.bias == nullptr) {
+        multiply_gated<F>(context, layer.gate_up, x, num_rows, stage.activation, gated, gated_stride);
+    } else {
+        float *projected = static_cast<float *>(scratch(context, SCRATCH_PROJECTED, num_rows * width * sizeof(float)));
+        multiply<F>(context, layer.gate_up, x, num_rows, 1.0f, projected, width);
+        parallel_rows(context, num_rows, 8, [&](int64_t row) {
+            gate_row<F>(projected + row * width, projected + row * width + columns, columns, stage.activation,
+                        gated + row * gated_stride);
         });
-        if (columns % PANEL == 0 && layer.gate_up.bias == nullptr) {
-            multiply_gated<F>(context, layer.gate_up, x, num_rows, stage.activation, gated, gated_stride);
-        } else {
-            float *projected =
-                static_cast<float *>(scratch(context, SCRATCH_PROJECTED, most * width * sizeof(float)));
-            multiply<F>(context, layer.gate_up, x, num_rows, 1.0f, projected, width);
-            parallel_rows(context, num_rows, 8, [&](int64_t row) {
-                gate_row<F>(projected + row * width, projected + row * width + columns, columns, stage.activation,
-                            gated + row * gated_stride);
-            });
-        }
-        multiply<F>(context, layer.down, gated, num_rows, stage.residual_multiplier, partial + begin * size, size);
     }
+    multiply<F>(context, layer.down, gated, num_rows, stage.residual_multiplier, partial, size);
 }
 
 // Tiles are for bfloat16 alone. Another format's functions are those of the instruction set below, whole; null: here.
@@ -155,11 +150,9 @@ int64_t format_of(const Stage *stage, int64_t index) {
     return layer.experts == nullptr ? layer.gate_up.format : layer.experts->gate_ups[0].format;
 }
 
-void part(Context *context, const Stage *stage, const Step *step, int64_t index, float *hidden, const float *delta,
-          float *partial) {
+void part_of_rows(Context *context, const Stage *stage, const Step *step, int64_t index, float *hidden,
+                  const float *delta, float *partial) {
     const int64_t parts = stage->parts, mlp_part = parts - 1;
-    if (const Functions *other = elsewhere(format_of(stage, index)))
-        return other->part(context, stage, step, index, hidden, delta, partial);
     const bool has_projections = index > 0 && is_projection(stage, index - 1);
     if (delta != nullptr && !has_projections) {
         const Layer &before = stage->layers[(index - 1) / parts];
@@ -188,9 +181,36 @@ void part(Context *context, const Stage *stage, const Step *step, int64_t index,
             if (is_projection(stage, index)) sum_squares(context, *stage, layer, *step, projected, partial);
             else attention_half<L, F>(context, *stage, layer, *step, projected, partial);
         } else if (layer.experts != nullptr)
-            experts_half<L, F>(context, *stage, layer, num_rows, hidden, partial, MLP_ROWS);
+            experts_half<L, F>(context, *stage, layer, num_rows, hidden, partial, PIECE_ROWS);
         else mlp_half<L>(context, *stage, layer, num_rows, hidden, partial);
     });
+}
+
+// In pieces of rows: what a piece attends to are itself and those before it.
+void part(Context *context, const Stage *stage, const Step *step, int64_t index, float *hidden, const float *delta,
+          float *partial) {
+    if (const Functions *other = elsewhere(format_of(stage, index)))
+        return other->part(context, stage, step, index, hidden, delta, partial);
+    const int64_t num_rows = step->num_tokens, size = stage->hidden_size;
+    // Projections that wait for their sums wait all together.
+    const bool waits = is_projection(stage, index) || (index > 0 && is_projection(stage, index - 1));
+    if (num_rows <= PIECE_ROWS || waits) return part_of_rows(context, stage, step, index, hidden, delta, partial);
+    const int64_t most = even_piece<BFloat16>(num_rows, PIECE_ROWS), count = step->num_sequences + 1;
+    auto *first_rows = static_cast<int64_t *>(scratch(context, SCRATCH_FIRST_ROWS, count * sizeof(int64_t)));
+    for (int64_t begin = 0; begin < num_rows; begin += most) {
+        const int64_t end = begin + most < num_rows ? begin + most : num_rows;
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t row = step->first_rows[i];
+            first_rows[i] = (row < begin ? begin : row > end ? end : row) - begin;
+        }
+        Step piece = *step;
+        piece.num_tokens = end - begin;
+        piece.positions += begin;
+        piece.slots += begin;
+        piece.first_rows = first_rows;
+        part_of_rows(context, stage, &piece, index, hidden + begin * size,
+                     delta == nullptr ? nullptr : delta + begin * size, partial + begin * size);
+    }
 }
 
 }  // namespace

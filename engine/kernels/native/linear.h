@@ -65,9 +65,10 @@ constexpr int64_t FAR_STEPS = 128;  // from here on results may lie far away, an
 constexpr int64_t GROUP = 4;        // panels of a task
 constexpr int64_t ROW_CHUNK = 240;  // most rows of a task: their inputs stay in the second-level cache
 
-// Rows of a piece when `num_rows` are cut into pieces of even size, of at most `most` rows, and of whole tiles.
+// Rows of a piece when `num_rows` are cut into pieces of even size, of at most about `most` rows, and of whole tiles.
+template <class F>
 INLINE int64_t even_piece(int64_t num_rows, int64_t most) {
-    constexpr int64_t WHOLE = 12;  // rows of a tile, of every format
+    constexpr int64_t WHOLE = MOST_ROWS<F>;
     const int64_t num_pieces = (num_rows + most - 1) / most;
     return ((num_rows + num_pieces - 1) / num_pieces + WHOLE - 1) / WHOLE * WHOLE;
 }
@@ -220,7 +221,7 @@ INLINE void multiply_groups(Context *context, const Linear &linear, const typena
     const int64_t num_steps = (linear.num_inputs + F::STEP - 1) / F::STEP;
     const int64_t panel_size = num_steps * F::STEP_BYTES / (int64_t)sizeof(Element);
     const int64_t x_stride = x_stride_of<F>(linear.num_inputs);
-    const int64_t row_chunk = even_piece(num_rows, ROW_CHUNK), num_chunks = (num_rows + row_chunk - 1) / row_chunk;
+    const int64_t row_chunk = even_piece<F>(num_rows, ROW_CHUNK), num_chunks = (num_rows + row_chunk - 1) / row_chunk;
     parallel(context, num_groups * num_chunks, [&](int64_t task, int64_t thread) {
         const int64_t group = task % num_groups, chunk = task / num_groups;
         const int64_t count = panels_of(group);
