@@ -17,8 +17,8 @@ from pathlib import Path
 from launcher.watch import Phase
 
 SHARED_MEMORY = Path("/dev/shm")
-_NAMES = re.compile(r"mpich_(?:shm|vci|ishm)_[0-9A-Za-z_]+|Intel_MPI_[0-9A-Za-z_]+")
-"""Of MPICH and Intel MPI. What else a rank may have mapped from there, as weights, is not MPI's."""
+_NAMES = re.compile(r"mpich_(?:shm|vci|ishm)_[0-9A-Za-z_]+|Intel_MPI_[0-9A-Za-z_]+|ucx_shm_posix_[0-9a-f]+")
+"""Of MPICH, of UCX under it, and of Intel MPI. What else a rank may have mapped, as weights, is not MPI's."""
 _SUFFIX = ".segments"
 _JOINING_SUFFIX = ".joining"
 _ALL_PROCESSES = 0xEFFFFFFC

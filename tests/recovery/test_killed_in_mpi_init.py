@@ -21,7 +21,7 @@ ROUNDS = 4
 
 
 def segments() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.glob("mpich_*")}
+    return {path.name for kind in ("mpich_*", "ucx_*") for path in SHARED_MEMORY.glob(kind)}
 
 
 def wait_for_ranks(supervisor: int) -> list[int]:
@@ -44,7 +44,7 @@ def kill_at_first_segment(ranks: list[int], before: set[str]) -> bool:
     """False if they were through MPI_Init already."""
     deadline = time.monotonic() + 30.0
     while time.monotonic() < deadline:
-        if segments() - before:
+        if any(name.startswith("mpich_") for name in segments() - before):
             for rank in ranks:
                 os.kill(rank, 9)
             return True
