@@ -104,6 +104,29 @@ def _serve(result: Result) -> str:
     return _table(["", "HTTP", "ZeroMQ client", "ratio"], rows)
 
 
+def _tensor_parallel(result: Result) -> str:
+    speeds, (two, at_once) = result["tokens_per_second"], result["ratios"].values()
+    one, double, _ = speeds.values()
+    rows = [
+        [
+            work,
+            _number(median(one[work])),
+            _number(median(double[work])),
+            _ratio(two[work]),
+            _ratio(at_once[work]),
+        ]
+        for work in one
+    ]
+    memory = [median(values) / 1e9 for values in result["bytes_per_second"].values()]
+    return (
+        _table(["tokens/s", "tp 1, one core", "tp 2, two cores", "ratio", "two worlds of tp 1 at once"], rows)
+        + "\n\nThe last column is what the machine had for two cores in the same rounds: both worlds together to one "
+        "alone, with nothing to wait for. Memory gave one core "
+        f"{_number(memory[0])} GB/s and two {_number(memory[1])} GB/s ({_ratio(result['memory_ratio'])}). The "
+        "target is 1.8; what is in the way: [benchmarks/profile.md](benchmarks/profile.md)."
+    )
+
+
 def _http_cost(result: Result) -> str:
     http, bare = (median(result["tokens_per_second"][name]) for name in ("http", "bare"))
     return (
@@ -271,6 +294,13 @@ SECTIONS: dict[str, tuple[Callable[[Result], str], Callable[[Result], str]]] = {
             f"Beside other engines, SmolLM2-135M, at a load average of {float(result['load'][0]):.0f}."
         ),
         _peers,
+    ),
+    "tensor_parallel": (
+        lambda result: (
+            "A second core as a second rank, SmolLM2-135M in bfloat16, without gateway, at a load average of "
+            f"{float(result['load'][0]):.0f}."
+        ),
+        _tensor_parallel,
     ),
     "http_cost": (lambda result: f"What HTTP costs, tp {result['tp']}.", _http_cost),
     "serve": (lambda result: f"Serving, tp {result['tp']}.", _serve),
