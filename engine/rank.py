@@ -93,12 +93,15 @@ def _run(
     from engine.collectives.mpi import join_world
     from engine.engine import EngineSettings, load_engine
     from engine.facts import model_facts, software_facts
+    from engine.kernels import bindings as kernels
     from engine.step_loop import Leader, follow
 
     for name in modules:
         importlib.import_module(name)
     facts.tell(software_facts())
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+    if not cuda:
+        kernels.find()
     if gate.kind is SpareKind.WARM:
         _park(page, gate)
     page.enter(Phase.JOINING)

@@ -6,6 +6,7 @@ by them: whoever fills them in keeps the tensors.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Callable
@@ -324,6 +325,13 @@ def instruction_sets() -> list[str]:
     while (name := library.phalanx_instruction_set(len(names))) is not None:
         names.append(name.decode())
     return names
+
+
+def find() -> None:
+    """Loads the library and finds what runs here, if it is there. It may start a child process to try AMX, which is
+    nothing for a process that has joined a world."""
+    with contextlib.suppress(KernelsUnavailable):
+        instruction_sets()
 
 
 def runs(instruction_set: str) -> bool:

@@ -30,6 +30,7 @@ _AMX_BF16 = {
     "amx_bf16": [*_AMX, "-mamx-tile", "-mamx-bf16"],
     "amx_emulated": [*_AMX, "-DPHALANX_AMX_EMULATED"],  # for tests on processors without
 }
+_AMX_PROGRAM = b"#include <immintrin.h>\nvoid dot() { _tile_dpbf16ps(0, 1, 2); }\n"
 _TIMEOUT_S = 300
 
 
@@ -56,7 +57,7 @@ def build(library: Path = LIBRARY) -> None:
         if _accepts(compiler, _AVX512_BF16["avx512_bf16"]):
             instruction_sets |= _AVX512_BF16
             macros.append("-DPHALANX_AVX512_BF16")
-            if _accepts(compiler, _AMX_BF16["amx_bf16"]) and platform.system() == "Linux":
+            if platform.system() == "Linux" and _accepts(compiler, _AMX_BF16["amx_bf16"], _AMX_PROGRAM):
                 instruction_sets |= _AMX_BF16
                 macros.append("-DPHALANX_AMX_BF16")
     units = [("isa.cpp", name, [*flags, f"-DPHALANX_ISA={name}"]) for name, flags in instruction_sets.items()]
@@ -90,9 +91,10 @@ def _compiler() -> list[str]:
     )
 
 
-def _accepts(compiler: list[str], flags: list[str]) -> bool:
-    command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", "-"]
-    return subprocess.run(command, input=b"", capture_output=True, timeout=_TIMEOUT_S).returncode == 0
+def _accepts(compiler: list[str], flags: list[str], program: bytes = b"") -> bool:
+    """Its assembler, too, which may be older than the compiler."""
+    command = [*compiler, *flags, "-x", "c++", "-c", "-o", os.devnull, "-"]
+    return subprocess.run(command, input=program, capture_output=True, timeout=_TIMEOUT_S).returncode == 0
 
 
 def _run(command: list[str]) -> None:

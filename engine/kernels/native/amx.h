@@ -18,6 +18,9 @@
 #define TILE_DOT(to, a, b) _tile_dpbf16ps(to, a, b)
 #endif
 
+// GCC's intrinsics do not say what memory they read: what was written for them has to be there.
+#define SETTLE_MEMORY() asm volatile("" ::: "memory")
+
 namespace PHALANX_ISA {
 namespace {
 
@@ -42,6 +45,7 @@ INLINE void configure_tiles(int64_t num_rows) {
         config.rows[i] = rows[i];
         config.row_bytes[i] = AMX_BYTES;
     }
+    SETTLE_MEMORY();
     TILE_CONFIGURE(&config);
 }
 
@@ -75,6 +79,7 @@ void sum_tiles(const uint16_t *x, int64_t x_stride, int64_t num_rows, const uint
         alignas(64) uint16_t rows[ROW_TILES * AMX_ROWS][AMX_STEPS * 2] = {}, ends[PANELS][STEP] = {};
         for (int64_t r = 0; r < num_rows; ++r) memcpy(rows[r], x + r * x_stride + whole * AMX_STEPS * 2, left * 4);
         for (int p = 0; p < PANELS; ++p) memcpy(ends[p], panels[p] + whole * STEP, left * PANEL * 4);
+        SETTLE_MEMORY();
         add(rows[0], AMX_STEPS * 2, ends[0], ends[PANELS - 1]);
     }
     constexpr int64_t BYTES = PAIRED * PANEL * sizeof(float);
