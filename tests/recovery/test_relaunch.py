@@ -44,7 +44,7 @@ def test_streams_outlive_every_rank(tmp_path: Path, tp: int, pp: int) -> None:
     [
         pytest.param(2, 1, "warm", id="tp2-pp1-warm"),
         pytest.param(2, 1, "hot", id="tp2-pp1-hot", marks=[pytest.mark.slow, pytest.mark.long]),
-        pytest.param(1, 2, "warm", id="tp1-pp2-warm", marks=pytest.mark.slow),
+        pytest.param(1, 2, "warm", id="tp1-pp2-warm", marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 def test_streams_pass_to_the_spare(tmp_path: Path, tp: int, pp: int, kind: str) -> None:
