@@ -24,6 +24,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return other_architectures.make(tmp_path_factory.mktemp("model") / "starcoder2", "starcoder2")
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_streams_outlive_ranks(model: Path, tmp_path: Path) -> None:
     flags = ["--backend", "deepspeed", "--tp", "2", "--dtype", "float32", "--kv-cache-memory", "16MiB"]
     with Served(str(model), tmp_path, *flags) as served:
