@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import signal
+from collections.abc import Iterable
 
 import psutil
 
@@ -25,11 +26,18 @@ def of_run(run_id: str) -> list[psutil.Process]:
 
 def is_left(process: psutil.Process) -> bool:
     """Whether it runs, or is a zombie that one of ours should have reaped. Those whose parent has died are for init,
-    which in a container may take its time."""
+    or for a process above this one that stands in for it, which in a container may take its time."""
     try:
-        return process.is_running() and not (process.status() == psutil.STATUS_ZOMBIE and process.ppid() == 1)
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return process.is_running()
+        return process.is_running() and process.ppid() not in {p.pid for p in psutil.Process().parents()}
     except psutil.NoSuchProcess:
         return False
+
+
+def left_of(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that are still there now."""
+    return [process for process in processes if is_left(process)]
 
 
 def end_with_parent() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import other_architectures
+from tests.recovery.run_processes import left_of
 from tests.recovery.served import Served, Streams
 from tests.recovery.test_refusals import refusal
 
@@ -44,7 +45,7 @@ def test_streams_outlive_ranks(model: Path, tmp_path: Path) -> None:
                 assert stream.text == text
         everything = served.processes()
         assert served.stop() == 0
-        assert not [process for process in everything if process.is_running()]
+        assert left_of(everything) == []
         assert served.shm_folders() == []
 
 

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests import references
+from tests.recovery.run_processes import left_of
 from tests.recovery.served import Served, Stream, Streams, processes_of, still_there, watch_health
 
 NUM_TOKENS = references.NUM_TOKENS
@@ -59,7 +60,7 @@ def test_streams_pass_to_the_spare(tmp_path: Path, tp: int, pp: int, kind: str) 
         everything = served.processes()
         assert len(everything) == 1 + 2 * (1 + 2 * tp * pp)
         assert served.stop() == 0
-        assert not [process for process in everything if process.is_running()]
+        assert left_of(everything) == []
         assert served.shm_folders() == []
 
 

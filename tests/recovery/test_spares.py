@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from launcher.spares import BACK_OFF_S
+from tests.recovery.run_processes import left_of
 from tests.recovery.small_world.deployed import TP, Deployment, Start, wait_gone
 
 KINDS = ["warm", "hot"]
@@ -35,7 +36,7 @@ def check_end(deployment: Deployment) -> None:
     """Nothing of it outlives its end."""
     everything = deployment.processes()
     assert deployment.stop() == 0
-    assert not [process for process in everything if process.is_running()]
+    assert left_of(everything) == []
     assert deployment.shm_folders() == []
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.recovery.run_processes import left_of
 from tests.recovery.served import Served, Streams
 from tests.tiny_models import make_tiny_llama
 
@@ -50,7 +51,7 @@ def test_signal_in_mid_stream_leaves_nothing(tiny_model: Path, tmp_path: Path, n
         assert served.stop(number) == 0
         assert time.monotonic() - began < 10
         streams.finish(10)
-    assert not [p for p in everything if p.is_running()]
+    assert left_of(everything) == []
     assert served.shm_folders() == []
     assert not [name for name in set(os.listdir("/dev/shm")) - segments if served.run_id in name]
     assert port_is_free(served.url)

@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 
+from tests.recovery.run_processes import left_of
 from tests.recovery.small_world.deployed import TP, Start, wait_gone
 
 FAULTS = [
@@ -54,7 +55,7 @@ def test_every_fault_is_recovered_and_nothing_is_left(start: Start) -> None:
     everything = deployment.processes()
     assert len(everything) == 2 + 2 * TP
     assert deployment.stop() == 0
-    assert not [p for p in everything if p.is_running()]
+    assert left_of(everything) == []
     assert deployment.shm_folders() == []
 
 
@@ -160,7 +161,7 @@ def test_stop_in_mid_start(start: Start, number: int) -> None:
     began = time.monotonic()
     assert deployment.stop(number) == 0
     assert time.monotonic() - began < 5
-    assert not [p for p in everything if p.is_running()]
+    assert left_of(everything) == []
 
 
 def test_second_signal_cuts_the_grace_short(start: Start) -> None:
@@ -173,7 +174,7 @@ def test_second_signal_cuts_the_grace_short(start: Start) -> None:
     assert deployment.process.poll() is None
     assert deployment.stop(signal.SIGINT) == 0
     assert time.monotonic() - began < 3
-    assert not [p for p in everything if p.is_running()]
+    assert left_of(everything) == []
 
 
 def test_two_supervisors_never_share_a_run_folder(start: Start) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from launcher.leases import ADOPTION_WAIT_VARIABLE
-from tests.recovery.run_processes import is_left
+from tests.recovery.run_processes import left_of
 
 TP = 2
 
@@ -126,6 +126,6 @@ Start = Callable[..., Deployment]
 def wait_gone(processes: list[psutil.Process], timeout_s: float = 5.0) -> list[psutil.Process]:
     """Those that are still there after this time, zombies of ours included."""
     deadline = time.monotonic() + timeout_s
-    while (left := [p for p in processes if is_left(p)]) and time.monotonic() < deadline:
+    while (left := left_of(processes)) and time.monotonic() < deadline:
         time.sleep(0.01)
     return left
