@@ -5,7 +5,6 @@ Called by `sharding`, which says what the parts are. Pure functions of the confi
 
 from __future__ import annotations
 
-import heapq
 from itertools import accumulate, pairwise
 
 from engine.models.config import ModelConfig
@@ -39,39 +38,28 @@ def touched_kv_heads(config: ModelConfig, heads: range) -> range:
 
 
 def cut_columns(config: ModelConfig, heads: list[range]) -> list[range]:
-    """Deals out the MLP's columns so that attention and MLP together are even over the ranks.
-
-    Work is counted in weight elements of a layer: that is what a rank reads, and twice that is what it
-    computes, for every token. Of experts those count that a token is routed to.
-    """
+    """Deals out the MLP's columns evenly. Ranks wait for each other after attention and after the MLP, each time for
+    the slowest: fewer columns where there are more heads would cost time in the one and save none in the other."""
     unit = ALIGNMENT
     while unit > 1 and (config.intermediate_size % unit or config.intermediate_size // unit < len(heads)):
         unit //= 2
-    unit_work = 3 * unit * config.hidden_size * mlps_per_token(config)
-    counts = _deal_out(config, heads, config.intermediate_size // unit, unit_work)
+    counts = _deal_out(config, heads, config.intermediate_size // unit)
     return ranges([end * unit for end in accumulate(counts)])
 
 
 def cut_experts(config: ModelConfig, heads: list[range]) -> list[range]:
-    """Deals out whole experts so that attention and experts together are even over the ranks, if each expert gets
-    its share of the tokens; every rank has one at least."""
+    """Deals out whole experts evenly; every rank has one at least."""
     assert config.experts is not None
-    count = config.experts.count
-    expert_work = 3 * config.intermediate_size * config.hidden_size * config.experts.per_token / count
-    return ranges(list(accumulate(_deal_out(config, heads, count, expert_work))))
+    return ranges(list(accumulate(_deal_out(config, heads, config.experts.count))))
 
 
-def _deal_out(config: ModelConfig, heads: list[range], num_units: int, unit_work: float) -> list[int]:
-    """How many units of the MLP each rank gets, on top of its heads."""
-    # A rank without any would be one more case for the kernels: each gets one unit, if there are enough of them.
-    first = 1 if num_units >= len(heads) else 0
-    counts = [first] * len(heads)
-    queue = [(attention_work(config, part) + first * unit_work, rank) for rank, part in enumerate(heads)]
-    heapq.heapify(queue)
-    for _ in range(num_units - sum(counts)):
-        work, rank = queue[0]
+def _deal_out(config: ModelConfig, heads: list[range], num_units: int) -> list[int]:
+    """How many units of the MLP each rank gets. What is left when each has the same goes to ranks with the least
+    attention."""
+    units, extra = divmod(num_units, len(heads))
+    counts = [units] * len(heads)
+    for rank in sorted(range(len(heads)), key=lambda rank: attention_work(config, heads[rank]))[:extra]:
         counts[rank] += 1
-        heapq.heapreplace(queue, (work + unit_work, rank))
     return counts
 
 

@@ -181,14 +181,13 @@ def _num_sources(config: ModelConfig) -> int:
 def test_smollm2(tp: int) -> None:
     config = model()
     stage = shard_world(config, tp, 1)[0]
-    works = [
-        attention_work(config, shape.q_heads) + 3 * config.hidden_size * len(shape.mlp_columns)
-        for shape in stage
-    ]
+    works = [(len(shape.mlp_columns), attention_work(config, shape.q_heads)) for shape in stage]
     assert all(len(shape.mlp_columns) % 16 == 0 and shape.vocab.start % 16 == 0 for shape in stage)
-    assert max(works) - min(works) <= 3 * config.hidden_size * 16, (
-        "one unit of columns is all that they differ"
-    )
+    most, least = max(works)[0], min(works)[0]
+    assert most - least <= 16, "one unit of columns is all that they differ"
+    if most != least:
+        busiest = max(attention for columns, attention in works if columns == most)
+        assert busiest <= min(attention for columns, attention in works if columns == least)
     heads = [shape.num_q_heads for shape in stage]
     assert max(heads) - min(heads) <= 1
 
@@ -325,15 +324,10 @@ def test_whole_experts_are_held_once_each(tp: int) -> None:
     assert set(held.values()) == {1}
 
 
-def test_ranks_with_fewer_heads_hold_more_experts() -> None:
-    config, stage = mixture(512, 2)
-    work = [
-        attention_work(config, shape.q_heads) + 3 * 576 * 1536 * 2 * len(shape.experts) / 512
-        for shape in stage
-    ]
+def test_experts_that_do_not_divide_go_to_ranks_with_fewer_heads() -> None:
+    _, stage = mixture(9, 2)
     assert len(stage[0].q_heads) > len(stage[1].q_heads)
-    assert len(stage[0].experts) < len(stage[1].experts)
-    assert abs(work[0] - work[1]) <= 3 * 576 * 1536 * 2 / 512
+    assert [len(shape.experts) for shape in stage] == [4, 5]
 
 
 def test_whole_experts_that_are_not_possible() -> None:
