@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from functools import cache
 
@@ -63,9 +64,10 @@ CONFIGS = {
 
 
 def _weights(config: ModelConfig, shape: RankShape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    random = torch.Generator().manual_seed(1)
     weights = {}
     for tensor in local_tensors(config, shape, 0):
+        # By its name, so that what all ranks hold whole is the same on each.
+        random = torch.Generator().manual_seed(zlib.crc32(tensor.name.encode()))
         scale = tensor.shape[-1] ** -0.5 if len(tensor.shape) == 2 else 1.0
         weights[tensor.name] = (torch.randn(tensor.shape, generator=random) * scale).to(dtype)
     return weights

@@ -18,7 +18,7 @@ from engine.models.families import QueryKeyNorm
 from tests.native_kernels import instruction_sets
 from tests.unit.test_kernels_stage import CONFIGS, Served
 
-CAPACITY = 160 * 70
+CAPACITY = 400 * 70
 PATH = instruction_sets()[0]
 NUM_STEPS = 5
 
@@ -65,8 +65,11 @@ def _groups(natively: list[bool]) -> tuple[list[_Group], mmap.mmap]:
     return [_Group(sums, size, mode) for sums, mode in zip(ranks, natively, strict=True)], memory
 
 
-def _results(name: str, natively: list[bool]) -> list[dict[tuple[int, int], torch.Tensor]]:
-    """Of each rank: what some steps bring, by (sequence, position)."""
+def _results(
+    name: str, natively: list[bool], in_pieces: bool = False
+) -> list[dict[tuple[int, int], torch.Tensor]]:
+    """Of each rank: what some steps bring, by (sequence, position). `in_pieces`: with a step of more rows than are
+    computed at once."""
     groups, _memory = _groups(natively)
     size = len(groups)
 
@@ -75,6 +78,8 @@ def _results(name: str, natively: list[bool]) -> list[dict[tuple[int, int], torc
             CONFIGS[name], torch.bfloat16, PATH, threads=2, tp=size, rank=rank, group=groups[rank]
         )
         served.step(chunks=[(1, 90), (2, 3)])  # with three ranks, each sums a share
+        if in_pieces:
+            served.step(decode=[2], chunks=[(4, 200), (5, 130)])
         served.step(decode=[2], chunks=[(1, 40), (3, 17)])
         for _ in range(3):
             served.step(decode=[3, 1, 2])
@@ -84,16 +89,16 @@ def _results(name: str, natively: list[bool]) -> list[dict[tuple[int, int], torc
         results = list(pool.map(run, range(size)))
     parts = 3 if CONFIGS[name].query_key_norm is QueryKeyNorm.PROJECTION else 2
     for group, native in zip(groups, natively, strict=True):
-        assert group.words[0] == (NUM_STEPS * CONFIGS[name].num_layers * parts if native else 0)
+        assert group.words[0] == ((NUM_STEPS + in_pieces) * CONFIGS[name].num_layers * parts if native else 0)
     return results
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", ["plain", "odd", "experts", "after", "projections"])
 def test_the_bits_are_those_of_part_after_part(name: str, size: int) -> None:
-    expected = _results(name, [False] * size)
-    for natively in ([True] * size, [rank == 1 for rank in range(size)]):
-        for rank, found in enumerate(_results(name, natively)):
+    for natively, in_pieces in (([True] * size, True), ([rank == 1 for rank in range(size)], False)):
+        expected = _results(name, [False] * size, in_pieces)
+        for rank, found in enumerate(_results(name, natively, in_pieces)):
             assert found.keys() == expected[rank].keys()
             for key, value in found.items():
                 assert torch.equal(value, expected[rank][key]), (natively, rank, key)
@@ -114,6 +119,28 @@ def test_progress_is_shown_while_another_rank_is_waited_for() -> None:
     waiting.join(30)
     assert not waiting.is_alive()
     assert [group.words[0] for group in groups] == [4, 4]
+
+
+def test_pieces_go_on_where_they_waited_for_another_rank() -> None:
+    def results(natively: bool) -> list[dict[tuple[int, int], torch.Tensor]]:
+        groups, _memory = _groups([natively] * 2)
+        served = [
+            Served(CONFIGS["plain"], torch.bfloat16, PATH, tp=2, rank=rank, group=groups[rank])
+            for rank in (0, 1)
+        ]
+        with ThreadPoolExecutor(1) as pool:
+            for first, second in ((0, 1), (1, 0)):
+                groups[first].waited.clear()
+                chunks = [(10 + first, 200), (20 + first, 100)]
+                ahead = pool.submit(served[first].step, chunks=chunks)
+                assert groups[first].waited.wait(30)
+                served[second].step(chunks=chunks)
+                ahead.result(30)
+        return [each.results for each in served]
+
+    for found, expected in zip(results(True), results(False), strict=True):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_words_of_a_page_can_be_written_natively(tmp_path: object) -> None:

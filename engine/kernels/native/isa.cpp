@@ -14,18 +14,42 @@ namespace {
 
 constexpr int64_t PIECE_ROWS = 264;  // what half a layer computes at a time, so that it stays in the caches
 
+// Rows that are a linear's inputs already: each rank has made some of them, where all can see them.
+struct ReadyRows {
+    const char *const *of_rank;
+    int64_t rows_a_rank, row_bytes;
+
+    template <class X>
+    INLINE void copy(int64_t row, int64_t count, X *to) const {
+        memcpy(to, of_rank[row / rows_a_rank] + row * row_bytes, count * sizeof(X));
+    }
+};
+
+// X that a row of a linear's inputs is made of.
+template <class F>
+INLINE int64_t x_count(int64_t size) { return F::QUANTIZED ? x_stride_of<F>(size) : padded(size); }
+
+// A part's inputs: normed rows of `hidden`, or those that are ready.
+template <class F>
+INLINE typename F::X *inputs_of_part(Context *context, const Stage &stage, int64_t num_rows, const float *hidden,
+                                     const float *norm, const ReadyRows *ready) {
+    typedef typename F::X X;
+    const int64_t size = stage.hidden_size, stride = x_stride_of<F>(size), count = x_count<F>(size);
+    X *x = static_cast<X *>(scratch(context, SCRATCH_X, num_rows * stride * sizeof(X)));
+    parallel_rows(context, num_rows, 32, [&](int64_t row) {
+        if (ready != nullptr) ready->copy(row, count, x + row * stride);
+        else norm_x_row<F>(hidden + row * size, size, norm, stage.norm_eps, x + row * stride);
+    });
+    return x;
+}
+
 // Queries, keys and values of all rows, [num_tokens][qkv.num_outputs], in scratch memory.
 template <class L>
-float *project(Context *context, const Stage &stage, const Layer &layer, const Step &step, const float *hidden) {
-    typedef typename L::X X;
+float *project(Context *context, const Stage &stage, const Layer &layer, const Step &step, const float *hidden,
+               const ReadyRows *ready) {
     const int64_t num_rows = step.num_tokens, width = layer.qkv.num_outputs;
-    const int64_t x_stride = x_stride_of<L>(stage.hidden_size);
-    X *x = static_cast<X *>(scratch(context, SCRATCH_X, num_rows * x_stride * sizeof(X)));
+    const auto *x = inputs_of_part<L>(context, stage, num_rows, hidden, layer.attention_norm, ready);
     float *projected = static_cast<float *>(scratch(context, SCRATCH_PROJECTED, num_rows * width * sizeof(float)));
-    parallel_rows(context, num_rows, 32, [&](int64_t row) {
-        norm_x_row<L>(hidden + row * stage.hidden_size, stage.hidden_size, layer.attention_norm, stage.norm_eps,
-                      x + row * x_stride);
-    });
     const int64_t queries = layer.output.num_inputs;
     Linear projection = layer.qkv;
     if (step.extent == EXTENT_REST) projection.num_outputs = queries;
@@ -96,15 +120,12 @@ void attention_half(Context *context, const Stage &stage, const Layer &layer, co
 
 template <class F>
 void mlp_half(Context *context, const Stage &stage, const Layer &layer, int64_t num_rows, const float *hidden,
-              float *partial) {
+              const ReadyRows *ready, float *partial) {
     typedef typename F::X X;
     const int64_t columns = layer.down.num_inputs, width = layer.gate_up.num_outputs, size = stage.hidden_size;
-    const int64_t x_stride = x_stride_of<F>(size), gated_stride = x_stride_of<F>(columns);
-    X *x = static_cast<X *>(scratch(context, SCRATCH_X, num_rows * x_stride * sizeof(X)));
+    const int64_t gated_stride = x_stride_of<F>(columns);
+    const X *x = inputs_of_part<F>(context, stage, num_rows, hidden, layer.mlp_norm, ready);
     X *gated = static_cast<X *>(scratch(context, SCRATCH_GATED, num_rows * gated_stride * sizeof(X)));
-    parallel_rows(context, num_rows, 32, [&](int64_t row) {
-        norm_x_row<F>(hidden + row * size, size, layer.mlp_norm, stage.norm_eps, x + row * x_stride);
-    });
     if (columns % PANEL == 0 && layer.gate_up.bias == nullptr) {
         multiply_gated<F>(context, layer.gate_up, x, num_rows, stage.activation, gated, gated_stride);
     } else {
@@ -151,7 +172,7 @@ int64_t format_of(const Stage *stage, int64_t index) {
 }
 
 void part_of_rows(Context *context, const Stage *stage, const Step *step, int64_t index, float *hidden,
-                  const float *delta, float *partial) {
+                  const float *delta, float *partial, const ReadyRows *ready = nullptr) {
     const int64_t parts = stage->parts, mlp_part = parts - 1;
     const bool has_projections = index > 0 && is_projection(stage, index - 1);
     if (delta != nullptr && !has_projections) {
@@ -176,38 +197,49 @@ void part_of_rows(Context *context, const Stage *stage, const Step *step, int64_
                 projected = static_cast<float *>(scratch(context, SCRATCH_PROJECTED, 0));
                 norm_projections(context, *stage, layer, *step, delta, projected);
             } else {
-                projected = project<L>(context, *stage, layer, *step, hidden);
+                projected = project<L>(context, *stage, layer, *step, hidden, ready);
             }
             if (is_projection(stage, index)) sum_squares(context, *stage, layer, *step, projected, partial);
             else attention_half<L, F>(context, *stage, layer, *step, projected, partial);
         } else if (layer.experts != nullptr)
             experts_half<L, F>(context, *stage, layer, num_rows, hidden, partial, PIECE_ROWS);
-        else mlp_half<L>(context, *stage, layer, num_rows, hidden, partial);
+        else mlp_half<L>(context, *stage, layer, num_rows, hidden, ready, partial);
     });
 }
 
-// In pieces of rows: what a piece attends to are itself and those before it.
+// Rows of a piece of a part: all that there are, or so many that a piece stays in the caches.
+int64_t rows_of_piece(const Stage *stage, const Step *step, int64_t index) {
+    // Projections that wait for their sums wait all together.
+    const bool waits = is_projection(stage, index) || (index > 0 && is_projection(stage, index - 1));
+    const int64_t num_rows = step->num_tokens;
+    return num_rows <= PIECE_ROWS || waits ? num_rows : even_piece<BFloat16>(num_rows, PIECE_ROWS);
+}
+
+// Rows [begin, end) of a step, which point into scratch memory. What a piece attends to are itself and those before it.
+Step piece_of(Context *context, Scratch where, const Step &step, int64_t begin, int64_t end) {
+    const int64_t count = step.num_sequences + 1;
+    auto *first_rows = static_cast<int64_t *>(scratch(context, where, count * sizeof(int64_t)));
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = step.first_rows[i];
+        first_rows[i] = (row < begin ? begin : row > end ? end : row) - begin;
+    }
+    Step piece = step;
+    piece.num_tokens = end - begin;
+    piece.positions += begin;
+    piece.slots += begin;
+    piece.first_rows = first_rows;
+    return piece;
+}
+
 void part(Context *context, const Stage *stage, const Step *step, int64_t index, float *hidden, const float *delta,
           float *partial) {
     if (const Functions *other = elsewhere(format_of(stage, index)))
         return other->part(context, stage, step, index, hidden, delta, partial);
-    const int64_t num_rows = step->num_tokens, size = stage->hidden_size;
-    // Projections that wait for their sums wait all together.
-    const bool waits = is_projection(stage, index) || (index > 0 && is_projection(stage, index - 1));
-    if (num_rows <= PIECE_ROWS || waits) return part_of_rows(context, stage, step, index, hidden, delta, partial);
-    const int64_t most = even_piece<BFloat16>(num_rows, PIECE_ROWS), count = step->num_sequences + 1;
-    auto *first_rows = static_cast<int64_t *>(scratch(context, SCRATCH_FIRST_ROWS, count * sizeof(int64_t)));
+    const int64_t num_rows = step->num_tokens, size = stage->hidden_size, most = rows_of_piece(stage, step, index);
+    if (most >= num_rows) return part_of_rows(context, stage, step, index, hidden, delta, partial);
     for (int64_t begin = 0; begin < num_rows; begin += most) {
         const int64_t end = begin + most < num_rows ? begin + most : num_rows;
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t row = step->first_rows[i];
-            first_rows[i] = (row < begin ? begin : row > end ? end : row) - begin;
-        }
-        Step piece = *step;
-        piece.num_tokens = end - begin;
-        piece.positions += begin;
-        piece.slots += begin;
-        piece.first_rows = first_rows;
+        const Step piece = piece_of(context, SCRATCH_FIRST_ROWS, *step, begin, end);
         part_of_rows(context, stage, &piece, index, hidden + begin * size,
                      delta == nullptr ? nullptr : delta + begin * size, partial + begin * size);
     }

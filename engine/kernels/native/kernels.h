@@ -133,8 +133,8 @@ struct Functions {
     // the same until it returns 0: elements that are left when others kept it waiting.
     int64_t (*sum_shared)(SharedSum *, float *data, int64_t count);
     // Parts [begin, end) of a stage, with the sums over the ranks. Every rank calls it with the same step, and again until it
-    // returns 0: others kept it waiting. num_tokens * hidden_size is at most the capacity. A rank may as well call
-    // `part` and `sum_shared` in turn: the others do not see the difference.
+    // returns 0: others kept it waiting. num_tokens * hidden_size is at most the capacity. With rows that are computed in
+    // one piece, a rank may as well call `part` and `sum_shared` in turn: the others do not see the difference.
     int64_t (*summed_parts)(Context *, const Stage *, const Step *, int64_t begin, int64_t end, SharedSum *,
                             float *hidden);
 };
@@ -155,7 +155,7 @@ int64_t num_threads(const Context *);
 enum Scratch {
     SCRATCH_X, SCRATCH_PROJECTED, SCRATCH_QUERIES, SCRATCH_GATED, SCRATCH_TASKS, SCRATCH_THREADS,
     SCRATCH_ROUTED_BY, SCRATCH_SENT, SCRATCH_SAID, SCRATCH_CHOSEN, SCRATCH_ROUTES, SCRATCH_STARTS, SCRATCH_BEST,
-    SCRATCH_FIRST_ROWS,
+    SCRATCH_FIRST_ROWS, SCRATCH_SUMMED_ROWS,
     SCRATCH_SUM,
     SCRATCHES
 };

@@ -26,10 +26,13 @@ INLINE float *buffer_of(const SharedSum &shared, int64_t rank, uint64_t round) {
 
 INLINE float *buffer(const SharedSum &shared, int64_t rank) { return buffer_of(shared, rank, shared.round); }
 
-// Whether every rank has come to this round. False after a while: the caller has more to do than to wait.
-INLINE bool all_came(const SharedSum &shared, int64_t which) {
+// What a rank's word counts: rounds, and pieces of the round that has begun.
+INLINE uint64_t count_of(uint64_t round, uint64_t pieces) { return (round << 16) + pieces; }
+
+// Whether every rank has come so far. False after a while: the caller has more to do than to wait.
+INLINE bool all_came(const SharedSum &shared, int64_t which, uint64_t count) {
     for (int64_t rank = 0; rank < shared.size; ++rank)
-        for (int64_t looks = 0; word(shared, rank, which).load(std::memory_order_acquire) < shared.round; ++looks) {
+        for (int64_t looks = 0; word(shared, rank, which).load(std::memory_order_acquire) < count; ++looks) {
             if (looks == LOOKS) return false;
             if (shared.crowded) sched_yield();
 #if defined(__x86_64__) || defined(__i386__)
@@ -64,7 +67,7 @@ struct Shares {
 // This rank's part of the next round is in its buffer.
 INLINE void publish(SharedSum &shared) {
     ++shared.round;
-    word(shared, shared.rank, 0).store(shared.round, std::memory_order_release);
+    word(shared, shared.rank, 0).store(count_of(shared.round, 0), std::memory_order_release);
     shared.phase = 1;
 }
 
@@ -72,15 +75,15 @@ INLINE void publish(SharedSum &shared) {
 // Who has come here has read all of the round before, so that its buffers may be written in the next.
 INLINE bool gathered(SharedSum &shared, const Shares &shares) {
     if (shared.phase == 1) {
-        if (!all_came(shared, 0)) return false;
+        if (!all_came(shared, 0, count_of(shared.round, 0))) return false;
         if (!shares.are_cut) return true;
         // Nobody else reads this rank's share of any buffer before it is summed.
         add_ranks(shared, shared.rank * shares.share, shares.end(shared.rank),
                   buffer(shared, shared.rank) + shared.rank * shares.share);
-        word(shared, shared.rank, 1).store(shared.round, std::memory_order_release);
+        word(shared, shared.rank, 1).store(count_of(shared.round, 0), std::memory_order_release);
         shared.phase = 2;
     }
-    return all_came(shared, 1);
+    return all_came(shared, 1, count_of(shared.round, 0));
 }
 
 // Elements [begin, end) of the sum, once they are gathered, to `to`.
