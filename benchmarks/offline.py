@@ -67,12 +67,13 @@ def measure(generate: Generate) -> dict[str, float]:
     return speeds
 
 
-def phalanx_generate(client: Client) -> Generate:
-    salts = itertools.count()
+_SALTS = itertools.count()
+"""Never the same prompt twice: nothing is to be found in the prefix cache."""
 
+
+def phalanx_generate(client: Client) -> Generate:
     def generate(sequences: int, prompt_tokens: int, new_tokens: int) -> float:
-        # Never the same prompt twice: nothing is to be found in the prefix cache.
-        salt = next(salts)
+        salt = next(_SALTS)
         params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
         begin = time.perf_counter()
         streams = [client.submit(prompt(i, prompt_tokens, salt), params) for i in range(sequences)]

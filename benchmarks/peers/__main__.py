@@ -1,10 +1,11 @@
 """Phalanx beside other engines: same weights, same cores, same run, in turn.
 
-`python -m benchmarks.peers [--rounds N] [--cores N] [--peers NAME,...]`. Every engine stays loaded, and in each round
-each does each piece of work, so that a slow minute of a shared machine hits all of them; ratios are medians of the
-rounds' ratios. Peers are driven in their own processes by their own Python interface, which spares them HTTP;
-Phalanx is measured at a ZeroMQ client of rank 0, so its scheduler and gateway are in its figures. The first use
-installs each peer into an environment of its own, which takes some minutes. Results: benchmarks/results/peers.json.
+`python -m benchmarks.peers [--rounds N] [--cores N] [--peers NAME,...]`. Every engine stays loaded, and in each
+round each does each piece of work, while the others are stopped, so that a slow minute of a shared machine hits
+all of them; ratios are medians of the rounds' ratios. Peers are driven in their own processes by their own
+Python interface, which spares them HTTP; Phalanx is measured at a ZeroMQ client of rank 0, so its scheduler and
+gateway are in its figures. The first use installs each peer into an environment of its own, which takes some
+minutes. Results: benchmarks/results/peers.json.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import argparse
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import psutil
 
 from benchmarks.common import bare_world, machine, median, model_folder, pin, show, write
 from benchmarks.offline import phalanx_generate
-from benchmarks.peers.driving import driven
+from benchmarks.peers.driving import Contestant, alone, driven
 from benchmarks.peers.environments import PEERS, Peer
 from benchmarks.peers.work import Generate
 from gateway.client import Client
@@ -80,31 +85,44 @@ def main() -> None:
     figures: dict[str, dict[str, list[float]]] = {}
     starts: dict[str, float] = {}
     with ExitStack() as stack:
-        contestants: dict[str, tuple[Generate, int | None]] = {}
+        contestants: dict[str, Contestant] = {}
         for peer in peers:
             try:
-                generate, starts[peer.label] = stack.enter_context(
-                    driven(peer.label, peer.start(folder, cores))
-                )
+                process = peer.start(folder, cores)
+                generate, starts[peer.label] = stack.enter_context(driven(peer.label, process))
             except RuntimeError as error:
                 missing[peer.label] = f"{error}; see {peer.log}"
                 continue
-            contestants[peer.label] = generate, peer.max_sequences
+            contestants[peer.label] = Contestant(
+                partial(nullcontext, generate), peer.max_sequences, psutil.Process(process.pid)
+            )
             print(f"{peer.label}: loaded after {starts[peer.label]:.1f} s", file=sys.stderr)
         for ours in OURS:
             begin = time.perf_counter()
+            before = {child.pid for child in psutil.Process().children()}
             options = ("--kv-cache-memory", str(KV_CACHE_BYTES), *ours.options)
             world = bare_world(folder, ours.tp, 1, *options, cores=cores[: ours.cores])
-            generate = phalanx_generate(stack.enter_context(Client(stack.enter_context(world))))
-            generate(2, PROMPT_TOKENS, 4)
+            asked = partial(_asked, stack.enter_context(world))
+            with asked() as generate:
+                generate(2, PROMPT_TOKENS, 4)
             starts[ours.label] = time.perf_counter() - begin
-            contestants[ours.label] = generate, None
+            (mpirun,) = (child for child in psutil.Process().children() if child.pid not in before)
+            contestants[ours.label] = Contestant(asked, None, mpirun)
         for number in range(arguments.rounds):
-            for label, (generate, most) in contestants.items():
-                for work, value in measure(generate, most).items():
+            for label, contestant in contestants.items():
+                with alone(contestant, contestants.values()), contestant.asked() as generate:
+                    measured = measure(generate, contestant.max_sequences)
+                for work, value in measured.items():
                     figures.setdefault(label, {}).setdefault(work, []).append(value)
             print(f"round {number + 1} of {arguments.rounds} done", file=sys.stderr)
     report(figures, starts, missing, bandwidth, cores)
+
+
+@contextmanager
+def _asked(endpoint: str) -> Iterator[Generate]:
+    """A client for one turn: it would miss a world that is stopped."""
+    with Client(endpoint) as client:
+        yield phalanx_generate(client)
 
 
 def measure(generate: Generate, max_sequences: int | None) -> dict[str, float]:

@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+
+import psutil
 
 from benchmarks.peers.work import Generate
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An engine that is loaded."""
+
+    asked: Callable[[], AbstractContextManager[Generate]]
+    """What gives it work, while the others are stopped."""
+    max_sequences: int | None
+    process: psutil.Process
+    """The one that this process has started for it."""
+
+    def signal(self, stop: bool) -> None:
+        for process in [self.process, *self.process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend() if stop else process.resume()
+
+
+@contextmanager
+def alone(contestant: Contestant, everybody: Iterable[Contestant]) -> Iterator[None]:
+    """The others are stopped meanwhile: engines without work look for some, on cores that this one is measured on."""
+    others = [other for other in everybody if other is not contestant]
+    try:
+        for other in others:
+            other.signal(stop=True)
+        yield
+    finally:
+        for other in others:
+            other.signal(stop=False)
 
 
 @contextmanager
