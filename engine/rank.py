@@ -32,6 +32,7 @@ from gateway.protocol import Limits, Output, Submit
 from gateway.protocol import Pooling as WirePooling
 from gateway.protocol import TokenLogprobs as WireLogprobs
 from gateway.rank0 import Rank0Gateway
+from launcher.lease_watch import die_with_lease
 from launcher.watch import FactSheet, Phase, ProgressPage, SpareKind, StartGate, die_with_parent
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     if page_path:
         die_with_parent()
     page = ProgressPage.open(Path(page_path) if page_path else None)
+    die_with_lease(page)
     facts = FactSheet(Path(page_path) if page_path else None)
     gate = StartGate.from_environment()
     faults = None

@@ -119,6 +119,8 @@ class Guard:
         self._place_logs()
         page_path = self._environment.shm_dir / f"rank-{self.rank}.progress"
         self._page = ProgressPage.create(page_path)
+        if self._environment.supervisor_host_id != host_id():
+            self._page.lend(time.monotonic() + self._environment.adoption_wait_s)
         has_other_hosts = bool(self._environment.remote_endpoint)
         self._facts = RankReport(self.epoch, self.rank, page_path, has_other_hosts)
         self._life = LifeLock.create(page_path.with_suffix(LIFE_SUFFIX))
@@ -192,6 +194,8 @@ class Guard:
                 return self._end_code()
             if self._ended_at is not None and now - self._ended_at > ORDER_WAIT_S:
                 return self._end_code()
+            if tie.is_remote:
+                self._page.lend(now + tie.left_s(now))
             late_s = max(0.0, now - checked_at - planned_s)
             checked_at = now
             self._check_state(now, late_s)

@@ -85,16 +85,16 @@ class Progress:
 
 
 class ProgressPage:
-    """One page of shared memory with one writer, the rank, and one reader, its guard.
+    """One page of shared memory with one writer, the rank, and one reader, its guard; the word for the lease is the
+    other way round.
 
     Aligned 64-bit words and the endpoint's text. A word is written by one store, so that the reader
     never sees half of one; the endpoint's length is written after its bytes.
     """
 
     _SIZE = mmap.PAGESIZE
-    _STAMP, _PHASE, _STEP, _NUM_TOKENS, _COLLECTIVE, _LOAD_DONE, _LOAD_TOTAL, _KV_BLOCKS, _ENDPOINT_BYTES = (
-        range(9)
-    )
+    _STAMP, _PHASE, _STEP, _NUM_TOKENS, _COLLECTIVE, _LOAD_DONE, _LOAD_TOTAL, _KV_BLOCKS = range(8)
+    _ENDPOINT_BYTES, _LEASE = 8, 9
     _ENDPOINT_OFFSET = 128
     _MAX_ENDPOINT_BYTES = 1024
 
@@ -192,6 +192,15 @@ class ProgressPage:
             kv_blocks=words[self._KV_BLOCKS],
             endpoint=text.decode() if length else None,
         )
+
+    def lend(self, ends_at: float) -> None:
+        """The guard's: the rank may live until then, in seconds of this host's CLOCK_MONOTONIC."""
+        self._words[self._LEASE] = round(ends_at * 1e9)
+
+    @property
+    def lease_ends_at(self) -> float | None:
+        """What the guard has lent; None: it needs no lease."""
+        return self._words[self._LEASE] / 1e9 or None
 
     def close(self) -> None:
         """Unmaps the page; the file stays."""

@@ -120,6 +120,32 @@ def test_silent_cut_and_the_host_that_is_left(hosts: Cluster, begin: Begin) -> N
     check_end(hosts, deployment)
 
 
+def test_a_lease_binds_the_rank_of_a_guard_that_is_stopped(hosts: Cluster, begin: Begin) -> None:
+    """The fence does not wait for guards that it cannot reach, so a rank must not need its own one to die in time."""
+    deployment = begin("111")
+    deployment.wait_ready()
+    world = deployment.wait_active()
+    guards = [p for p in remote(hosts, 2, deployment, GUARD) if "mpirun" not in " ".join(p.cmdline())]
+    ranks = [p for p in remote(hosts, 2, deployment, RANK) if GUARD not in " ".join(p.cmdline())]
+    assert guards and ranks
+    stopped = guards + remote(hosts, 2, deployment, DAEMON)  # the daemon would let guards go on, to end them
+    for process in stopped:
+        process.suspend()
+    hosts.cut(2)
+    began = time.monotonic()
+    while any(rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):  # its guard cannot reap it
+        assert time.monotonic() - began < 10.0
+        time.sleep(0.05)
+    assert [guard.status() for guard in guards] == [psutil.STATUS_STOPPED] * len(guards)
+    after = deployment.wait_active(above=world["epoch"])
+    assert names(after) == ["host3"] and epochs_alive(deployment) == {str(after["epoch"])}
+    for process in stopped:
+        process.resume()
+    assert wait_gone(guards, 10.0) == []
+    hosts.heal(2)
+    check_end(hosts, deployment)
+
+
 @pytest.mark.parametrize(
     "cut", [{"towards": True, "back": False}, {"towards": False, "back": True}], ids=["towards", "back"]
 )

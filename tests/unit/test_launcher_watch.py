@@ -27,6 +27,7 @@ from launcher.guard_messages import (
     RankFacts,
     from_bytes,
 )
+from launcher.lease_watch import LATER_S
 from launcher.processes import ProcessId, is_alive
 from launcher.watch import Phase, ProgressPage
 
@@ -85,8 +86,26 @@ def test_page_is_for_this_user_only(tmp_path: Path) -> None:
     assert (tmp_path / "page").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_rank_dies_with_its_lease(tmp_path: Path) -> None:
+    page = ProgressPage.create(tmp_path / "page")
+    page.lend(time.monotonic() + 60)
+    program = (
+        "import sys, time; from pathlib import Path; from launcher.watch import ProgressPage; "
+        "from launcher.lease_watch import die_with_lease; "
+        "die_with_lease(ProgressPage.open(Path(sys.argv[1]))); print(1, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "page")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as rank:
+        assert rank.stdout is not None and rank.stdout.readline() == b"1\n"
+        time.sleep(2 * LATER_S)
+        assert rank.poll() is None
+        page.lend(time.monotonic())
+        assert rank.wait(10) == -9
+
+
 def test_page_without_a_guard() -> None:
     page = ProgressPage.open(None)
+    assert page.lease_ends_at is None
     page.step(3)
     assert page.read().step == 3
     page.close()

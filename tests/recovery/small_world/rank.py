@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from launcher.lease_watch import die_with_lease
 from launcher.watch import EXIT_CONFIG, Phase, ProgressPage, SpareKind, StartGate, die_with_parent
 
 
@@ -16,6 +17,7 @@ def main() -> None:
     epoch = int(sys.argv[sys.argv.index("--epoch") + 1])
     gate = StartGate.from_environment()
     page = ProgressPage.open(Path(os.environ["PHALANX_PROGRESS_PAGE"]))
+    die_with_lease(page)
     page.enter(Phase.IMPORTING)
     if behaviour == "crash" or (behaviour == "crash first" and epoch == 1):
         raise RuntimeError("the rank's own words")
