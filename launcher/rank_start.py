@@ -7,11 +7,18 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from launcher.guard_environment import PREFIX
 from launcher.post_mortem import STACK_SIGNAL, STACK_VARIABLE
-from launcher.watch import PARENT_VARIABLE, PROGRESS_PAGE_VARIABLE, START_GATE_VARIABLE, SpareKind
+from launcher.watch import (
+    PARENT_VARIABLE,
+    PROGRESS_PAGE_VARIABLE,
+    START_GATE_VARIABLE,
+    SpareKind,
+    die_with,
+)
 
 
 class StartGate:
@@ -86,6 +93,8 @@ def start_rank(
             # and yield kept all others from their processors for up to 98 s under Linux 6.18; ranks with a session
             # each never did (docs/recovery.md).
             start_new_session=True,
+            # From the first moment: what Python imports before the rank can ask for it may take long.
+            preexec_fn=partial(die_with, os.getpid()),
         )
     if for_rank >= 0:
         os.close(for_rank)

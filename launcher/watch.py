@@ -287,9 +287,13 @@ def die_with_parent() -> None:
     The kernel watches the *thread* that forked, so a parent must fork from a thread that lives as long as it
     does. Raises OSError where the kernel has no such thing.
     """
-    expected = int(os.environ.get(PARENT_VARIABLE) or os.getppid())
+    die_with(int(os.environ.get(PARENT_VARIABLE) or os.getppid()))
+
+
+def die_with(parent: int) -> None:
+    """The same, for a parent that is known by its pid."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != expected:  # it ended before the kernel was told to watch it
+    if os.getppid() != parent:  # it ended before the kernel was told to watch it
         os.kill(os.getpid(), signal.SIGKILL)
 
 

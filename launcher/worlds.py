@@ -76,6 +76,7 @@ class World:
         self._mpirun_log = run_dir.world_dir(epoch) / "mpirun.log"
         self._process: subprocess.Popen[bytes] | AdoptedProcess | None = None
         self._proxies: set[ProcessId] = set()
+        self._unreported: set[ProcessId] = set()
         """What of MPI stands between mpirun and the guards, in sessions of its own: Hydra's proxy, and its shells."""
         self.mpirun: ProcessId | None = None
         """Its mpirun, once started."""
@@ -388,9 +389,10 @@ class World:
         those that the supervisor has adopted."""
         if self._process is None:
             return []
-        known = self._known_here() | self._proxies
-        if not self.plan.launcher.has_ranks_in_session and len(self.ranks) < self.size:
-            known |= self._run_dir.processes_of(self.epoch)
+        if len(self.ranks) < self.size:
+            # A rank has a session of its own, and its guard may have died before it could name it.
+            self._unreported |= self._run_dir.processes_of(self.epoch)
+        known = self._known_here() | self._proxies | self._unreported
         left = []
         for stat in all_processes():
             process = ProcessId(stat.pid, stat.start)

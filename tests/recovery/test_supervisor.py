@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -162,6 +164,36 @@ def test_stop_in_mid_start(start: Start, number: int) -> None:
     assert deployment.stop(number) == 0
     assert time.monotonic() - began < 5
     assert left_of(everything) == []
+
+
+@pytest.mark.parametrize("what", ["stop", "guard"])
+def test_rank_whose_guard_never_reported(start: Start, tmp_path: Path, what: str) -> None:
+    """Its imports take long, as from a network drive, and it has asked for nothing yet."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\nline = open('/proc/self/cmdline').read()\n"
+        "if 'small_world.rank' in line and 'launcher.guard' not in line:\n    time.sleep(60)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    deployment = start(variables={"PYTHONPATH": path})
+    give_up_at = time.monotonic() + 20
+    guard = rank = None
+    while rank is None:
+        assert time.monotonic() < give_up_at
+        for process in deployment.processes():
+            with contextlib.suppress(psutil.Error):
+                parent = process.parent()
+                if parent is not None and parent.cmdline()[2:4] == ["-m", "launcher.guard"]:
+                    parent.suspend()
+                    guard, rank = parent, process
+    assert guard is not None
+    if what == "stop":
+        assert deployment.stop() == 0
+    else:
+        guard.kill()
+        while deployment.table()["epoch"] < 2:
+            assert time.monotonic() < give_up_at
+            time.sleep(0.01)
+    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE  # whose parent never named it
 
 
 def test_second_signal_cuts_the_grace_short(start: Start) -> None:
