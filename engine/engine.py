@@ -6,7 +6,7 @@ Called by `engine.rank`, and by world tests that drive a world without processes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from engine.execution.kv_cache import (
 )
 from engine.execution.sampler import Sampler
 from engine.execution.stage import Stage, StageRunner
-from engine.kernels.bindings import Kernels, KernelsUnavailable, open_kernels, refused_amx
+from engine.kernels.bindings import INSTRUCTION_SETS, Kernels, KernelsUnavailable, open_kernels, refused_amx
 from engine.kernels.quantization import Quantization
 from engine.kernels.stage import NativeStage, cache_head_dim
 from engine.models.config import ModelConfig
@@ -164,7 +164,7 @@ def load_engine(
         )
     limits = scheduler_limits(settings, config)
     sampler = new_sampler(settings, config) if at.is_sampler else None
-    kernels, computed_by = _choose_kernels(settings, device)
+    kernels, computed_by = _agree_on_kernels(world, settings, device)
     head_dim = config.head_dim if kernels is None else cache_head_dim(config)
     if settings.deterministic:
         world.tensor_group.sum_in_rank_order()
@@ -209,6 +209,23 @@ def load_engine(
         return Engine(config, runner, limits, num_blocks, settings.step_factor, computed_by)
 
     return LoadedEngine(num_blocks, reserve)
+
+
+def _agree_on_kernels(
+    world: World, settings: EngineSettings, device: torch.device
+) -> tuple[Kernels | None, str]:
+    """What `_choose_kernels` finds, or less where another rank has less: ranks that share sums cut prompts alike, and
+    who computes natively has no logits for one that does not."""
+    kernels, computed_by = _choose_kernels(settings, device)
+    strength = 0 if kernels is None else 1 + INSTRUCTION_SETS.index(kernels.instruction_set)
+    common = world.control.agree_min(strength)
+    if common == strength:
+        return kernels, computed_by
+    assert kernels is not None
+    kernels.close()
+    name = "off" if common == 0 else INSTRUCTION_SETS[common - 1]
+    kernels, computed_by = _choose_kernels(replace(settings, kernels=name), device)
+    return kernels, f"{computed_by}; another rank has nothing better"
 
 
 def _choose_kernels(settings: EngineSettings, device: torch.device) -> tuple[Kernels | None, str]:

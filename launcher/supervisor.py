@@ -43,6 +43,8 @@ LAST_GRACE_S = 2.0
 TELL_DRAIN_AFTER_S = 1.0
 LATE_S = 1.0
 """A turn that begins so much too late has been kept from a processor, as others may have been."""
+EXCUSED_AT_MOST_S = 60.0
+"""What such turns add to the time in which front and world have to meet, however many there are."""
 SERVE_TIMEOUT_S = 30.0
 """How long the front may take to be welcomed by a world that is ready."""
 GRPC_WAIT_S = 3.0
@@ -164,7 +166,7 @@ class Supervisor:
         self._hear_commands(now)
         self._hear_hosts(now)
         for world in list(self._worlds):
-            world.extend_deadlines(late_s)
+            world.extend_deadlines(late_s, now)
             self._judge_world(world, now)
         if not self._stopping:
             if self._current is None:
@@ -394,7 +396,8 @@ class Supervisor:
     def _find_unserved(self, world: World, now: float) -> WorldFault | None:
         if self._fronts.serving_epoch == world.epoch:
             return None
-        since = max(world.times.active or now, self._fronts.started_at, self._excused_at)
+        since = max(world.times.active or now, self._fronts.started_at)
+        since = max(since, min(self._excused_at, since + EXCUSED_AT_MOST_S))
         if now - since < SERVE_TIMEOUT_S:
             return None
         detail = f"the front and the gateway of rank 0 did not meet within {SERVE_TIMEOUT_S:.0f} s"

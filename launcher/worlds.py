@@ -251,10 +251,11 @@ class World:
         if self._process is not None and self._process.returncode is None:
             self._proxies |= children(self._process.pid)
 
-    def extend_deadlines(self, late_s: float) -> None:
-        """The supervisor itself was late: silence of the guards in that time says nothing."""
+    def extend_deadlines(self, late_s: float, now: float) -> None:
+        """The supervisor itself was late: silence of the guards in that time says nothing. Call it after what came in
+        was heard: a beat that waited meanwhile is no older than now, and no younger."""
         for watch in self.ranks.values():
-            watch.last_beat_at += late_s
+            watch.last_beat_at = min(now, watch.last_beat_at + late_s)
         self.times.started += late_s
 
     def check(self, now: float, may_serve: bool = True) -> WorldFault | None:

@@ -22,6 +22,10 @@ _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _QUANTIZED_FORMATS = {Quantization.INT8: 2, Quantization.INT4: 3}
 
 
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_emulated", "amx_bf16")
+"""The better ones last. What runs one runs those before it, but for the emulated one, which is for tests."""
+
+
 class KernelsUnavailable(Exception):
     """There are no native kernels here. The text says why, and what would help."""
 
