@@ -196,6 +196,28 @@ def test_rank_whose_guard_never_reported(start: Start, tmp_path: Path, what: str
     assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE  # whose parent never named it
 
 
+def test_supervisor_that_was_late_is_not_late_for_ever(start: Start, tmp_path: Path) -> None:
+    """What it could not hear meanwhile is excused once: a guard that stops then is lost soon after."""
+    held_s = 6.0
+    (tmp_path / "sitecustomize.py").write_text(
+        "import signal, time\n"
+        "if 'small_world.deployment' in open('/proc/self/cmdline').read():\n"
+        f"    signal.signal(signal.SIGUSR1, lambda *_: time.sleep({held_s}))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    deployment = start(variables={"PYTHONPATH": path})
+    deployment.wait_ready()
+    world = deployment.wait_active()
+    began = time.monotonic()
+    deployment.process.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    os.kill(world["ranks"][1]["guard_pid"], signal.SIGSTOP)
+    deployment.wait_active(above=world["epoch"])
+    fault = deployment.table()["faults"][0]
+    assert (fault["kind"], fault["rank"]) == ("lost", 1), fault
+    assert time.monotonic() - began < held_s + 5.0
+
+
 def test_second_signal_cuts_the_grace_short(start: Start) -> None:
     deployment = start("front ignores SIGTERM")
     deployment.wait_ready()
