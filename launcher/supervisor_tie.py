@@ -13,11 +13,13 @@ from launcher.guard_environment import GuardEnvironment
 from launcher.guard_messages import Introduce, Lease
 from launcher.leases import AnswerDelays, Tether
 from launcher.processes import ProcessId, host_id, is_alive
+from launcher.refusal import Refusal
 
 
 class SupervisorTie:
-    """On the supervisor's host it watches the supervisor's process, elsewhere leases and the connection. Takes part
-    in the guard's poll: `check` after each."""
+    """On the supervisor's host it watches the supervisor's process, elsewhere leases and the connection. A connection
+    may be closed by anybody between, so that only a host that refuses another one proves the supervisor's end; the
+    lease runs on until then. Takes part in the guard's poll: `check` after each."""
 
     def __init__(
         self, environment: GuardEnvironment, link: zmq.Socket[bytes], poller: zmq.Poller, now: float
@@ -28,6 +30,9 @@ class SupervisorTie:
         self._descriptor: int | None = None
         """Readable once the supervisor of this host has ended."""
         self._monitor: zmq.Socket[bytes] | None = None
+        self._refusal: Refusal | None = None
+        self._is_closed = False
+        """The connection, and nobody knows why."""
         self.is_lost = False
         """Whether the supervisor had ended before this guard met it."""
         if environment.supervisor_host_id == host_id():
@@ -35,6 +40,7 @@ class SupervisorTie:
         else:
             self._monitor = link.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             poller.register(self._monitor, zmq.POLLIN)
+            self._refusal = Refusal(environment.remote_endpoint)
 
     @property
     def is_waiting(self) -> bool:
@@ -68,15 +74,25 @@ class SupervisorTie:
         may be those of the next supervisor."""
         if self._descriptor is not None and self._descriptor in events:
             self._let_go()
-        elif self._monitor is not None and self._monitor in events:
-            while self._monitor.poll(0):
-                recv_monitor_message(self._monitor)
-        else:
+        elif self._monitor is None or not self._was_refused(self._monitor in events, now):
             return False
         was_waiting = self._tether.is_waiting
         self._tether.on_gone(now)
         self._delays.on_gone()
         return not was_waiting
+
+    def _was_refused(self, has_closed: bool, now: float) -> bool:
+        """Whether the connection was closed and another one is refused."""
+        assert self._monitor is not None and self._refusal is not None
+        if has_closed:
+            while self._monitor.poll(0):
+                recv_monitor_message(self._monitor)
+            self._is_closed = True
+        if not self._is_closed:
+            return False
+        answer = self._refusal.look(now)
+        self._is_closed = answer is None
+        return answer is True
 
     def _hold(self, supervisor: ProcessId) -> bool:
         """Watches this process as the supervisor; False if it has ended already."""

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from launcher.leases import LEASE_S
 from tests.cluster.deployments import Begin, deployments
 from tests.cluster.namespaces import Cluster, cluster, why_not
-from tests.recovery.run_processes import of_run
+from tests.recovery.run_processes import left_of, of_run
 from tests.recovery.small_world.deployed import Deployment, wait_gone
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -146,6 +147,28 @@ def test_a_lease_binds_the_rank_of_a_guard_that_is_stopped(hosts: Cluster, begin
     check_end(hosts, deployment)
 
 
+def test_a_closed_connection_prolongs_no_lease_behind_a_cut(hosts: Cluster, begin: Begin) -> None:
+    """Something between may close it, as a firewall that is loaded anew. That is no sign of the supervisor's end."""
+    deployment = begin("111")
+    deployment.wait_ready()
+    world = deployment.wait_active()
+    ranks = [p for p in remote(hosts, 2, deployment, RANK) if GUARD not in " ".join(p.cmdline())]
+    guards = [p for p in remote(hosts, 2, deployment, GUARD) if "mpirun" not in " ".join(p.cmdline())]
+    inside = ["nsenter", "--net", "--target", str(hosts.pid_of(2)), "--", "ss"]
+    sockets = subprocess.run(
+        [*inside, "-tnpH"], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    (peer,) = {line.split()[4] for line in sockets for guard in guards if f"pid={guard.pid}," in line}
+    hosts.cut(2)
+    address, port = peer.rsplit(":", 1)
+    subprocess.run([*inside, "-K", "dst", address, "dport", "=", f":{port}"], check=True, capture_output=True)
+    after = deployment.wait_active(above=world["epoch"])
+    assert not [rank for rank in left_of(ranks) if rank.status() != psutil.STATUS_ZOMBIE]
+    assert names(after) == ["host3"] and epochs_alive(deployment) == {str(after["epoch"])}
+    hosts.heal(2)
+    check_end(hosts, deployment)
+
+
 @pytest.mark.parametrize(
     "cut", [{"towards": True, "back": False}, {"towards": False, "back": True}], ids=["towards", "back"]
 )
@@ -163,7 +186,10 @@ def test_one_way_cut_and_heal(hosts: Cluster, begin: Begin, cut: dict[str, bool]
     after = deployment.wait_active(above=world["epoch"], timeout_s=60.0)
     assert names(after) == ["host2"] and epochs_alive(deployment) == {str(after["epoch"])}
     faults = deployment.table()["faults"]
-    assert [fault["host"] for fault in faults if fault["kind"] == "lost"] == ["host2"], faults
+    # Where cores are crowded, mpirun may end rank 0, after its other rank, before the silence is long enough.
+    assert [fault["host"] for fault in faults if fault["kind"] == "lost"] == ["host2"] or [
+        (fault["kind"], fault["rank"]) for fault in faults
+    ] == [("killed", 0)], faults
     check_end(hosts, deployment)
 
 
