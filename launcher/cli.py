@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from launcher.cache_command import add_arguments as add_cache_arguments
 from launcher.client_commands import (
     CLIENT_COMMANDS,
     SHELLS,
@@ -78,6 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
     pull.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="what is going to serve it (default: auto)"
     )
+
+    cache_parser = commands.add_parser(
+        "cache", help="show and prune cut weights", description="The shard cache: weights as ranks map them."
+    )
+    add_cache_arguments(cache_parser)
 
     keygen = commands.add_parser(
         "curve-keygen",
@@ -200,6 +206,10 @@ def _run(options: argparse.Namespace) -> int:
         from launcher.pull import pull
 
         return pull(options.model, options.backend)
+    if options.command == "cache":
+        from launcher.cache_command import cache
+
+        return cache(options)
     if options.command == "curve-keygen":
         from launcher.zmq_keys import keygen
 

@@ -7,10 +7,12 @@ tensor in memory of its own.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import math
 import mmap
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -96,8 +98,15 @@ class ShardFile:
             return None
         try:
             header = self.layout.header
-            if os.fstat(fd).st_size != self.num_bytes or os.read(fd, len(header)) != header:
+            status = os.fstat(fd)
+            if status.st_size != self.num_bytes or os.read(fd, len(header)) != header:
                 return None
+            with contextlib.suppress(OSError):
+                os.utime(
+                    fd, ns=(time.time_ns(), status.st_mtime_ns)
+                )  # also where the disk keeps no last access
+                # mmap duplicates the descriptor, and the lock stays as long as the mapping: the file is not stale.
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             mapped = MappedShard(fd, self.num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
         finally:
             os.close(fd)

@@ -64,7 +64,8 @@ def load_stage_weights(
     source = SourceFiles(model_dir)
     meter = _Meter(progress)
     identity = _identity(source, shard_cache, 2 * shard.num_bytes, meter)
-    use = cache.use(_folder_name(identity, tp, pp, _holds_whole_experts(config, shape), dtype, quantization))
+    name = _folder_name(identity, tp, pp, _holds_whole_experts(config, shape), dtype, quantization)
+    use = cache.use(name, model_dir.absolute())
     path = use.folder / f"stage{pp_rank}-rank{tp_rank}-{shard.digest[:12]}.safetensors"
     mapped = shard.map(path, use)
     if mapped is None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from engine.models.errors import ModelError
 from engine.models.locks import locked
 from engine.models.shard_cache import ShardCache
+from launcher.cache_command import model_name
+from launcher.cli import main
 from tests.tiny_models import make_tiny_llama
 from tests.unit.test_models_weights import load, shard_files
 
@@ -164,6 +168,152 @@ def test_a_disk_that_is_too_full(tmp_path: Path) -> None:
 def test_the_default_bound_leaves_most_of_the_disk(tmp_path: Path) -> None:
     status = os.statvfs(tmp_path)
     assert ShardCache(tmp_path).max_bytes <= min(50 * 2**30, status.f_blocks * status.f_frsize / 4)
+
+
+class Disk:
+    """A disk as full as a test wants it: what files take on the real one is taken from `others_leave`."""
+
+    def __init__(self, root: Path, total: int, others_leave: int) -> None:
+        self.root, self.total, self.others_leave = root, total, others_leave
+
+    def usage(self, path: Path) -> SimpleNamespace:
+        taken = sum(file.stat().st_size for file in self.root.rglob("*") if file.is_file())
+        return SimpleNamespace(total=self.total, free=self.others_leave - taken)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk = Disk(tmp_path, total=100 * 2**20, others_leave=24 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", disk.usage)
+    return disk
+
+
+def test_the_last_tenth_of_a_disk_is_left_to_others(tmp_path: Path, disk: Disk) -> None:
+    cache = ShardCache(tmp_path)
+    first, second = (fill(cache, name, 5) for name in ("first", "second"))
+    cache.make_room(4 * 2**20)
+    assert first.is_dir() and second.is_dir(), "ten of a hundred megabytes stay free"
+    disk.others_leave -= 1
+    cache.make_room(4 * 2**20)
+    assert (first.is_dir(), second.is_dir()) == (False, True)
+
+
+def test_what_is_needed_may_take_all_but_the_last_hundredth(tmp_path: Path, disk: Disk) -> None:
+    """A model that somebody wants to serve comes before the free tenth, and the disk never gets full."""
+    cache = ShardCache(tmp_path)
+    cache.make_room(23 * 2**20)
+    with pytest.raises(
+        ModelError, match=r"24 MiB are free, of which 1 MiB are left.*prune --all.*PHALANX_CACHE"
+    ):
+        cache.make_room(23 * 2**20 + 1)
+
+
+def file_of(folder: Path, name: str, unused_days: float, kilobytes: int = 1024) -> Path:
+    path = folder / name
+    path.write_bytes(bytes(kilobytes * 2**10))
+    last_used = time.time() - unused_days * 24 * 3600
+    os.utime(path, (last_used, last_used))
+    return path
+
+
+def test_old_files_of_a_folder_in_use_go_before_other_folders(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, max_bytes=4 * 2**20)
+    other = fill(cache, "other", 1)
+    use = cache.use("kept")
+    new = file_of(use.folder, "stage0-rank0-new.safetensors", 6)
+    old = file_of(use.folder, "stage0-rank0-old.safetensors", 8)
+    older = file_of(use.folder, "stage0-rank0-older.safetensors", 9)
+    cache.make_room(2**19)
+    assert (new.exists(), old.exists(), older.exists(), other.exists()) == (True, True, False, True)
+    cache.make_room(4 * 2**20)
+    assert (new.exists(), old.exists(), other.exists()) == (True, False, False)
+
+
+def test_a_file_that_is_mapped_is_not_old(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path / "model", num_layers=1)
+    root = tmp_path / "cache"
+    tensors = load(folder, root)
+    (shard,) = shard_files(root)
+    os.utime(shard, (0, 0))
+    cache = ShardCache(root, max_bytes=0)
+    cache.make_room(0)
+    assert shard.exists()
+    del tensors
+    use = cache.use(shard.parent.name)
+    cache.make_room(0)
+    assert use.folder.is_dir() and not shard.exists()
+
+
+def test_a_start_makes_a_file_new_again(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path / "model", num_layers=1)
+    tensors = load(folder, tmp_path / "cache")
+    (shard,) = shard_files(tmp_path / "cache")
+    os.utime(shard, (0, 0))
+    del tensors
+    cache = ShardCache(tmp_path / "cache")
+    assert [file.path for file in cache.entries()[0].stale] == [shard]
+    load(folder, tmp_path / "cache")
+    assert not cache.entries()[0].stale
+
+
+def test_halves_of_files_go_with_their_builders(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, max_bytes=0)
+    use = cache.use("kept")
+    left, built = (
+        file_of(use.folder, f"stage0-rank{rank}-cut.4711.partial", unused_days=0) for rank in (0, 1)
+    )
+    (use.folder / "stage0-rank0-cut.lock").touch()
+    with locked(use.folder / "stage0-rank1-cut.lock", lambda: None):
+        cache.make_room(0)
+    assert (left.exists(), built.exists()) == (False, True)
+
+
+# --------------------------------------------------------------------------- a look at it
+
+FOLDER = "5085360e6f40fd3f9b6c-tp2-pp1-bf16-int8-v3-x86_64-AVX512"
+
+
+def test_pruning_says_what_it_would_remove_and_removes_just_that(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "shards", max_bytes=10 * 2**20)
+    first, second, third = (fill(cache, name, 3) for name in ("first", "second", "third"))
+    use = cache.use("first")
+    assert cache.prune().entries == [], "the bound holds"
+    announced = cache.prune(4 * 2**20, dry_run=True)
+    assert first.is_dir() and second.is_dir() and third.is_dir()
+    assert cache.prune(4 * 2**20) == announced
+    assert announced.num_bytes == 6 * 2**20
+    assert (first.is_dir(), second.is_dir(), third.is_dir()) == (True, False, False)
+    assert [(entry.folder.name, entry.in_use) for entry in cache.entries()] == [("first", True)]
+    assert cache.prune(0).entries == [], "what is in use stays, whatever is asked for"
+    use.release()
+
+
+def test_the_command_lists_and_prunes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path))
+    assert main(["cache"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/shards: empty\n"
+    cache = ShardCache(tmp_path / "shards")
+    use = cache.use(FOLDER, tmp_path / "models" / "smollm2-135m-instruct")
+    (use.folder / "stage0-rank0-cut.safetensors").write_bytes(bytes(3 * 2**20))
+    fill(cache, "unused", 1)
+    assert main(["cache", "list"]) == 0
+    titles, unused, used, total = capsys.readouterr().out.splitlines()
+    assert titles.split() == ["model", "shape", "weights", "size", "last", "used", "in", "use", "folder"]
+    assert unused.split()[:4] == ["-", "-", "-", "1"] and " no " in unused
+    assert used.split()[:5] == ["smollm2-135m-instruct", "tp2-pp1", "bf16-int8", "3", "MiB"]
+    assert " yes " in used and used.endswith(FOLDER)
+    assert total.startswith(f"{tmp_path}/shards: 4 MiB, of which 3 MiB in use; bound ")
+    assert main(["cache", "prune", "--all"]) == 0
+    assert "removed 1 MiB\n" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir() if path.is_dir()) == [FOLDER]
+
+
+def test_a_model_of_the_hub_is_listed_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "hub" / "models--HuggingFaceTB--SmolLM2-135M" / "snapshots" / "93efa2f0"
+    assert model_name(str(path)) == "HuggingFaceTB/SmolLM2-135M"
+    assert model_name(str(tmp_path)) == str(tmp_path)
 
 
 # --------------------------------------------------------------------------- the lock
