@@ -16,24 +16,14 @@ from gateway.histogram import Histogram
 from gateway.journal import RETENTION_S, Journal, JournalCall, JournalEntry, JournalUnavailable
 from gateway.journal_opening import open_file, set_aside
 from gateway.journal_pruning import check_room, prune
-from gateway.journal_records import (
-    Slot,
-    StepTokens,
-    UnreadableCall,
-    call_content,
-    encode,
-    ending_content,
-    read_call,
-    request_content,
-)
+from gateway.journal_records import UnreadableCall, read_call
 from gateway.journal_rows import Batch, JournalLocked, StoredCall, StoreError
 from gateway.journal_store import SqliteStore
+from gateway.journal_unwritten import Unwritten
 from gateway.log import Logger
 from gateway.protocol import TokenLogprobs
 
 MAX_BYTES = 1 << 30
-CHUNK_TOKENS = 512
-"""So many tokens of one request at most are in rows of steps only."""
 _RETRY_S = 1.0
 _TOUCH_S = 10.0
 _BUCKETS_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 1.0)
@@ -63,18 +53,8 @@ class DiskJournal(Journal):
         self._sync = sync
         self._max_bytes = max_bytes
         self._store: SqliteStore | None = None
-        self._slots: dict[str, Slot] = {}
-        self._batch = Batch()
-        self._step: list[StepTokens] = []
-        self._next_number = 1
-        self._next_step = 1
+        self._unwritten = Unwritten()
         self._last_number = 0
-        self._in_file: set[str] = set()
-        """Ids of the calls that live and are, or are about to be, in the file."""
-        self._chunked: list[tuple[Slot, int]] = []
-        """Whose chunks are in the batch, and how many tokens they had stored before."""
-        self._ending: list[Slot] = []
-        self._ending_calls: list[JournalCall] = []
         self._damaged = False
         self._retry_at = 0.0
         self._touched_at = 0.0
@@ -97,17 +77,16 @@ class DiskJournal(Journal):
         self._used_bytes = found.used_bytes
         self._welcome = self._welcome or found.welcome
         self._last_number = found.last_number
-        self._next_number = max(self._next_number, found.last_number + 1)
-        self._next_step = found.next_step
+        self._unwritten.continue_behind(found.last_number, found.next_step)
         for call in found.calls:
             self._live[call.call_id] = call
-            self._in_file.add(call.call_id)
+            self._unwritten.take_up(call)
             if call.key is not None:
                 self._live_keys[call.key] = call
         for slot, call in found.slots:
             while slot.entry.request_id in self._entries:  # read late, when others run already
                 slot.entry.request_id += "+"
-            self._slots[slot.entry.request_id] = slot
+            self._unwritten.slots[slot.entry.request_id] = slot
             self._entries[slot.entry.request_id] = slot.entry
             self._call_of[slot.entry.request_id] = call
         if found.calls:
@@ -161,20 +140,16 @@ class DiskJournal(Journal):
     def open_call(self, call: JournalCall) -> None:
         self.check()
         super().open_call(call)
-        self._batch.calls.append((call.call_id, call.key, call_content(call)))
-        self._in_file.add(call.call_id)
+        self._unwritten.open_call(call)
 
     def accept(self, entry: JournalEntry, call: JournalCall | None = None) -> None:
         super().accept(entry, call)
         if call is not None:
-            number, self._next_number = self._next_number, self._next_number + 1
-            entry.num_given = len(entry.output_token_ids)
-            self._slots[entry.request_id] = Slot(entry, number, entry.num_given, self._next_step)
-            self._batch.requests.append((number, call.call_id, request_content(entry), entry.crashes))
+            self._unwritten.accept(entry, call)
 
     def commit(self, call: JournalCall) -> None:
         self.flush()
-        if self.failing is not None and call.call_id not in self._in_file:
+        if self.failing is not None and not self._unwritten.knows(call.call_id):
             raise JournalUnavailable(
                 f"the request is refused, since the journal cannot be written: {self.failing}"
             )
@@ -189,16 +164,9 @@ class DiskJournal(Journal):
         num_cached_tokens: int | None = None,
     ) -> None:
         super().append(request_id, position, token_ids, logprobs, prompt_logprobs, num_cached_tokens)
-        slot = self._slots.get(request_id)
-        if slot is None or self.failing is not None:
-            return
-        if position + len(token_ids) - slot.num_stored >= CHUNK_TOKENS or (prompt_logprobs and not token_ids):
-            self._store_chunk(slot)
-        elif token_ids:
-            if slot.num_stored == position:
-                slot.first_step = self._next_step
-            new = StepTokens(slot.number, position, token_ids, logprobs, prompt_logprobs, num_cached_tokens)
-            self._step.append(new)
+        slot = self._unwritten.slots.get(request_id)
+        if slot is not None and self.failing is None:
+            self._unwritten.append(slot, position, token_ids, logprobs, prompt_logprobs, num_cached_tokens)
 
     def delete(self, call_id: str) -> None:
         self.flush()
@@ -214,21 +182,17 @@ class DiskJournal(Journal):
     def add_crash(self, request_ids: Iterable[str]) -> None:
         request_ids = list(request_ids)
         super().add_crash(request_ids)
-        self._write_crashes(request_ids)
+        self._unwritten.count_crashes(request_ids)
+        self.flush()
 
     def acquit(self, request_id: str) -> None:
         super().acquit(request_id)
-        if (slot := self._slots.get(request_id)) is not None:
-            self._batch.crashes.append((0, slot.number))
+        self._unwritten.acquit(request_id)
 
     def flush(self) -> None:
-        if self._step:
-            self._batch.step = (self._next_step, encode(self._step))
-            self._step = []
-            self._next_step += 1
-        if not self._batch:
+        batch = self._unwritten.take()
+        if not batch:
             return
-        batch, self._batch = self._batch, Batch()
         if self._store is None or self.failing is not None:
             self._keep_unwritten(batch)
             return
@@ -240,11 +204,11 @@ class DiskJournal(Journal):
             self._fail(error)
             return
         self.write_seconds.observe(time.perf_counter() - began)
-        self._written()
+        self._forget(self._unwritten.written())
 
     def tick(self, now: float) -> None:
         super().tick(now)
-        if self._slots and now - self._touched_at > _TOUCH_S:
+        if self._unwritten.slots and now - self._touched_at > _TOUCH_S:
             # In a long outage nothing is written; the file's time says that somebody is there.
             self._touched_at = now
             with contextlib.suppress(OSError):
@@ -254,7 +218,7 @@ class DiskJournal(Journal):
         store = self._store
         if store is None or self.failing is not None:
             return
-        floor = min((s.first_step for s in self._slots.values() if s.needs_steps), default=self._next_step)
+        floor = self._unwritten.first_needed_step
         try:
             self._used_bytes = prune(store, floor, now, self.retention_s, self._max_bytes)
         except StoreError as error:
@@ -277,55 +241,18 @@ class DiskJournal(Journal):
     # ----------------------------------------------------------------------- inside
 
     def _note_end(self, entry: JournalEntry, call: JournalCall) -> None:
-        slot = self._slots.get(entry.request_id)
-        if slot is not None:
-            self._store_chunk(slot)
-            self._batch.endings.append((ending_content(entry), slot.number))
-            self._ending.append(slot)
+        self._unwritten.end(entry)
 
     def _keep_ended(self, call: JournalCall) -> None:
-        if call.call_id in self._in_file:
-            assert call.ended_at is not None
-            self._batch.ended_calls.append((call.ended_at, call.key, call.call_id))
-            self._ending_calls.append(call)
+        if self._unwritten.knows(call.call_id):
+            self._unwritten.end_call(call)
             super()._keep_ended(call)  # until it is written
 
-    def _write_crashes(self, request_ids: Iterable[str]) -> None:
-        found = [slot for name in request_ids if (slot := self._slots.get(name)) is not None]
-        self._batch.crashes += [(slot.entry.crashes, slot.number) for slot in found]
-        self.flush()
-
-    def _store_chunk(self, slot: Slot) -> None:
-        before = slot.num_stored
-        chunk = slot.chunk()
-        slot.first_step = self._next_step
-        if chunk is not None:
-            self._batch.chunks.append(chunk)
-            self._chunked.append((slot, before))
-
-    def _written(self) -> None:
-        """The batch is in the file."""
-        self._chunked.clear()
-        for slot in self._ending:
-            self._slots.pop(slot.entry.request_id, None)
-        self._ending.clear()
-        for call in self._ending_calls:
-            self._in_file.discard(call.call_id)
-            self._forget_ended(call)
-        self._ending_calls.clear()
-
     def _keep_unwritten(self, batch: Batch) -> None:
-        """The batch is not in the file: what it said is still to be written, except calls that are new."""
-        for slot, before in reversed(self._chunked):
-            slot.num_stored = before
-        self._chunked.clear()
-        for call_id, _, _ in batch.calls:
-            self._in_file.discard(call_id)
-        for number, _, _, _ in batch.requests:
-            for request_id in [name for name, slot in self._slots.items() if slot.number == number]:
-                del self._slots[request_id]
-        for call in [call for call in self._ending_calls if call.call_id not in self._in_file]:
-            self._ending_calls.remove(call)
+        self._forget(self._unwritten.not_written(batch))
+
+    def _forget(self, ended: list[JournalCall]) -> None:
+        for call in ended:
             self._forget_ended(call)
 
     def _fail(self, error: StoreError) -> None:
@@ -349,7 +276,8 @@ class DiskJournal(Journal):
             if self._store is None:
                 known = set(self._live)
                 self._open()
-                self._rewrite_calls([self._live[call_id] for call_id in known])
+                assert self._store is not None
+                self._store.write(self._unwritten.begin_file([self._live[call_id] for call_id in known]))
                 self.on_restored([call for call in self._live.values() if call.call_id not in known])
             assert self._store is not None
             check_room(self._store, now, self.retention_s, self._max_bytes)
@@ -365,58 +293,26 @@ class DiskJournal(Journal):
 
     def _drop_ended(self) -> None:
         """Makes room for those that run: what has ended, and cannot be written, goes from the file."""
-        calls = self._ending_calls
+        calls = self._unwritten.ended_calls
         if self._store is None or self._damaged or not calls:
             return
         try:
             self._store.delete_calls([call.call_id for call in calls])
         except StoreError:
             return  # not even that; there is something else in the way
-        for call in calls:
-            for entry in call.entries:
-                self._slots.pop(entry.request_id, None)
-            self._in_file.discard(call.call_id)
-        calls.clear()
+        self._unwritten.drop_ended_calls()
 
     def _rewrite(self) -> None:
         """Writes whatever is not in chunks. Raises StoreError."""
         assert self._store is not None
-        self._batch, self._step = Batch(), []
-        self._chunked.clear()
-        for slot in self._slots.values():
-            self._store_chunk(slot)
-            self._batch.crashes.append((slot.entry.crashes, slot.number))
-            if slot.entry.ended:
-                self._batch.endings.append((ending_content(slot.entry), slot.number))
-        for call in self._ending_calls:
-            assert call.ended_at is not None
-            self._batch.ended_calls.append((call.ended_at, call.key, call.call_id))
-        batch, self._batch = self._batch, Batch()
+        batch = self._unwritten.take_whole()
         try:
             self._store.write(batch)
             self._store.forget_steps()
         except StoreError:
             self._keep_unwritten(Batch())
             raise
-        self._ending = [slot for slot in self._slots.values() if slot.entry.ended]
-        self._written()
-
-    def _rewrite_calls(self, calls: list[JournalCall]) -> None:
-        """Writes calls into a new file. Raises StoreError."""
-        assert self._store is not None
-        batch = Batch()
-        for call in [*calls, *self._ending_calls]:
-            batch.calls.append((call.call_id, call.key, call_content(call)))
-            for entry in call.entries:
-                slot = self._slots.get(entry.request_id)
-                if slot is None:
-                    slot = Slot(entry, self._next_number, 0, 0)
-                    self._next_number += 1
-                    self._slots[entry.request_id] = slot
-                slot.num_stored = entry.num_given
-                batch.requests.append((slot.number, call.call_id, request_content(entry), entry.crashes))
-            self._in_file.add(call.call_id)
-        self._store.write(batch)
+        self._forget(self._unwritten.whole_written())
 
     def _read(self, find: Callable[[SqliteStore], StoredCall | None]) -> JournalCall | None:
         if self._store is None:

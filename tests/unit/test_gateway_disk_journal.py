@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from gateway.disk_journal import CHUNK_TOKENS, DiskJournal
+from gateway.disk_journal import DiskJournal
 from gateway.journal import JournalCall, JournalEntry, JournalUnavailable
 from gateway.journal_rows import JournalLocked
+from gateway.journal_unwritten import CHUNK_TOKENS
 from gateway.protocol import SamplingParams, TokenLogprobs
 from tests.echo_world import ROOT
 from tests.unit.disks import fill, small_disk
@@ -306,7 +307,7 @@ def test_a_batch_that_breaks_a_constraint_is_no_damage(tmp_path: Path) -> None:
     journal.flush()
     begin(journal, "runs", entry("b"))
     assert journal._store is not None
-    taken = (journal._next_number, "nobody", b"")  # a mistake
+    taken = (journal._unwritten._next_number, "nobody", b"")  # a mistake
     journal._store._connection.execute("INSERT INTO requests (number, call, content) VALUES (?, ?, ?)", taken)
     with pytest.raises(JournalUnavailable, match="UNIQUE"):
         begin(journal, "new", entry("c"))
