@@ -23,7 +23,8 @@ from engine.execution.kv_cache import (
 )
 from engine.execution.sampler import Sampler
 from engine.execution.stage import Stage, StageRunner
-from engine.kernels.bindings import INSTRUCTION_SETS, Kernels, KernelsUnavailable, open_kernels, refused_amx
+from engine.kernels.bindings import Kernels, open_kernels
+from engine.kernels.library import INSTRUCTION_SETS, KernelsUnavailable, refused_amx
 from engine.kernels.quantization import Quantization
 from engine.kernels.stage import NativeStage, cache_head_dim
 from engine.models.config import ModelConfig

@@ -7,26 +7,24 @@ the engine that knows the gateway and the progress page. Exit code 78 means that
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import os
 import secrets
 import signal
-import sys
-import threading
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from engine.early_imports import import_at_low_priority
 from engine.models import echo_model
 from engine.plan import LogitShaping, Pooling, PoolingKind, SequenceParams, TokenLogprobs
 from engine.rank_arguments import parse_arguments
+from engine.rank_end import die, say
 from engine.scheduling.scheduler import NewToken
 from engine.scheduling.sequence import Sequence
 from engine.stacks import dump_stacks_on_signal
-from gateway.curve import CurveError, ServerKeys, is_local
+from gateway.curve import ServerKeys, is_local
 from gateway.errors import EndpointError
 from gateway.protocol import Limits, Output, Submit
 from gateway.protocol import Pooling as WirePooling
@@ -42,12 +40,6 @@ if TYPE_CHECKING:
     from engine.step_loop import Key, Leader, Status
 
 _NO_SHAPING = LogitShaping()
-
-EX_CONFIG = 78
-"""sysexits.h: the configuration is wrong, trying again is useless."""
-
-SPARE_NICENESS = 10
-"""Of the imports of a spare, which take seconds of a core that the world that serves wants too."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             _run(arguments, page, gate, faults, facts)
     except BaseException as error:
-        _die(error)
+        die(error)
 
 
 def _run(
@@ -89,13 +81,13 @@ def _run(
     if arguments.backend == "deepspeed":
         modules.append("engine.backends.preload")
     if not gate.is_open():
-        _import_at_low_priority(gate, modules)
+        import_at_low_priority(modules, gate.is_open)
     import torch
 
     from engine.collectives.mpi import join_world
     from engine.engine import EngineSettings, load_engine
     from engine.facts import model_facts, software_facts
-    from engine.kernels import bindings as kernels
+    from engine.kernels import library as kernels
     from engine.step_loop import Leader, follow
 
     for name in modules:
@@ -137,7 +129,7 @@ def _run(
         page.enter(Phase.LOADING)
     engine = loaded.reserve_cache()
     if world.at.rank == 0:
-        _say(f"computed by {engine.computed_by}")
+        say(f"computed by {engine.computed_by}")
     if faults is not None:
         faults.watch_engine(world, engine.runner)
     if engine.runner.sampler is not None:
@@ -198,29 +190,6 @@ def _serve(
         print(f"ready  zmq {gateway.endpoint}  world {arguments.epoch} {shape}", flush=True)
     loop.run()
     gateway.close()
-
-
-def _import_at_low_priority(gate: StartGate, modules: list[str]) -> None:
-    """Imports what takes long in a thread that gives way to the world that serves. A thread, since nobody but
-    root may raise a priority again, and the rank itself must not stay low."""
-
-    def work() -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SPARE_NICENESS)
-        # What fails here fails again in the rank's own thread, and is reported there.
-        with contextlib.suppress(Exception):
-            for name in modules:
-                importlib.import_module(name)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    hurried = False
-    while thread.is_alive():
-        thread.join(0.05)
-        if not hurried and gate.is_open() and thread.native_id is not None:
-            hurried = True
-            with contextlib.suppress(OSError):  # without the right to it, it stays low: no world competes now
-                os.setpriority(os.PRIO_PROCESS, thread.native_id, 0)
 
 
 def _park(page: ProgressPage, gate: StartGate) -> None:
@@ -383,46 +352,6 @@ def _to_plan(pooling: WirePooling) -> Pooling:
 
 def _to_wire(entry: TokenLogprobs) -> WireLogprobs:
     return WireLogprobs(entry.token_id, entry.logprob, entry.rank, entry.top_token_ids, entry.top_logprobs)
-
-
-def _die(error: BaseException) -> None:
-    """Ends this rank at once and without MPI_Finalize, which would wait for ranks that never come."""
-    code = 1
-    if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else 1
-    try:
-        if isinstance(error, SystemExit):
-            pass
-        elif _is_configuration(error):
-            code = EX_CONFIG
-            _say(f"phalanx: error: {error}")
-        else:
-            _say("".join(traceback.format_exception(error)).rstrip())
-        sys.stdout.flush()
-    finally:
-        os._exit(code)
-
-
-def _say(text: str) -> None:
-    """One line or more to the rank's log, which may be on a disk that is full: no rank ends for that."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
-
-
-_CONFIGURATION = (
-    ("engine.collectives.mpi", "WorldShapeError"),
-    ("engine.engine", "ConfigurationError"),
-    ("engine.models.errors", "ModelError"),
-    ("engine.models.errors", "ShardingError"),
-)
-
-
-def _is_configuration(error: BaseException) -> bool:
-    """Whether somebody has to change something before another start can work. Imports nothing: a failed import may
-    be what ends this rank."""
-    loaded = ((sys.modules.get(module), name) for module, name in _CONFIGURATION)
-    kinds = [getattr(module, name) for module, name in loaded if hasattr(module, name)]
-    return isinstance(error, (EndpointError, CurveError, *kinds))
 
 
 if __name__ == "__main__":

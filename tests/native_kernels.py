@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from engine.kernels import bindings, compile
+from engine.kernels import compile, library
 
 
 def instruction_sets() -> list[str]:
     """What this machine can run, the best first."""
     try:
-        return bindings.instruction_sets()
-    except bindings.KernelsUnavailable:
+        return library.instruction_sets()
+    except library.KernelsUnavailable:
         compile.build()
-        bindings._library.cache_clear()
-        return bindings.instruction_sets()
+        library.load.cache_clear()
+        return library.instruction_sets()
 
 
 def every_instruction_set() -> list[str]:
     """And what is never chosen by itself: AMX without the processor."""
-    return [*instruction_sets(), *(["amx_emulated"] if bindings.runs("amx_emulated") else [])]
+    return [*instruction_sets(), *(["amx_emulated"] if library.runs("amx_emulated") else [])]

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from engine.kernels.bindings import KernelsUnavailable, SharedSum
+from engine.kernels.bindings import SharedSum
+from engine.kernels.library import KernelsUnavailable
 
 CAPACITY = 2**22
 """Elements of a buffer. Of these 16 MiB only what sums have needed is ever touched, and so there. Longer sums go in

@@ -1,4 +1,4 @@
-"""The native library as Python sees it: structures, functions, and the choice of an instruction set.
+"""The native functions as Python sees them: their structures, the kernels of one instruction set, and the shared sum.
 
 Called by `stage` and by tests. Nothing here knows a model. Pointers that go into structures are not kept alive
 by them: whoever fills them in keeps the tensors.
@@ -6,28 +6,17 @@ by them: whoever fills them in keeps the tensors.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
 from collections.abc import Callable
-from ctypes import POINTER, byref, c_char_p, c_float, c_int64, c_void_p
-from functools import cache
+from ctypes import POINTER, byref, c_float, c_int64, c_void_p
 
 import torch
 
-from engine.kernels.compile import LIBRARY, SOURCES, source_hash
+from engine.kernels.library import KernelsUnavailable, instruction_sets, load
 from engine.kernels.quantization import Quantization, quantization_of
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _QUANTIZED_FORMATS = {Quantization.INT8: 2, Quantization.INT4: 3}
-
-
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_emulated", "amx_bf16")
-"""The better ones last. What runs one runs those before it, but for the emulated one, which is for tests."""
-
-
-class KernelsUnavailable(Exception):
-    """There are no native kernels here. The text says why, and what would help."""
 
 
 class LinearStruct(ctypes.Structure):
@@ -144,7 +133,7 @@ class SharedSum:
     def __init__(self, address: int, rank: int, size: int, capacity: int, crowded: bool) -> None:
         """`address`: of `size * segment_bytes(capacity)` bytes, zeros at first, at a multiple of 64. Raises
         KernelsUnavailable."""
-        library = _library()
+        library = load()
         self._call = library.phalanx_sum_shared
         self._functions = library.phalanx_functions(instruction_sets()[0].encode())
         self.struct = SharedSumStruct(address, rank, size, self.segment_bytes(capacity), capacity, crowded)
@@ -311,7 +300,7 @@ def open_kernels(threads: int, instruction_set: str = "auto") -> Kernels:
     """
     if instruction_set == "off":
         raise KernelsUnavailable("native kernels are switched off (--kernels off or PHALANX_KERNELS=off)")
-    library = _library()
+    library = load()
     available = instruction_sets()
     if instruction_set == "auto":
         instruction_set = available[0]
@@ -320,91 +309,6 @@ def open_kernels(threads: int, instruction_set: str = "auto") -> Kernels:
             f"--kernels {instruction_set} does not run on this machine; what does: {', '.join(available)}"
         )
     return Kernels(library, instruction_set, threads)
-
-
-def instruction_sets() -> list[str]:
-    """What this machine can run, the best first, without what is only for tests. Raises KernelsUnavailable."""
-    library = _library()
-    names: list[str] = []
-    while (name := library.phalanx_instruction_set(len(names))) is not None:
-        names.append(name.decode())
-    return names
-
-
-def find() -> None:
-    """Loads the library and finds what runs here, if it is there. It may start a child process to try AMX, which is
-    nothing for a process that has joined a world."""
-    with contextlib.suppress(KernelsUnavailable):
-        instruction_sets()
-
-
-def runs(instruction_set: str) -> bool:
-    """Whether it can be named, by `--kernels`. Raises KernelsUnavailable."""
-    return bool(_library().phalanx_functions(instruction_set.encode()))
-
-
-def survives_probe(instruction_set: str) -> bool:
-    """Whether a child process multiplies rightly with it, whatever the processor says of itself. Raises
-    KernelsUnavailable, and KeyError for one that this library does not have."""
-    survived: int = _library().phalanx_survives_probe(instruction_set.encode())
-    if survived < 0:
-        raise KeyError(instruction_set)
-    return bool(survived)
-
-
-def refused_amx() -> str | None:
-    """Why AMX is not used though the processor names it. Raises KernelsUnavailable."""
-    reason: bytes | None = _library().phalanx_amx_refused()
-    return None if reason is None else reason.decode()
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    remedy = "run `pip install -e .` with a C++ compiler (or `python -m engine.kernels.compile`)"
-    if not os.path.exists(LIBRARY):
-        raise KernelsUnavailable(f"the native kernels were not built; {remedy}")
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        raise KernelsUnavailable(f"the native kernels cannot be loaded ({error}); {remedy}") from None
-    library.phalanx_source_hash.restype = c_char_p
-    if SOURCES.is_dir() and library.phalanx_source_hash().decode() != source_hash():
-        raise KernelsUnavailable(f"the native kernels were built from other sources; {remedy}")
-    signatures: dict[str, tuple[type | None, list[type]]] = {
-        "phalanx_instruction_set": (c_char_p, [c_int64]),
-        "phalanx_functions": (c_void_p, [c_char_p]),
-        "phalanx_amx_refused": (c_char_p, []),
-        "phalanx_survives_probe": (c_int64, [c_char_p]),
-        "phalanx_open": (c_void_p, [c_int64]),
-        "phalanx_close": (None, [c_void_p]),
-        "phalanx_parts": (
-            None,
-            [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
-        ),
-        "phalanx_linear": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64]),
-        "phalanx_norm": (
-            None,
-            [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p],
-        ),
-        "phalanx_embed": (
-            None,
-            [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p],
-        ),
-        "phalanx_logits": (
-            None,
-            [*[c_void_p] * 4, c_int64, c_void_p, c_float, c_float, c_float, c_void_p],
-        ),
-        "phalanx_greatest": (
-            None,
-            [*[c_void_p] * 4, c_int64, c_void_p, c_float, c_float, c_float, c_void_p, c_void_p],
-        ),
-        "phalanx_sum_shared": (c_int64, [c_void_p, c_void_p, c_void_p, c_int64]),
-        "phalanx_summed_parts": (c_int64, [*[c_void_p] * 4, c_int64, c_int64, c_void_p, c_void_p]),
-    }  # fmt: skip
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

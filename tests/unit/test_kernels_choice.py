@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.engine import ConfigurationError, EngineSettings, _choose_kernels
-from engine.kernels import bindings
+from engine.kernels import library
 from tests.native_kernels import every_instruction_set, instruction_sets
 
 SETTINGS = EngineSettings(model_dir=Path("model"), shard_cache=Path("cache"))
@@ -43,18 +43,16 @@ def test_torch_computes_where_kernels_cannot_and_deterministic_is_refused(
 
 
 def test_a_library_that_was_not_built_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.kernels import bindings
-
     instruction_sets()
-    bindings._library.cache_clear()
-    monkeypatch.setattr(bindings, "LIBRARY", Path("/nowhere/_native.so"))
+    library.load.cache_clear()
+    monkeypatch.setattr(library, "LIBRARY", Path("/nowhere/_native.so"))
     try:
         kernels, line = _choose_kernels(SETTINGS, CPU)
         assert kernels is None and "pip install" in line
         with pytest.raises(ConfigurationError, match=r"python -m engine\.kernels\.compile"):
             _choose_kernels(replace(SETTINGS, deterministic=True), CPU)
     finally:
-        bindings._library.cache_clear()
+        library.load.cache_clear()
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
@@ -66,8 +64,8 @@ def test_amx_is_refused_where_a_child_that_tries_it_dies() -> None:
     """Also on processors that have none: the child's first tile is an illegal instruction."""
     if "amx_emulated" not in every_instruction_set():
         pytest.skip("built without AMX, or on a processor without AVX-512 BF16")
-    assert bindings.survives_probe("amx_emulated")
-    assert bindings.survives_probe("amx_bf16") is bindings.runs("amx_bf16")
+    assert library.survives_probe("amx_emulated")
+    assert library.survives_probe("amx_bf16") is library.runs("amx_bf16")
     assert "amx_emulated" not in instruction_sets()
 
 

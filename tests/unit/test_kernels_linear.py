@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels.bindings import Kernels, KernelsUnavailable, linear_struct, open_kernels
+from engine.kernels.bindings import Kernels, linear_struct, open_kernels
+from engine.kernels.library import KernelsUnavailable
 from engine.kernels.packing import PANEL, Packer, pack, packed_shape
 from tests.native_kernels import every_instruction_set
 

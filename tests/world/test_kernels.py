@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.kernels.bindings import instruction_sets
+from engine.kernels.library import instruction_sets
 from engine.world import World
 from tests.references import References
 from tests.world import driver
