@@ -3,8 +3,6 @@ method returns at once, and a world that is dying never comes back."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 from collections.abc import Sequence
 
@@ -15,24 +13,14 @@ from launcher.hosts import Host
 from launcher.leases import FENCE_MARGIN, FENCE_MARGIN_S, adoption_wait_s
 from launcher.placement import find_misplaced
 from launcher.post_mortem import last_lines
-from launcher.processes import (
-    AdoptedProcess,
-    ProcessId,
-    all_processes,
-    ancestors,
-    children,
-    host_id,
-    is_alive,
-    kill,
-    read_stat,
-    reap_orphan,
-)
+from launcher.processes import ProcessId, host_id, is_alive, kill, read_stat
 from launcher.run_dir import RunDir
 from launcher.segments import note_before_kill
 from launcher.stalls import find_stall
 from launcher.start_times import StartTimes
 from launcher.watch import Phase, SpareKind
 from launcher.world_command import world_command
+from launcher.world_processes import WorldProcesses
 from launcher.world_proof import find_mismatch
 from launcher.world_records import Doing, RankWatch, WorldFault, WorldPlan, WorldState, WorldTimes, phase_of
 
@@ -73,25 +61,22 @@ class World:
         self.start_times = StartTimes(self.times.started)
         self._run_dir = run_dir
         self._link = link
-        self._mpirun_log = run_dir.world_dir(epoch) / "mpirun.log"
-        self._process: subprocess.Popen[bytes] | AdoptedProcess | None = None
-        self._proxies: set[ProcessId] = set()
-        self._unreported: set[ProcessId] = set()
-        """What of MPI stands between mpirun and the guards, in sessions of its own: Hydra's proxy, and its shells."""
-        self.mpirun: ProcessId | None = None
-        """Its mpirun, once started."""
+        self._processes = WorldProcesses(epoch, plan, run_dir, self.ranks, len(hosts))
         self.is_change = False
         """Whether it is to take over from one that serves, as planned."""
         self.is_adopted = False
         """Whether an earlier supervisor started it."""
         self._last_sweep = 0.0
-        self._command_ended_at: float | None = None
-        """When mpirun, or what stands for it, was told to end."""
         self._adoption_wait_s = 0.0
 
     @property
     def size(self) -> int:
         return self.plan.size
+
+    @property
+    def mpirun(self) -> ProcessId | None:
+        """Its mpirun, once started."""
+        return self._processes.mpirun
 
     @property
     def is_whole(self) -> bool:
@@ -134,8 +119,8 @@ class World:
         return sum(beat.load_done for beat in beats), sum(beat.load_total for beat in beats)
 
     def start(self, base: dict[str, str], kv_blocks: int = 0) -> None:
-        """Starts mpirun in a session of its own, output to the run folder. `kv_blocks`: what earlier worlds
-        had, so that what they had accepted fits; 0 before the first. Raises OSError."""
+        """Starts mpirun. `kv_blocks`: what earlier worlds had, so that what they had accepted fits; 0 before the
+        first. Raises OSError."""
         plan = self.plan
         self._run_dir.make_world_dirs(self.epoch)
         world_dir, shm_dir = self._run_dir.world_dir(self.epoch), self._run_dir.shm_dir(self.epoch)
@@ -153,22 +138,12 @@ class World:
         )
         if command.host_file is not None:
             command.host_file.write_text(command.hosts)
-        with self._mpirun_log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command.argv,
-                env=command.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.mpirun = ProcessId.of(self._process.pid)
+        self._processes.start(command.argv, command.environment)
 
     def adopt(self, mpirun: ProcessId) -> None:
         """Takes over what an earlier supervisor started; its guards report by themselves. Raises
         ProcessLookupError if its mpirun is gone."""
-        self._process = AdoptedProcess(mpirun)
-        self.mpirun = mpirun
+        self._processes.adopt(mpirun)
         self.is_adopted = True
         self._adoption_wait_s = adoption_wait_s()
 
@@ -192,7 +167,7 @@ class World:
             self.ranks[rank] = RankWatch(message, identity, now)
             if message.unix_s:
                 self.ranks[rank].clock_ahead_s = message.unix_s - time.time()
-            self._note_proxies(self.ranks[rank])
+            self._processes.note_guard(self.ranks[rank])
             if self.state is WorldState.DYING:  # it came up while its world was going down
                 self._link.send(identity, Kill(epoch=self.epoch))
             elif self.spare is not SpareKind.NONE and not self.is_spare:  # promoted before it had come up
@@ -234,22 +209,6 @@ class World:
             if self.state is not WorldState.DYING:
                 detail = f"the guard of rank {rank} was told to end, though not by the supervisor"
                 self.faults.append(WorldFault("killed", rank, watch.hello.host, detail, 0.0))
-
-    def _note_proxies(self, watch: RankWatch) -> None:
-        if self._process is None:
-            return
-        if not watch.is_remote:
-            self._proxies |= ancestors(watch.guard, {self._process.pid, os.getpid()})
-        if len(self.ranks) == self.size:
-            self._note_shells()
-
-    def _note_shells(self) -> None:
-        """What connects to the other hosts: under Hydra in sessions of their own, and without an end where a host
-        is dead and says nothing any more."""
-        if not self.plan.launcher.has_ranks_in_session or len(self.hosts) < 2:
-            return
-        if self._process is not None and self._process.returncode is None:
-            self._proxies |= children(self._process.pid)
 
     def extend_deadlines(self, late_s: float, now: float) -> None:
         """The supervisor itself was late: silence of the guards in that time says nothing. Call it after what came in
@@ -303,15 +262,15 @@ class World:
             if not _runs_here(watch) or watch.blocked_s(now) > BEATS_STARVED_AFTER_S:
                 detail = f"the guard of rank {rank} has been silent for {silent_s:.2f} s"
                 return WorldFault("lost", rank, watch.hello.host, detail, silent_s)
-        if self._process is not None and (code := self._process.poll()) is not None:
-            lines = last_lines(self._mpirun_log)
-            detail = f"{self.plan.launcher.program} {_describe_exit(code)}"
+        if (mpirun_end := self._processes.mpirun_end) is not None:
+            lines = last_lines(self._processes.mpirun_log)
             if not self.ranks:
-                return WorldFault("start", None, None, f"{detail} before a rank reported", last_lines=lines)
-            return WorldFault("mpirun", None, None, detail, 0.0, last_lines=lines)
+                detail = f"{mpirun_end} before a rank reported"
+                return WorldFault("start", None, None, detail, last_lines=lines)
+            return WorldFault("mpirun", None, None, mpirun_end, 0.0, last_lines=lines)
         if self.state not in (WorldState.ACTIVE, WorldState.PARKED):
             waited_s = now - self.times.started
-            return find_stall(self.ranks, self.size, waited_s, self.is_adopted, self._mpirun_log)
+            return find_stall(self.ranks, self.size, waited_s, self.is_adopted, self._processes.mpirun_log)
         return None
 
     # ----------------------------------------------------------------- its end
@@ -329,26 +288,16 @@ class World:
             if watch.phase in (Phase.JOINING, Phase.LOADING):
                 note_before_kill(self._run_dir.shm_dir(self.epoch), watch.hello.rank, watch.process.pid)
             kill(watch.process)
-        self._note_shells()  # as long as mpirun is their parent
+        self._processes.note_shells()
         ends_at_once = self.plan.launcher.has_ranks_in_session
         if ends_at_once and (self.times.served is not None or self.is_adopted):
             # The next world waits for the end of this one. Of one that never served, the guards' last words
             # may say more than the first fault did; so those are given time.
             for watch in local:
                 kill(watch.guard)
-            self._end_command(now)
+            self._processes.end_mpirun(now)
         for watch in self.ranks.values():
             self._link.send(watch.identity, Kill(epoch=self.epoch))
-
-    def _end_command(self, now: float) -> bool:
-        """Asks mpirun, or what stands for it, to end. True while that has time left for it."""
-        launcher = self.plan.launcher
-        if self._process is None or self._process.returncode is not None:
-            return False
-        if self._command_ended_at is None:
-            self._command_ended_at = now
-            self._process.send_signal(launcher.end_signal)
-        return now - self._command_ended_at < launcher.end_grace_s
 
     def check_death(self, now: float) -> bool:
         """Call it while DYING: ends what is left, first when the guards have had their time. True once no
@@ -363,16 +312,7 @@ class World:
         if now - self._last_sweep < 0.01:  # a look at all of /proc costs a millisecond or more
             return False
         self._last_sweep = now
-        if self._process is not None:
-            self._process.poll()
-        left = self.processes_left()
-        if left:
-            spared = set(left) - self._known_here() if self._end_command(now) else set()
-            for process in set(left) - spared:
-                kill(process)
-            pids = {process.pid for process in left}
-            for pid in pids:
-                CgroupFreezer(pid).thaw(pids)  # else it would not die
+        if not self._processes.end_rest(now):
             return False
         if not all(watch.is_fenced(now) for watch in self.ranks.values()):
             return False
@@ -386,36 +326,8 @@ class World:
         return True
 
     def processes_left(self) -> list[ProcessId]:
-        """Processes of this world on this host: all of mpirun's session, and what its guards named. Reaps
-        those that the supervisor has adopted."""
-        if self._process is None:
-            return []
-        if len(self.ranks) < self.size:
-            # A rank has a session of its own, and its guard may have died before it could name it.
-            self._unreported |= self._run_dir.processes_of(self.epoch)
-        known = self._known_here() | self._proxies | self._unreported
-        left = []
-        for stat in all_processes():
-            process = ProcessId(stat.pid, stat.start)
-            if stat.session != self._process.pid and process not in known:
-                continue
-            if stat.state in "ZX":
-                if self.is_adopted and stat.threads <= 1:
-                    continue  # a child of others, who may never reap it; it holds nothing any more
-                if stat.pid != self._process.pid:
-                    reap_orphan(stat.pid)
-            left.append(process)
-        return left
-
-    def _known_here(self) -> set[ProcessId]:
-        """Guards and ranks of this host that have reported."""
-        here = host_id()
-        return {
-            process
-            for watch in self.ranks.values()
-            if watch.hello.host_id == here
-            for process in (watch.guard, watch.process)
-        }
+        """Processes of this world on this host, zombies included."""
+        return self._processes.left()
 
 
 def _runs_here(watch: RankWatch) -> bool:
@@ -426,9 +338,3 @@ def _runs_here(watch: RankWatch) -> bool:
     if stat is None or stat.start != watch.guard.start or stat.state not in "RSD":
         return False
     return not CgroupFreezer(stat.pid).is_frozen()
-
-
-def _describe_exit(code: int) -> str:
-    if code == AdoptedProcess.UNKNOWN_CODE:
-        return "ended"
-    return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
