@@ -178,7 +178,11 @@ class Faults:
         """A collective, or a transfer to another stage, begins."""
         self._collective += 1
         number = str(self._collective)
-        self._fire(lambda conditions: conditions.get("collective") == number and self._is_of_step(conditions))
+        # What a file says now is of the next step: of this one, native code may have taken sums without a look.
+        self._fire(
+            lambda conditions: conditions.get("collective") == number and self._is_of_step(conditions),
+            reads_again=False,
+        )
 
     # ----------------------------------------------------------------------- inside
 
@@ -202,8 +206,8 @@ class Faults:
     def _mine(self, text: str) -> list[FaultSpec]:
         return [spec for spec in parse_faults(text) if spec.is_for(self._rank, self._epoch)]
 
-    def _fire(self, matches: Callable[[dict[str, str]], bool]) -> None:
-        if self._file is not None:
+    def _fire(self, matches: Callable[[dict[str, str]], bool], reads_again: bool = True) -> None:
+        if self._file is not None and reads_again:
             self._read_again(self._file)
         for spec in list(self._specs):
             if matches(spec.conditions) and self._may(spec):

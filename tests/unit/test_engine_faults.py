@@ -87,6 +87,17 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     assert not hits(faults, lambda faults: faults.at_step(plan(2)))
 
 
+def test_a_file_that_changes_within_a_step_is_of_the_next_one(tmp_path: Path) -> None:
+    """Native code may have taken sums of the step that nobody counted here."""
+    file = tmp_path / "faults"
+    faults = Faults(f"@{file}", 0, 1)
+    faults.at_step(plan(1))
+    file.write_text("raise collective=1")
+    assert not hits(faults, lambda faults: faults.at_collective())
+    faults.at_step(plan(2))
+    assert hits(faults, lambda faults: faults.at_collective())
+
+
 class _Phase(Enum):
     LOADING = 1
 
