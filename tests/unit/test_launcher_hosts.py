@@ -172,10 +172,12 @@ def test_the_supervisor_counts_each_fault(rank: int | None, tmp_path: Path) -> N
             on_ready=lambda world, state: None,
         )
         for _ in range(3):
-            world = supervisor._start_world(SpareKind.WARM)
+            world = supervisor._worlds.start(SpareKind.WARM)
             assert world.hosts == (A, B)
-            supervisor._abort(world, WorldFault("exit", rank, "a-name", "rank 2 exited"), time.monotonic())
-        after = supervisor._start_world(SpareKind.WARM)
+            supervisor._worlds.abort(
+                world, WorldFault("exit", rank, "a-name", "rank 2 exited"), time.monotonic()
+            )
+        after = supervisor._worlds.start(SpareKind.WARM)
         assert after.hosts == ((A, Host("c", 1)) if rank == 2 else (A, B))
         supervisor._shut_down()
     run_dir.close()
