@@ -6,7 +6,6 @@ loop. A token goes into the journal before anybody sees it, and to the client ex
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from gateway.protocol import (
 from gateway.quarantine import Quarantine, is_suspect
 from gateway.rank0 import with_seed
 from gateway.replay import ReplayQueue
+from gateway.request_timers import RequestTimers
 from gateway.shared_counts import SharedCounts
 from gateway.submissions import Submissions
 from gateway.text import TextModel
@@ -78,6 +78,7 @@ class Requests:
         self._live: dict[str, Request] = {}
         self.draining = False
         self._closing = False
+        self._timers = RequestTimers(self.fail)
         self._replays = ReplayQueue()
         self._quarantine = Quarantine(self, journal, metrics, log, claim)
         self._submissions = Submissions(self._quarantine.leaves)
@@ -198,17 +199,13 @@ class Requests:
         else:
             self.waiting.enter(request.num_waiting_tokens)
         self._live[entry.request_id] = request
-        if entry.deadline_at is not None:
-            left_s = max(0.0, entry.deadline_at - now)
-            loop = asyncio.get_running_loop()
-            request.deadline_timer = loop.call_later(left_s, self._pass_deadline, request)
+        self._timers.start_deadline(request, now)
         if restored:
             self._submit_restored(request)
         elif self._submissions.world is not None and not self._quarantine.holds:
             self.submit(request)
         else:
-            loop = asyncio.get_running_loop()
-            request.wait_timer = loop.call_later(self.max_wait_s, self._give_up_waiting, request)
+            self._timers.start_wait(request, self.max_wait_s, self._unavailable)
         self._count()
         return request
 
@@ -329,10 +326,7 @@ class Requests:
         request.ended = True
         del self._live[request.request_id]
         self._submissions.forget(request)
-        if request.wait_timer is not None:
-            request.wait_timer.cancel()
-        if request.deadline_timer is not None:
-            request.deadline_timer.cancel()
+        self._timers.stop(request)
         if request.first_token_at is None:
             self.waiting.leave(request.num_waiting_tokens, time.monotonic())
         self._metrics.finished[reason or "error"] += 1
@@ -381,18 +375,6 @@ class Requests:
     def _submit_replays(self) -> None:
         for request in self._replays.take():
             self.submit(request)
-
-    def _give_up_waiting(self, request: Request) -> None:
-        self.end_with(request, self._unavailable())
-        self._call_after_batch()
-
-    def _pass_deadline(self, request: Request) -> None:
-        entry = request.entry
-        count = len(entry.output_token_ids)
-        timeout_s = entry.timeout_s or (entry.deadline_at or 0.0) - entry.accepted_at
-        text = f"the request was cancelled at its timeout of {timeout_s:.6g} s, after {count} output tokens"
-        self.end_with(request, RequestFailed("timeout", text))
-        self._call_after_batch()
 
     def _unavailable(self) -> RequestFailed:
         text = f"no world has come up to serve the model within {self.max_wait_s:g} s; try again later"
