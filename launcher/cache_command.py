@@ -23,6 +23,9 @@ _FOLDER = re.compile(r"[0-9a-f]+-(tp\d+-pp\d+(?:-ep)?)-(.+)-(v\d+-.+)")
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$")
 """How the hub's cache names the folder of a model."""
 
+_IMPORT = re.compile(r"-[0-9a-f]{12}-v\d+$")
+"""What the importer adds to the name of a GGUF file."""
+
 _TITLES = ("model", "shape", "weights", "size", "last used", "in use", "folder")
 
 
@@ -155,13 +158,16 @@ def model_name(path: str) -> str:
     if snapshot := _SNAPSHOT.search(path):
         return f"{snapshot[1]}/{snapshot[2]}"
     folder = Path(path)
-    return folder.name if folder.parent == default_cache_dir().expanduser().absolute() / "models" else path
+    own = folder.parent == default_cache_dir().expanduser().absolute() / "models"
+    return _IMPORT.sub("", folder.name) if own else path
 
 
 def _bytes(count: int) -> str:
     if count >= 2**30:
         return f"{count / 2**30:.1f} GiB"
-    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+    if count >= 2**20:
+        return f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**10:.0f} KiB" if count >= 2**10 else f"{count} B"
 
 
 def _size(text: str) -> int:

@@ -295,7 +295,7 @@ def test_the_command_lists_and_prunes(
     assert main(["cache"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/shards: empty\n"
     cache = ShardCache(tmp_path / "shards")
-    use = cache.use(FOLDER, tmp_path / "models" / "smollm2-135m-instruct")
+    use = cache.use(FOLDER, tmp_path / "models" / "smollm2-135m-instruct-b179c9523d0e-v3")
     (use.folder / "stage0-rank0-cut.safetensors").write_bytes(bytes(3 * 2**20))
     fill(cache, "unused", 1)
     assert main(["cache", "list"]) == 0
