@@ -4,6 +4,7 @@ subcommand runs, so that `--help` answers at once."""
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -23,6 +24,7 @@ from launcher.k8s_render import add_arguments as add_k8s_arguments
 from launcher.keys_command import add_arguments as add_key_arguments
 from launcher.settings import BACKENDS, MPIS, Settings
 from launcher.slurm_render import add_arguments as add_slurm_arguments
+from launcher.standard_streams import open_missing
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -145,6 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit code: 0, 1 for what went wrong, 2 for what was asked wrongly."""
+    open_missing()
     own, for_serve = split_serve_arguments(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(own)
     options.serve_arguments = for_serve
@@ -154,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"phalanx: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that is held
         return 130
     except BrokenPipeError:  # `phalanx status | head`
         sys.stderr.close()

@@ -10,6 +10,8 @@ import time
 from types import TracebackType
 from typing import Protocol, TextIO
 
+from launcher.standard_streams import heedless
+
 _LINE_INTERVAL_S = 0.5
 
 
@@ -86,7 +88,7 @@ class BarDisplay:
             TaskProgressColumn(),
             TextColumn("{task.fields[amount]}"),
             TimeRemainingColumn(compact=True),
-            console=Console(stderr=True),
+            console=Console(file=heedless(sys.stderr), stderr=True),
             transient=False,
             refresh_per_second=8,
         )
@@ -111,8 +113,7 @@ class BarDisplay:
         self._progress.update(self._tasks[task], completed=done, total=total, amount=amount)
 
     def say(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def finish(self) -> None:
         # The bars stay as they are; a thread that redraws them has nothing to do at rest.

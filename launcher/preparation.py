@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import select
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.children import child_environment, python_module
 from launcher.errors import LauncherError
+from launcher.watch import die_with
+
+END_GRACE_S = 3.0
+"""How long it may take to end in order; libraries that download in threads may wait for these."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +87,23 @@ def prepare(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # In order, too, if this process is killed: nobody would want its download any more.
+        preexec_fn=partial(die_with, os.getpid(), signal.SIGTERM),
     ) as process:
         try:
             return _follow(process, model, on_progress, stop_requested)
         finally:
-            process.kill()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """In order at first: it may have a pip of its own, and files that are half made."""
+    process.terminate()
+    try:
+        process.wait(END_GRACE_S)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _follow(

@@ -12,7 +12,8 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """A context in which these signals end nothing by themselves: they count, and make `fileno` readable."""
+    """A context in which these signals end nothing by themselves: they count, and make `fileno` readable. A process
+    that was asked to stop has only its end before it after that: more of them do nothing any more."""
 
     def __init__(self, stops_at_hangup: bool = True, leaves_at_usr1: bool = False) -> None:
         """`stops_at_hangup`: SIGHUP is one of them; else it is counted apart. `leaves_at_usr1`: so is SIGUSR1."""
@@ -39,7 +40,8 @@ class StopSignals:
     ) -> None:
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
+            # A Ctrl-C that is held would kill the interpreter on its way out, and hide what it has to say.
+            signal.signal(number, signal.SIG_IGN if self.count else handler)
         self._read_end.close()
         self._write_end.close()
 

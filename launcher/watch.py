@@ -290,11 +290,11 @@ def die_with_parent() -> None:
     die_with(int(os.environ.get(PARENT_VARIABLE) or os.getppid()))
 
 
-def die_with(parent: int) -> None:
-    """The same, for a parent that is known by its pid."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """The same, for a parent that is known by its pid, and by any signal."""
+    _prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it ended before the kernel was told to watch it
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
 
 def adopt_orphans() -> None:
