@@ -47,7 +47,8 @@ serve=({command})
 
 pid=
 trap '[ -z "$pid" ] || kill -s USR1 "$pid"' USR1
-trap '[ -z "$pid" ] || kill -s TERM "$pid"' TERM
+trap '[ -z "$pid" ] || kill -s TERM "$pid"' TERM INT
+trap : HUP
 while true; do
     "${{serve[@]}}" &
     pid=$!

@@ -6,9 +6,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import time
 from types import TracebackType
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_KEY_WITHIN_S = 0.1
+"""Ctrl-C comes from the terminal, and again from a wrapper that passes it on; nobody presses it twice so soon."""
+SAME_WITHIN_S = 1.0
+"""The same for what programs send: timeout(1), shells that are hung up on and `scancel --full` send twice."""
 
 
 class StopSignals:
@@ -23,6 +28,7 @@ class StopSignals:
         self._more = (signal.SIGUSR1,) if leaves_at_usr1 else ()
         self._stops_at_hangup = stops_at_hangup
         self._hangups = 0
+        self._counted_at = float("-inf")
 
     def __enter__(self) -> StopSignals:
         self._read_end, self._write_end = socket.socketpair()
@@ -65,7 +71,10 @@ class StopSignals:
         if number == signal.SIGHUP and not self._stops_at_hangup:
             self._hangups += 1
         elif number != signal.SIGUSR1:
-            self.count += 1
+            now = time.monotonic()
+            if now - self._counted_at >= (SAME_KEY_WITHIN_S if number == signal.SIGINT else SAME_WITHIN_S):
+                self._counted_at = now
+                self.count += 1
         elif self.count == 0:  # told twice is not told to hurry
             self.leaves = True
             self.count = 1

@@ -121,6 +121,36 @@ def test_streams_that_are_closed(tiny_model: Path, tmp_path: Path, script: str) 
             found.kill()
 
 
+def test_sigterm_by_way_of_timeout(tiny_model: Path, tmp_path: Path) -> None:
+    """timeout(1) sends what it gets to its child, and then to the process group that both are in."""
+    mark, run_dir = uuid.uuid4().hex, tmp_path / "run"
+    command = ["timeout", "600", *serve_command(tiny_model, run_dir, "--tp", "2", "--spare", "none")]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, MARK: mark},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    left = Leftovers(run_dir, mark)
+    try:
+        assert asked(run_dir, process) == 200
+        left.note()
+        url = (run_dir / "http-address").read_text().strip()
+        body = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.terminate()
+            rest = "\n".join(lines)
+        assert "shut down" not in rest and rest.rstrip().endswith("[DONE]"), rest[-500:]
+        process.wait(30)
+        assert left.wait_none() == []
+    finally:
+        for found in marked(mark):
+            found.kill()
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_a_download_ends_with_who_asked_for_it(tmp_path: Path, end: int) -> None:
     """Its pip, too, which waits for an index that says nothing."""
