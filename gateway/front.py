@@ -306,6 +306,7 @@ async def serve(config: FrontConfig, text: TextModel, log: Logger) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, front.stop)
     loop.add_signal_handler(signal.SIGINT, front.stop_now)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # sent to all of a service, it is the supervisor's
     await front.run()
     journal.close()
 

@@ -51,3 +51,18 @@ def test_lease_grows_with_delays_and_fences_all_the_same(tmp_path: Path) -> None
         after = deployment.wait_active(above=world["epoch"], timeout_s=60.0)
         assert epochs_alive(deployment) == {str(after["epoch"])}
         check_end(hosts, deployment)
+
+
+def test_a_supervisor_that_is_stopped_as_by_ctrl_z(tmp_path: Path) -> None:
+    """Here ranks would wait for it; those of other hosts end with their leases. It goes on with the next world."""
+    with cluster(2, tmp_path) as hosts, deployments(tmp_path, hosts) as begin:
+        deployment = begin("11")
+        deployment.wait_ready()
+        world = deployment.wait_active()
+        behind = remote(hosts, 2, deployment, RANK)
+        deployment.process.send_signal(signal.SIGSTOP)
+        assert wait_gone(behind, 20.0) == []
+        deployment.process.send_signal(signal.SIGCONT)
+        after = deployment.wait_active(above=world["epoch"], timeout_s=60.0)
+        assert epochs_alive(deployment) == {str(after["epoch"])}
+        check_end(hosts, deployment)

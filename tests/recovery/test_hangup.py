@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recovery.served import Served
+from tests.recovery.served import Served, Streams
 from tests.tiny_models import make_tiny_llama
 
 FLAGS = ("--kv-cache-memory", "16MiB", "--spare", "none")
@@ -43,6 +43,21 @@ def test_a_daemon_reads_its_settings_again(tiny_model: Path, tmp_path: Path) -> 
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         assert served.active_world()["epoch"] == after["epoch"]
+        assert served.stop() == 0
+
+
+def test_a_hangup_of_everything_breaks_no_stream(tiny_model: Path, tmp_path: Path) -> None:
+    """As `systemctl kill --signal=HUP` sends it: worlds end with it, as they may; connections do not."""
+    with Served(str(tiny_model), tmp_path / "run", *FLAGS, "--tp", "2", new_session=True) as served:
+        world, front = served.active_world(), served.front()
+        streams = Streams(served, ["Once", "upon"], 900)
+        streams.wait_begun(3)
+        for process in [served.process, *served.processes()]:
+            process.send_signal(signal.SIGHUP)
+        for stream in streams.finish():
+            assert (stream.error, stream.done) == (None, True)
+        assert served.active_world(above=world["epoch"])
+        assert served.front() == front
         assert served.stop() == 0
 
 

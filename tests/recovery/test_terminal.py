@@ -1,4 +1,4 @@
-"""`phalanx serve` as a person starts and ends it: Ctrl-C once, twice and held, a window that is closed, streams that
+"""`phalanx serve` as a person starts and ends it: Ctrl-C once and held, Ctrl-Z, a window that is closed, streams that
 are closed or that nobody reads. Whatever it was, nothing is left."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from engine.models.catalog import CATALOG
-from tests.recovery.terminals import CTRL_C, MARK, Leftovers, Terminal, marked, serve_command
+from tests.recovery.terminals import CTRL_C, CTRL_Z, MARK, Leftovers, Terminal, marked, serve_command
 from tests.tiny_models import make_tiny_llama
 
 SERVING = "\ncurl "
@@ -72,6 +72,43 @@ def test_a_window_that_is_closed(tiny_model: Path, tmp_path: Path, shown: str) -
         assert terminal.wait() == 0
         assert left.wait_none() == []
     assert not (run_dir / "processes.json").exists(), "an orderly end"
+
+
+def test_ctrl_z_and_back(tiny_model: Path, tmp_path: Path) -> None:
+    """The supervisor stands still, and nothing else: what is asked is answered. A rank that dies is replaced when it
+    goes on, and its stream with it."""
+    run_dir = tmp_path / "run"
+    with Terminal(["bash", "--norc", "-i"]) as terminal:
+        left = Leftovers(run_dir, terminal.mark)
+        terminal.type(" ".join(serve_command(tiny_model, run_dir, "--tp", "2")) + "\n")
+        terminal.wait_shown("http://127")
+        left.note()
+        url = (run_dir / "http-address").read_text().strip()
+        terminal.type(CTRL_Z)
+        terminal.wait_shown("Stopped")
+        body = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        assert (
+            httpx.post(f"{url}/v1/completions", json={**body, "stream": False}, timeout=60).status_code == 200
+        )
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            world = httpx.get(f"{url}/cluster").json()["worlds"][0]
+            os.kill(world["ranks"][1]["pid"], signal.SIGKILL)
+            terminal.type("fg\n")
+            rest = "\n".join(lines)
+        assert "error" not in rest and rest.rstrip().endswith("[DONE]"), rest[-500:]
+        cluster = httpx.get(f"{url}/cluster").json()
+        assert [fault["kind"] for fault in cluster["faults"]] == ["killed"], (
+            "of the silence while it stood still: none"
+        )
+        terminal.type(CTRL_C)
+        terminal.wait_shown("stopped\n")
+        terminal.type("echo code=$?\n")
+        terminal.wait_shown("code=0")
+        terminal.type("exit\n")
+        assert terminal.wait() == 0
+        assert left.wait_none() == []
 
 
 def shell(script: str, model: Path, run_dir: Path, mark: str) -> subprocess.Popen[str]:
