@@ -75,7 +75,7 @@ class RunDir:
 
     def close(self) -> None:
         """Gives up the lock; the folder stays, with its logs."""
-        for path in (*self.path.glob("control*.sock"), self.guards_socket):
+        for path in (*self.path.glob("control*.sock"), self.guards_socket, self.commands_socket):
             with contextlib.suppress(OSError):
                 path.unlink()
         os.close(self._lock)

@@ -111,6 +111,22 @@ def test_ctrl_z_and_back(tiny_model: Path, tmp_path: Path) -> None:
         assert left.wait_none() == []
 
 
+def test_stop_after_a_kill_of_its_process_group(tiny_model: Path, tmp_path: Path) -> None:
+    """World and front wait for another supervisor; `phalanx stop` ends them at once, and takes their files away."""
+    run_dir = tmp_path / "run"
+    with Terminal(serve_command(tiny_model, run_dir, "--tp", "2", "--spare", "none")) as terminal:
+        left = Leftovers(run_dir, terminal.mark)
+        terminal.wait_shown(SERVING)
+        left.note()
+        os.killpg(terminal.pid, signal.SIGKILL)
+        assert terminal.wait() == -signal.SIGKILL
+        assert len([line for line in left.left() if line.startswith("process")]) == 1 + 1 + 2 + 2
+        stop = [sys.executable, "-m", "launcher.cli", "stop", "--run-dir", str(run_dir)]
+        stopped = subprocess.run(stop, capture_output=True, text=True, timeout=30)
+        assert stopped.stdout == "ended 6 processes that a killed supervisor had left\n", stopped.stderr
+        assert left.wait_none() == []
+
+
 def shell(script: str, model: Path, run_dir: Path, mark: str) -> subprocess.Popen[str]:
     """SERVE in the script is the command of a server."""
     command = " ".join(serve_command(model, run_dir, "--spare", "none"))
