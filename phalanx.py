@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import signal
@@ -33,6 +34,7 @@ from gateway.client import AsyncClient, Client, Stream
 from gateway.errors import RequestFailed
 from gateway.generation import Generation, Prompt, numbers_of, scored
 from gateway.protocol import Pooling, SamplingParams
+from launcher.owner import OWNER_VARIABLE
 
 __all__ = [
     "LLM",
@@ -84,6 +86,8 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=None if show_progress else subprocess.PIPE,
             text=True,
+            # Killed, hung up on or restarted as a notebook's kernel is, this process could close nothing.
+            env={**os.environ, OWNER_VARIABLE: str(os.getpid())},
             # Ctrl-C is for the caller, who closes the server in order.
             start_new_session=True,
         )

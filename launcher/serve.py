@@ -27,6 +27,7 @@ from launcher.launchers.mpirun import Mpirun, find_mpirun, flavor_named
 from launcher.listeners import bind, bind_fronts, listen
 from launcher.logs import EventLog
 from launcher.network import Interface, find_interface
+from launcher.owner import Owner
 from launcher.planned_changes import PlannedChanges, longest_request, rank_command
 from launcher.preparation import PreparedModel, Stopped, prepare
 from launcher.processes import usable_cores
@@ -91,6 +92,7 @@ def _serve(
 ) -> None:
     adopt_orphans()
     manager = ServiceManager(os.environ)
+    owner = Owner(os.environ)
     mpirun = find_mpirun(settings.mpirun, flavor_named(settings.mpi)) if job is None else job.mpirun
     settings = mpijob.complete(settings, os.environ, log) if job is None else job.complete(settings)
     hosts = parse_hosts(settings.hosts)
@@ -114,7 +116,7 @@ def _serve(
                 settings.dtype,
                 default_cache_dir(),
                 lambda progress: show_preparation(display, progress),
-                stop.requested,
+                lambda: stop.requested() or owner.has_ended(),
                 settings.backend,
                 settings.expert_parallel,
             )
@@ -141,6 +143,8 @@ def _serve(
         def turn() -> None:
             hangups.check(stop.take_hangup())
             manager.beat()
+            if owner.has_ended():
+                stop.request()
             if stop.requested():
                 manager.stopping()
 

@@ -59,6 +59,10 @@ class StopSignals:
         with contextlib.suppress(BlockingIOError):
             self._read_end.recv(1024)
 
+    def request(self) -> None:
+        """As a first signal would; after one it changes nothing."""
+        self.count = max(1, self.count)
+
     def requested(self) -> bool:
         return self.count > 0
 

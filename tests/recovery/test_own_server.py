@@ -6,12 +6,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
+import pytest
+
 from tests.recovery.run_processes import of_run
+from tests.recovery.terminals import MARK, marked
 
 COMMAND = [sys.executable, "-m", "launcher.cli", "batch", "run"]
 
@@ -83,3 +88,36 @@ def test_a_batch_that_is_killed_leaves_no_server(tmp_path: Path) -> None:
     while left := of_run(run_id):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_server_of_a_script_ends_with_the_script(number: int) -> None:
+    """It had no time to close it. The thread that had started the server ended long before."""
+    script = """
+import threading, time, phalanx
+def start():
+    global server
+    server = phalanx.serve("echo", spare="none")
+thread = threading.Thread(target=start)
+thread.start()
+thread.join()
+print(server.url, flush=True)
+time.sleep(600)
+"""
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, MARK: mark}, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline().startswith("http://")
+        time.sleep(0.3)  # for an end of the thread that somebody might take for the script's
+        assert len(marked(mark)) >= 4
+        process.send_signal(number)
+        assert process.wait(10) == -number
+        deadline = time.monotonic() + 20
+        while left := marked(mark):
+            assert time.monotonic() < deadline, [found.cmdline() for found in left]
+            time.sleep(0.05)
+    finally:
+        for found in marked(mark):
+            found.kill()
